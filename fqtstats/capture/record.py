@@ -1,0 +1,48 @@
+"""What is kept of the gradients that arrive at the layers: the exact law of the quantizers on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from fqtstats.layers.state import LayerState, Site
+from fqtstats.policy import QuantizerLike
+
+__all__ = ["IncomingGradients", "LayerLaw"]
+
+
+@dataclass
+class LayerLaw:
+    """Exact summed variance of one layer's quantizer at one site, and its bound; added up over the layer's calls.
+
+    Attributes:
+        variance: sum over elements of Var[Q(g)] on the incoming QAT gradient; NaN for a quantizer that does not know it.
+        bound: upper bound on ``variance``; NaN for a quantizer that has none.
+        grad_norm_sq: squared norm of the incoming QAT gradient.
+    """
+
+    variance: float = 0.0
+    bound: float = 0.0
+    grad_norm_sq: float = 0.0
+
+
+@dataclass
+class IncomingGradients:
+    """Observer of a QAT backward pass.
+
+    Attributes:
+        laws: by layer name and site.
+    """
+
+    laws: dict[tuple[str, Site], LayerLaw] = field(default_factory=dict)
+
+    def __call__(self, layer: LayerState, site: Site, q: QuantizerLike, g: torch.Tensor) -> None:
+        """Add one incoming gradient ``g`` (the layer's output shape) that ``q`` is meant for."""
+        law = self.laws.setdefault((layer.name, site), LayerLaw())
+        variance, bound = getattr(q, "variance", None), getattr(q, "bound", None)
+        law.variance += float(variance(g).sum()) if callable(variance) else math.nan
+        limit = bound(g) if callable(bound) else None
+        law.bound += math.nan if limit is None else limit
+        law.grad_norm_sq += float(torch.linalg.vector_norm(g, dtype=torch.float64).square())

@@ -1,0 +1,172 @@
+"""One forward pass, many backward passes: the QAT gradient and any number of FQT draws come from the same graph.
+
+The forward pass of a quantized network is deterministic, so QAT and FQT share it, with its dropout masks and
+batch-norm statistics; only the backward pass draws random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fqtstats.determinism import seeded, single_thread
+from fqtstats.errors import InputError
+from fqtstats.layers.state import SITES, Draw, Observer, Site
+from fqtstats.layers.swap import Handle
+
+__all__ = ["LossFunction", "Session", "trainable_parameters"]
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+"""``loss_fn(model, batch) -> scalar``."""
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients by qualified name, tied ones once (under their first name)."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Session:
+    """The graph of one minibatch, held for repeated backward passes. A context manager.
+
+    While it is open, the computation is deterministic (one intra-op thread: the order of summation in convolutions and
+    matrix products depends on the thread count). On exit the model's buffers and gradients are what they were.
+
+    Args:
+        model: a prepared model; its training mode is left as it is.
+        handle: its handle.
+        batch: anything ``loss_fn`` takes.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        seed: seed of what the forward pass draws from torch's generator (dropout).
+
+    Raises (on entering):
+        InputError: an empty batch, or a loss that is not a finite scalar that depends on a trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module, handle: Handle, batch: object, loss_fn: LossFunction, seed: int = 0) -> None:
+        self.model = model
+        self.handle = handle
+        self.parameters = trainable_parameters(model)
+        self._batch = batch
+        self._loss_fn = loss_fn
+        self._seed = seed
+        self._stack = ExitStack()
+        self._through_grad_fields = False
+        self._loss: torch.Tensor | None = None
+
+    def __enter__(self) -> Session:
+        for tensor in _tensors(self._batch):
+            if tensor.dim() > 0 and tensor.shape[0] == 0:
+                raise InputError(f"expected a batch with samples, got a tensor of shape {list(tensor.shape)}")
+        if not self.parameters:
+            raise InputError("expected a model with trainable parameters, got none that requires a gradient")
+        with self._stack:
+            self._stack.enter_context(single_thread())
+            self._stack.enter_context(
+                torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+            )
+            self._stack.callback(_restore, [(b, b.detach().clone()) for b in self.model.buffers()])
+            self._stack.callback(_restore_grads, [(p, p.grad) for p in self.parameters.values()])
+            self.handle.step = self.handle.step  # restart the count of calls
+            self._loss = self._forward()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loss = None
+        self._stack.close()
+
+    @property
+    def loss(self) -> float:
+        """The loss of the batch."""
+        return float(self._require_loss().detach())
+
+    def qat(self, observe: Observer | None = None) -> list[torch.Tensor]:
+        """The gradient with full-precision incoming gradients, one tensor per trainable parameter.
+
+        Args:
+            observe: is told every incoming gradient that a quantizer is meant for.
+        """
+        return self._backward(Draw(sites=frozenset(), observe=observe))
+
+    def draw(self, index: int, sites: Sequence[Site] = SITES) -> list[torch.Tensor]:
+        """One draw of the quantized gradient.
+
+        Args:
+            index: index of the draw; the same index gives the same numbers.
+            sites: the sites that quantize; a draw with fewer sites shares the numbers of the others.
+        """
+        return self._backward(Draw(index=index, sites=frozenset(sites)))
+
+    def _require_loss(self) -> torch.Tensor:
+        if self._loss is None:
+            raise RuntimeError("the session is not open: use it in a with block")
+        return self._loss
+
+    def _forward(self) -> torch.Tensor:
+        device = next(iter(self.parameters.values())).device
+        with seeded(self._seed, device), torch.enable_grad():
+            loss = self._loss_fn(self.model, self._batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise InputError(f"expected loss_fn(model, batch) to return a scalar tensor, got {got}; reduce it with .mean()")
+        if not loss.requires_grad:
+            raise InputError("the loss does not depend on any trainable parameter; was the model called under no_grad?")
+        if not bool(torch.isfinite(loss)):
+            raise InputError(f"expected a finite loss, got {loss.item()}; check the batch and the checkpoint")
+        return loss.reshape(())
+
+    def _backward(self, draw: Draw) -> list[torch.Tensor]:
+        loss, parameters = self._require_loss(), list(self.parameters.values())
+        with self.handle.shared.drawing(draw):
+            gradients = self._gradients(loss, parameters)
+        if all(g is None for g in gradients):
+            raise InputError("the loss does not depend on any trainable parameter of the model")
+        return [
+            torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)
+        ]
+
+    def _gradients(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
+        if not self._through_grad_fields:
+            try:
+                return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+            except RuntimeError as error:
+                if "use_reentrant=True" not in str(error):
+                    raise
+                # Reentrant checkpoints only work with backward(), which leaves its results in .grad.
+                self._through_grad_fields = True
+        for p in parameters:
+            p.grad = None
+        loss.backward(retain_graph=True)
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        return gradients
+
+
+def _restore(saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, value in saved:
+            tensor.copy_(value)
+
+
+def _restore_grads(saved: list[tuple[nn.Parameter, torch.Tensor | None]]) -> None:
+    for parameter, grad in saved:
+        parameter.grad = grad
+
+
+def _tensors(batch: object) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _tensors(value)

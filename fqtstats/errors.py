@@ -1,0 +1,29 @@
+"""Typed errors. Every message says what was expected, what arrived and what to do about it."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """The caller's input cannot be used. The command line prints it on one line and exits with status 2."""
+
+
+class NonFiniteError(InputError):
+    """A tensor that is to be quantized holds NaN or Inf.
+
+    Attributes:
+        count: number of non-finite elements.
+        numel: number of elements looked at.
+    """
+
+    def __init__(self, message: str, *, count: int, numel: int) -> None:
+        super().__init__(message)
+        self.count = count
+        self.numel = numel
+
+
+class UnsupportedError(InputError, RuntimeError):
+    """The model or the way it is run is outside what can be measured correctly (for instance ``torch.compile``)."""
+
+
+class RunDirectoryError(InputError):
+    """A run directory cannot be written, is already used, or does not match the arguments."""

@@ -1,0 +1,1 @@
+"""Streaming estimators of bias and variance."""

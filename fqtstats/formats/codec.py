@@ -1,0 +1,40 @@
+"""Codes to bytes and back: 8, 4, 2 or 1 bits per code, the first code in the lowest bits of the first byte."""
+
+from __future__ import annotations
+
+import torch
+
+from fqtstats.formats.spec import IntFormat
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(codes: torch.Tensor, fmt: IntFormat) -> torch.Tensor:
+    """Pack codes into bytes.
+
+    Args:
+        codes: uint8 tensor of any shape, values ``0 .. fmt.levels``.
+        fmt: the format of the codes.
+
+    Returns:
+        uint8 tensor ``[ceil(numel * fmt.storage_bits / 8)]``; unused high bits of the last byte are zero.
+    """
+    flat = codes.reshape(-1)
+    per_byte = 8 // fmt.storage_bits
+    if per_byte == 1:
+        return flat.clone()
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % per_byte)).view(-1, per_byte)
+    packed = flat[:, 0].clone()
+    for position in range(1, per_byte):
+        packed |= flat[:, position] << (position * fmt.storage_bits)
+    return packed
+
+
+def unpack(packed: torch.Tensor, fmt: IntFormat, numel: int) -> torch.Tensor:
+    """Inverse of :func:`pack`: uint8 codes ``[numel]``."""
+    per_byte = 8 // fmt.storage_bits
+    if per_byte == 1:
+        return packed
+    mask = 2**fmt.storage_bits - 1
+    columns = [(packed >> (position * fmt.storage_bits)) & mask for position in range(per_byte)]
+    return torch.stack(columns, dim=1).view(-1)[:numel]

@@ -1,0 +1,6 @@
+"""Quantized layers and how they get into a model."""
+
+from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
+from fqtstats.layers.swap import BACKENDS, Handle, Unquantized, prepare_, quantized
+
+__all__ = ["BACKENDS", "Handle", "QuantConv1d", "QuantConv2d", "QuantLinear", "Unquantized", "prepare_", "quantized"]

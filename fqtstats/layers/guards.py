@@ -1,0 +1,60 @@
+"""Ways to run a model in which a quantized layer would give wrong numbers: refused with a clear error."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fqtstats.errors import UnsupportedError
+
+__all__ = ["check", "check_model"]
+
+_COMPILED = (
+    "quantized layers cannot run under torch.compile: the compiler would freeze the random streams; "
+    "run the model eagerly (for measuring, pass the module that was compiled: compiled._orig_mod)"
+)
+_REPLICATED = (
+    "quantized layers cannot run under nn.DataParallel: its replicas would share random numbers; "
+    "use one process per device (DistributedDataParallel), which gives every rank its own"
+)
+
+_compilation_seen: list[bool] = []
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compilation() -> bool:
+    # Runs for real while the compiler traces, unlike the code around it; the eager run that follows the failed trace
+    # sees the note.
+    _compilation_seen.append(True)
+    return True
+
+
+def check(layer: nn.Module) -> None:
+    """Refuse a call from compiled code or from a data-parallel replica.
+
+    Raises:
+        UnsupportedError: says what to do instead.
+    """
+    if torch.compiler.is_compiling():
+        _note_compilation()
+        raise UnsupportedError(_COMPILED)
+    if _compilation_seen:
+        _compilation_seen.clear()
+        raise UnsupportedError(_COMPILED)
+    if getattr(layer, "_is_replica", False):
+        raise UnsupportedError(_REPLICATED)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is compiled, scripted or data-parallel.
+
+    Raises:
+        UnsupportedError: says what to do instead.
+    """
+    for module in model.modules():
+        if hasattr(module, "_orig_mod"):
+            raise UnsupportedError(_COMPILED)
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedError(_REPLICATED)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError("quantized layers cannot be swapped into a TorchScript module; pass the eager model")

@@ -1,0 +1,367 @@
+"""Measuring one policy on one minibatch: from the captured gradients to the table."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import nn
+
+from fqtstats.capture import IncomingGradients, LossFunction, Session
+from fqtstats.errors import InputError
+from fqtstats.estimators import bias, intervals
+from fqtstats.estimators.moments import ErrorMoments, squared_norm
+from fqtstats.estimators.sampling import sampling_variance
+from fqtstats.estimators.sketch import Sketch
+from fqtstats.layers.state import SITES, Site
+from fqtstats.layers.swap import Handle, Skip, quantized
+from fqtstats.policy import Policy
+from fqtstats.results import TOTAL, Result, provenance
+
+__all__ = ["Progress", "Store", "measure"]
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+CALIBRATION_DRAW = -1
+"""Index of the extra draw that fixes the fixed-point scales; never part of the sample."""
+
+BIASED_BELOW = 0.01
+"""Below this bias p-value the variance interval no longer assumes that there is no bias."""
+
+
+class Progress(Protocol):
+    """Told after every backward pass or batch."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+class Store(Protocol):
+    """Where an unfinished measurement keeps what it has."""
+
+    def load(self) -> Arrays | None:
+        """The last saved state, or None."""
+
+    def save(self, arrays: Arrays, *, force: bool = False) -> None:
+        """Keep a state; may skip it unless ``force``."""
+
+
+def measure(
+    model: nn.Module,
+    batch: object,
+    loss_fn: LossFunction,
+    policy: Policy,
+    draws: int = 64,
+    seed: int = 0,
+    backend: str = "simulated",
+    batches: Sequence[object] | None = None,
+    *,
+    skip: Skip | None = None,
+    progress: Progress | None = None,
+    store: Store | None = None,
+) -> Result:
+    """Bias and variance of the quantized gradient (FQT) around the full-precision one of the same network (QAT).
+
+    One forward pass of the quantized network, then one backward pass for the QAT gradient and two per draw: one with both
+    gradient quantizers, one with the same numbers but without the weight-gradient quantizers, which tells their
+    contributions apart. The model is not changed. Results are bit-identical on any number of threads.
+
+    Args:
+        model: any module; its training mode is left as it is.
+        batch: anything ``loss_fn`` takes; on the model's device.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        policy: the quantizers.
+        draws: number of draws of the quantized gradient, at least 2.
+        seed: seed of all random numbers.
+        backend: ``"simulated"``.
+        batches: further minibatches, for the sampling variance.
+        skip: layers to leave in full precision: a name pattern, several, or a predicate.
+        progress: called with (done, total).
+        store: keeps unfinished measurements; a stored one is continued.
+
+    Returns:
+        The result; ``.table`` has one row per trainable parameter and one for the total.
+
+    Raises:
+        InputError: bad input (one line that says what to do). If draws were finished before the error, the exception's
+            ``partial_result`` holds what they show; the same for KeyboardInterrupt.
+        UnsupportedError: a model that cannot be measured (compiled, data-parallel).
+    """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
+        raise InputError(f"draws must be an integer of at least 2, got {draws!r}")
+    further = [] if batches is None else list(batches)
+    total = 2 + len(further) + draws
+    tell = progress or (lambda done, total: None)
+    with quantized(model, policy, skip, backend, seed) as handle:
+        with Session(model, handle, batch, loss_fn, seed) as session:
+            names = list(session.parameters)
+            incoming = IncomingGradients()
+            gradient = session.qat(incoming)
+            tell(1, total)
+            calibration = [e.sub_(g) for e, g in zip(session.draw(CALIBRATION_DRAW), gradient, strict=True)]
+            tell(2, total)
+            moments = ErrorMoments(names, gradient, calibration, Sketch(gradient, seed))
+            del calibration
+            facts = _Facts.of(session, handle, incoming, gradient)
+            keeper = _Keeper(store, _digest(gradient), moments)
+            done = 2 + len(moments.norms)
+            try:
+                for index in range(draws):
+                    if index not in moments.norms:
+                        errors, parts = _draw(session, gradient, policy, index)
+                        moments.add(index, errors, parts)
+                        del errors
+                        done += 1
+                        tell(done, total)
+                        keeper.save()
+            except BaseException as error:
+                keeper.save(force=True)
+                if len(moments.norms) > 1:
+                    error.partial_result = _result(facts, moments, None, policy, seed)  # type: ignore[attr-defined]
+                raise
+            keeper.save(force=True)
+        sampling = None
+        if further:
+            gradients = _gradients(model, handle, further, loss_fn, seed, lambda i: tell(2 + draws + i, total))
+            sampling = sampling_variance(names, gradient, gradients)
+    return _result(facts, moments, sampling, policy, seed)
+
+
+def _draw(
+    session: Session, gradient: list[torch.Tensor], policy: Policy, index: int
+) -> tuple[list[torch.Tensor], npt.NDArray[np.float64]]:
+    """Errors of one draw, and the squared norms ``[2, P]`` of their parts from Q1 and Q2."""
+    errors = [e.sub_(g) for e, g in zip(session.draw(index), gradient, strict=True)]
+    if not _uses(policy, "grad_weight"):
+        input_part = [squared_norm(e) for e in errors]
+        return errors, np.array([[0.0] * len(errors), input_part])
+    if not _uses(policy, "grad_input"):
+        return errors, np.array([[squared_norm(e) for e in errors], [0.0] * len(errors)])
+    # The same draw without Q1: what remains is Q2's part, and the difference Q1's.
+    upstream = [e.sub_(g) for e, g in zip(session.draw(index, ("grad_input",)), gradient, strict=True)]
+    input_part = [squared_norm(e) for e in upstream]
+    weight_part = [squared_norm(u.sub_(e)) for u, e in zip(upstream, errors, strict=True)]
+    return errors, np.array([weight_part, input_part])
+
+
+def _uses(policy: Policy, site: Site) -> bool:
+    return any(getattr(p, site) is not None for p in (policy, *policy.overrides.values()))
+
+
+def _gradients(
+    model: nn.Module,
+    handle: Handle,
+    batches: list[object],
+    loss_fn: LossFunction,
+    seed: int,
+    tell: Callable[[int], None],
+) -> Iterator[list[torch.Tensor]]:
+    for index, batch in enumerate(batches, start=1):
+        with Session(model, handle, batch, loss_fn, seed) as session:
+            yield session.qat()
+        tell(index)
+
+
+class _Keeper:
+    """Loads and saves the accumulators, with a digest of the gradient they belong to."""
+
+    def __init__(self, store: Store | None, digest: str, moments: ErrorMoments) -> None:
+        self._store, self._digest, self._moments = store, digest, moments
+        arrays = None if store is None else store.load()
+        if arrays is not None:
+            if arrays.pop("gradient_digest").item() != digest:
+                raise InputError(
+                    "cannot resume: the QAT gradient is not the one that the saved state belongs to (another machine, "
+                    "library version, model or data); start anew in another folder"
+                )
+            moments.load(arrays)
+
+    def save(self, *, force: bool = False) -> None:
+        if self._store is not None:
+            self._store.save({"gradient_digest": np.array(self._digest), **self._moments.state()}, force=force)
+
+
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One trainable parameter: where it is, how large, and which quantized layers hold it."""
+
+    layer: str
+    parameter: str
+    quantized: bool
+    numel: int
+    grad_norm_sq: float
+    laws_of: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the session knows beside the draws."""
+
+    rows: list[_Row]
+    incoming: IncomingGradients
+    metadata: dict[str, object]
+
+    @staticmethod
+    def of(session: Session, handle: Handle, incoming: IncomingGradients, gradient: list[torch.Tensor]) -> _Facts:
+        holders: dict[int, list[str]] = {}
+        for name, layer in handle.layers.items():
+            for p in layer.parameters(recurse=False):
+                holders.setdefault(id(p), []).append(name)
+        shown: set[str] = set()
+        rows = []
+        for (name, p), g in zip(session.parameters.items(), gradient, strict=True):
+            layer, _, parameter = name.rpartition(".")
+            # A layer's quantizers are shown once, beside the first of its trainable parameters.
+            laws_of = tuple(holder for holder in holders.get(id(p), []) if holder not in shown)
+            shown.update(laws_of)
+            rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of))
+        metadata: dict[str, object] = {
+            "loss": session.loss,
+            "unquantized": [{"name": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
+            "model_sha256": _digest([*session.model.parameters(), *session.model.buffers()]),
+            "gradient_sha256": _digest(gradient),
+        }
+        return _Facts(rows, incoming, metadata)
+
+    def law(self, layers: Sequence[str], site: Site, quantity: str) -> float:
+        """Sum of an exact quantity over the calls of some layers; NaN where no quantizer acts."""
+        found = [self.incoming.laws[name, site] for name in layers if (name, site) in self.incoming.laws]
+        return math.fsum(getattr(law, quantity) for law in found) if found else math.nan
+
+
+def _result(
+    facts: _Facts, moments: ErrorMoments, sampling: npt.NDArray[np.float64] | None, policy: Policy, seed: int
+) -> Result:
+    norms = moments.stacked("norms")  # [n, P]
+    sketches = moments.stacked("sketches")  # [n, W]
+    parts = moments.stacked("parts").mean(axis=0)  # [2, P]
+    mean_norm_sq = moments.mean_norm_sq()
+    slots = moments.sketch.slots if moments.sketch is not None else []
+    claimed = _claims_unbiased(policy)
+    rows = []
+    gram_total = np.zeros((len(norms), len(norms)))
+    for p, row in enumerate(facts.rows):
+        buckets = sketches[:, slots[p].buckets]
+        gram = buckets @ buckets.T
+        gram_total += gram
+        test = bias.bias_test(sketches[:, slots[p].all], gram, seed)
+        estimates = _estimates(norms[:, p], mean_norm_sq[p], gram, test, claimed, row.grad_norm_sq)
+        rows.append(
+            {
+                "layer": row.layer,
+                "parameter": row.parameter,
+                "quantized": row.quantized,
+                "numel": row.numel,
+                **estimates,
+                **_laws(facts, row.laws_of),
+                "variance_weight": parts[0, p],
+                "variance_input": parts[1, p],
+                "sampling_variance": math.nan if sampling is None else sampling[p],
+            }
+        )
+    directions = bias.sums_of_directions(sketches, [s.directions for s in slots])
+    test = bias.bias_test(directions, gram_total, seed)
+    whole = math.fsum(row.grad_norm_sq for row in facts.rows)
+    rows.append(
+        {
+            "layer": TOTAL,
+            "parameter": "",
+            "quantized": any(row.quantized for row in facts.rows),
+            "numel": sum(row.numel for row in facts.rows),
+            **_estimates(norms.sum(axis=1), float(mean_norm_sq.sum()), gram_total, test, claimed, whole),
+            **_laws(facts, sorted({layer for layer, _ in facts.incoming.laws})),
+            "variance_weight": parts[0].sum(),
+            "variance_input": parts[1].sum(),
+            "sampling_variance": math.nan if sampling is None else float(sampling.sum()),
+        }
+    )
+    quantizer, bits = _label(policy)
+    table = pd.DataFrame(rows).assign(quantizer=quantizer, bits=bits)
+    metadata = {
+        **facts.metadata,
+        "policy": _describe(policy),
+        "draws": len(norms),
+        "seed": seed,
+        "provenance": provenance(),
+    }
+    return Result(table, metadata)
+
+
+def _estimates(
+    norms: npt.NDArray[np.float64],
+    mean_norm_sq: float,
+    gram: npt.NDArray[np.float64],
+    test: bias.BiasTest,
+    claimed_unbiased: bool,
+    grad_norm_sq: float,
+) -> dict[str, float | int]:
+    n = len(norms)
+    variance = intervals.sample_variance(norms, mean_norm_sq)
+    if claimed_unbiased and test.p_value >= BIASED_BELOW:
+        low, high = intervals.t_interval(norms)
+    else:
+        low, high = intervals.jackknife_interval(norms, gram)
+    return {
+        "grad_norm_sq": grad_norm_sq,
+        # (||sum e||^2 - sum ||e||^2) / (n (n - 1)): every pair of different draws, hence unbiased.
+        "bias_norm_sq": float((n**2 * mean_norm_sq - norms.sum()) / (n * (n - 1))),
+        "bias_p": test.p_value,
+        "variance": variance,
+        "variance_low": low,
+        "variance_high": high,
+        "snr": _ratio(grad_norm_sq, variance),
+        "sqrt3_margin": math.sqrt(_ratio(grad_norm_sq, 3 * variance)),
+        "draws": n,
+    }
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator > 0:
+        return numerator / denominator
+    return math.inf if numerator > 0 else math.nan
+
+
+def _laws(facts: _Facts, layers: Sequence[str]) -> dict[str, float]:
+    return {
+        "q_input_variance": facts.law(layers, "grad_input", "variance"),
+        "q_input_bound": facts.law(layers, "grad_input", "bound"),
+        "q_weight_variance": facts.law(layers, "grad_weight", "variance"),
+        "q_weight_bound": facts.law(layers, "grad_weight", "bound"),
+    }
+
+
+def _gradient_quantizers(policy: Policy) -> list[object]:
+    policies = (policy, *policy.overrides.values())
+    return [q for p in policies for q in (getattr(p, site) for site in SITES) if q is not None]
+
+
+def _claims_unbiased(policy: Policy) -> bool:
+    return all(getattr(q, "claim", None) == "unbiased" for q in _gradient_quantizers(policy))
+
+
+def _label(policy: Policy) -> tuple[str, int | None]:
+    q = policy.grad_input if policy.grad_input is not None else policy.grad_weight
+    if q is None:
+        return policy.name, None
+    return getattr(q, "name", "custom"), getattr(q, "bits", None)
+
+
+def _describe(policy: Policy) -> dict[str, object]:
+    return {
+        "name": policy.name,
+        **{place: repr(getattr(policy, place)) for place in ("activation", "weight", *SITES)},
+        "overrides": {pattern: _describe(own) for pattern, own in policy.overrides.items()},
+    }

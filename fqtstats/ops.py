@@ -1,0 +1,201 @@
+"""Native operations: schemas, fake kernels, CPU kernels, and pure-torch fallbacks that give identical numbers.
+
+This module alone imports the compiled extension. The fallbacks run on other devices, where the extension is not built,
+and where the environment variable ``FQTSTATS_NATIVE=0`` turns it off. ``FQTSTATS_ISA=scalar|avx2|avx512`` limits the
+instruction set of the native kernels. Both are read once per process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # before the extension, which then shares torch's OpenMP thread pool
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fqtstats.errors import InputError
+
+__all__ = ["Kernel", "isa", "kernels", "philox_bits", "philox_bits_torch"]
+
+
+@functools.cache
+def _extension() -> Any:
+    """The compiled extension, or None where it is not in use.
+
+    Raises:
+        InputError: ``FQTSTATS_ISA`` names an instruction set that this machine does not have.
+    """
+    if os.environ.get("FQTSTATS_NATIVE", "1") == "0":
+        return None
+    try:
+        native = importlib.import_module("fqtstats._native")
+    except ImportError as error:
+        warnings.warn(
+            f"the compiled extension fqtstats._native cannot be imported ({error}); the slower pure-torch kernels give "
+            "the same numbers. Install fqtstats with pip to build it, or set FQTSTATS_NATIVE=0 to silence this.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return None
+    try:
+        native.isa()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return native
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One variant of one operation.
+
+    Attributes:
+        op: the operation.
+        variant: an instruction set, or ``"torch"`` for the fallback.
+        available: whether it runs on this machine.
+        selected: whether calls on CPU tensors use it.
+    """
+
+    op: str
+    variant: str
+    available: bool
+    selected: bool
+
+
+def isa() -> str:
+    """The instruction set that the native kernels may use, or ``"torch"`` where the extension is not in use."""
+    native = _extension()
+    return "torch" if native is None else str(native.isa())
+
+
+def kernels() -> list[Kernel]:
+    """Every variant of every operation, fastest first."""
+    native = _extension()
+    rows = [] if native is None else [Kernel(*row) for row in native.kernels()]
+    return [*rows, Kernel("philox_bits", "torch", True, native is None)]
+
+
+# --- philox_bits: the layout is fqtstats.random's ---------------------------------------------------------------------
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_MASK = 0xFFFFFFFF
+_LANES = 16  # blocks per tile
+
+
+def philox_bits(
+    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, *, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The first ``numel`` integers of a stream, uniform on ``[0, 2^n)``.
+
+    Args:
+        k0: first word of the Philox key.
+        k1: second word of the Philox key.
+        c2: third word of the counter.
+        c3: fourth word of the counter.
+        numel: how many elements.
+        n: bits per element, 1 to 32; 1 to 31 for ``torch.int32``.
+        dtype: ``torch.int64`` or ``torch.int32``.
+        device: where the result lives; the numbers are the same everywhere.
+
+    Returns:
+        ``[numel]`` tensor.
+
+    Raises:
+        InputError: ``n`` or ``dtype`` is out of range, or ``FQTSTATS_ISA`` cannot be met.
+    """
+    # Tracers must see the operation itself; otherwise its dispatch costs several times a small draw.
+    if device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode(include_infra_modes=True):
+        result: torch.Tensor = torch.ops.fqtstats.philox_bits(k0, k1, c2, c3, numel, n, dtype, device)
+        return result
+    return _philox_bits_cpu(k0, k1, c2, c3, numel, n, dtype, device)
+
+
+def philox_bits_torch(
+    k0: int,
+    k1: int,
+    c2: int,
+    c3: int,
+    numel: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    first_tile: int = 0,
+) -> torch.Tensor:
+    """:func:`philox_bits` in torch operations; element 0 of the result is the first one of tile ``first_tile``."""
+    _check(n, dtype)
+    per_tile = _LANES * (4 if n > 16 else 8)
+    tiles = -(-numel // per_tile)
+    out = torch.empty(numel, dtype=dtype, device=device)
+    # In pieces, because a piece's temporaries are some ten times its size: what a cache or a kernel launch prefers.
+    step = 2**10 if device.type == "cpu" else 2**16
+    for start in range(0, tiles, step):
+        stop = min(start + step, tiles)
+        block = torch.arange((first_tile + start) * _LANES, (first_tile + stop) * _LANES, device=device)
+        words = _philox_words(block, k0, k1, c2, c3)
+        if n > 16:
+            parts = [w >> (32 - n) for w in words]
+        else:
+            parts = [half >> (16 - n) for w in words for half in (w & 0xFFFF, w >> 16)]
+        tiled = torch.stack([p.view(-1, _LANES) for p in parts], dim=1).view(-1)
+        piece = out[start * per_tile : stop * per_tile]
+        piece.copy_(tiled[: piece.numel()])
+    return out
+
+
+def _philox_words(block: torch.Tensor, k0: int, k1: int, c2: int, c3: int) -> tuple[torch.Tensor, ...]:
+    """The four words, each int64 in ``[0, 2^32)``, of every block in ``block``."""
+    x0, x1 = block & _MASK, (block >> 32) & _MASK
+    x2, x3 = torch.full_like(block, c2), torch.full_like(block, c3)
+    for r in range(10):
+        # The int64 products wrap modulo 2^64, and an arithmetic shift followed by a mask still gives bits 32 to 63.
+        p0, p1 = x0 * _M0, x2 * _M1
+        x0, x2 = (
+            ((p1 >> 32) & _MASK) ^ x1 ^ ((k0 + r * _W0) & _MASK),
+            ((p0 >> 32) & _MASK) ^ x3 ^ ((k1 + r * _W1) & _MASK),
+        )
+        x1, x3 = p1 & _MASK, p0 & _MASK
+    return x0, x1, x2, x3
+
+
+def _philox_bits_cpu(
+    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    native = _extension()
+    if native is None:
+        return philox_bits_torch(k0, k1, c2, c3, numel, n, dtype, device)
+    _check(n, dtype)
+    out = torch.empty(numel, dtype=dtype, device=device)
+    native.philox_bits(k0, k1, c2, c3, n, torch.get_num_threads(), out.numpy())
+    return out
+
+
+def _check(n: int, dtype: torch.dtype) -> None:
+    if dtype not in (torch.int64, torch.int32) or not 1 <= n <= (32 if dtype == torch.int64 else 31):
+        raise InputError(f"n must be 1 to 32 for torch.int64 and 1 to 31 for torch.int32, got n={n} with {dtype}")
+
+
+# No argument is a tensor, so the dispatcher has no device to go by: one kernel for all of them looks at `device`.
+torch.library.define(
+    "fqtstats::philox_bits",
+    "(int k0, int k1, int c2, int c3, SymInt numel, int n, ScalarType dtype, Device device) -> Tensor",
+)
+
+
+@torch.library.impl("fqtstats::philox_bits", "default")
+def _philox_bits_kernel(
+    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    draw = _philox_bits_cpu if device.type == "cpu" else philox_bits_torch
+    return draw(k0, k1, c2, c3, numel, n, dtype, device)
+
+
+@torch.library.register_fake("fqtstats::philox_bits")  # type: ignore[untyped-decorator]
+def _philox_bits_fake(
+    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return torch.empty(numel, dtype=dtype, device=device)

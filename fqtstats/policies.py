@@ -1,0 +1,54 @@
+"""Named policies: the recipes of the papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from fqtstats.errors import InputError
+from fqtstats.policy import Policy, QuantizerLike
+from fqtstats.quantizers import quantizer
+
+__all__ = ["POLICIES", "get"]
+
+
+def _forward() -> Policy:
+    # arXiv 2010.14298, section 2.1: 8-bit activations on an affine grid, 8-bit weights with zero on the grid.
+    return Policy(activation=quantizer("minmax", bits=8), weight=quantizer("zero_on_grid", bits=8))
+
+
+def _statquant(grad_input: str, grad_weight: str) -> Callable[[int], Policy]:
+    # Section 3.1 (bifurcation): only the input gradient's bits vary, the weight gradient stays at 8.
+    def build(bits: int) -> Policy:
+        return replace(
+            _forward(), grad_input=quantizer(grad_input, bits=bits), grad_weight=quantizer(grad_weight, bits=8)
+        )
+
+    return build
+
+
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "exact": lambda bits: Policy(),
+    "statquant-qat": lambda bits: _forward(),
+    "statquant-ptq": _statquant("ptq", "ptq"),
+    "statquant-psq": _statquant("psq", "pcq"),
+    "statquant-bhq": _statquant("bhq", "pcq"),
+    "statquant-pcq": _statquant("pcq", "pcq"),
+}
+
+
+def get(name: str, bits: int = 5, grad_weight: QuantizerLike | None = None) -> Policy:
+    """A named policy.
+
+    Args:
+        name: one of :data:`POLICIES`.
+        bits: bits of the input-gradient quantizer.
+        grad_weight: replaces the recipe's own weight-gradient quantizer.
+
+    Raises:
+        InputError: unknown name (lists the known ones), or bits that a quantizer does not have.
+    """
+    if name not in POLICIES:
+        raise InputError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+    policy = replace(POLICIES[name](bits), name=name)
+    return policy if grad_weight is None else replace(policy, grad_weight=grad_weight)

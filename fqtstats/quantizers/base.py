@@ -1,0 +1,296 @@
+"""What a quantizer is, and the parts that all uniform quantizers share.
+
+Shape legend: ``x`` is ``[N, ...]`` with the sample axis first; inside, it is viewed as ``[N, C, S]`` (sample, channel,
+space), contiguous in row-major order of the logical shape whatever the memory format.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.formats import IntFormat, pack, uint, unpack
+from fqtstats.quantizers.grid import Grid
+from fqtstats.random import Stream
+from fqtstats.rounding import nearest, stochastic, up_probability
+
+__all__ = ["Claim", "Frame", "Quantized", "Quantizer", "Role", "Transform", "UniformQuantizer", "extremes", "rows"]
+
+Claim = Literal["unbiased", "asymptotic", "biased"]
+Role = Literal["gradient", "forward"]
+
+
+class Quantizer(ABC):
+    """A map from a tensor and a stream to a tensor on a low-precision grid.
+
+    Attributes:
+        name: registry name.
+        role: ``"gradient"`` (stochastic) or ``"forward"`` (deterministic).
+    """
+
+    name: ClassVar[str]
+    role: ClassVar[Role]
+
+    @property
+    @abstractmethod
+    def claim(self) -> Claim:
+        """What is promised of E[Q(x)]: ``"unbiased"`` is |E - x| <= 2^-24 step plus the rounding of the arithmetic."""
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+        """Quantize and dequantize: ``x``'s shape and dtype, cast once at the end.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or Inf, or a range that overflows.
+            InputError: ``x`` is not a floating-point tensor with a sample axis, or is empty.
+        """
+
+    @abstractmethod
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Exact E[Q(x)] before the cast to ``x``'s dtype: float64, ``x``'s shape."""
+
+    @abstractmethod
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        """Exact elementwise Var[Q(x)]: float64, ``x``'s shape, units of ``x`` squared."""
+
+    def bound(self, x: torch.Tensor) -> float | None:
+        """A valid upper bound on the summed variance, or None."""
+        return None
+
+    def published_bound(self, x: torch.Tensor) -> float | None:
+        """The paper's bound on the summed variance; :meth:`bound` unless it differs."""
+        return self.bound(x)
+
+
+class Transform(ABC):
+    """A linear, invertible map applied to the rows before rounding and undone after it."""
+
+    @abstractmethod
+    def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        """``T^-1 y`` for ``y`` ``[N, C, S]``, in ``y``'s dtype."""
+
+    @abstractmethod
+    def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
+        """``(T^-1)^2 v`` with the entries of ``T^-1`` squared: how independent variances propagate. float64."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of what :meth:`inverse` needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Everything about one input that does not depend on the random numbers.
+
+    Attributes:
+        shape: logical shape of the input.
+        view: the shape ``[N, C, S]`` in which it is quantized.
+        grid: the grid of the (transformed) rows.
+        transform: what was applied before rounding, or None.
+    """
+
+    shape: torch.Size
+    view: tuple[int, int, int]
+    grid: Grid
+    transform: Transform | None
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Real numbers, ``shape``, in the grid's dtype; consumes ``codes`` (integer-valued, view shape)."""
+        y = self.grid.decode(codes)
+        return (y if self.transform is None else self.transform.inverse(y)).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A quantized tensor in its storage format.
+
+    Attributes:
+        payload: packed codes, uint8.
+        format: format of the codes.
+        frame: grid and transform.
+    """
+
+    payload: torch.Tensor
+    format: IntFormat
+    frame: Frame
+
+    def codes(self) -> torch.Tensor:
+        """The codes, uint8, ``[N, C, S]`` (of the transformed rows, where there is a transform)."""
+        return unpack(self.payload, self.format, math.prod(self.frame.view)).view(self.frame.view)
+
+    def decode(self) -> torch.Tensor:
+        """Real numbers of the original shape: float32, or float64 for float64 input."""
+        return self.frame.decode(self.codes().to(self.frame.grid.step.dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, grid and transform together."""
+        transform = self.frame.transform
+        return self.payload.numel() + self.frame.grid.nbytes + (0 if transform is None else transform.nbytes)
+
+
+@dataclass(frozen=True)
+class UniformQuantizer(Quantizer):
+    """Rounding onto a uniform grid that is computed from the input.
+
+    Args:
+        bits: width of the codes, 1 to 8.
+
+    Raises:
+        InputError: ``bits`` is out of range.
+    """
+
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        uint(self.bits)
+
+    @property
+    def format(self) -> IntFormat:
+        """Storage format of the codes."""
+        return uint(self.bits)
+
+    @abstractmethod
+    def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
+        """Grid coordinates ``[N, C, S]`` of ``x``, fresh memory, and the frame that undoes them."""
+
+    @abstractmethod
+    def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
+        """Integer-valued coordinates."""
+
+    @abstractmethod
+    def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Lower neighbour ``k`` and P(k + 1) (float64) of :meth:`_round`."""
+
+    def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+        y, frame = self._frame(x)
+        return frame.decode(frame.grid.codes(self._round(y, stream))).to(x.dtype)
+
+    def encode(self, x: torch.Tensor, stream: Stream) -> Quantized:
+        """The same numbers as calling, as codes in their storage format."""
+        y, frame = self._frame(x)
+        codes = frame.grid.codes(self._round(y, stream)).to(torch.uint8)
+        return Quantized(pack(codes, self.format), self.format, frame)
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        _, frame, low, high, up = self._outcomes(x)
+        mean = low.add_(up.mul_(high.sub_(low)))
+        return (mean if frame.transform is None else frame.transform.inverse(mean)).view(frame.shape)
+
+    def variance(self, x: torch.Tensor) -> torch.Tensor:
+        _, frame, low, high, up = self._outcomes(x)
+        variance = high.sub_(low).square_().mul_(up * (1 - up))
+        return (variance if frame.transform is None else frame.transform.inverse_squared(variance)).view(frame.shape)
+
+    def _outcomes(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame, torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The two decoded outcomes are those of the real decoder, rounded in its dtype, so mean and variance are the
+        # law of decode() itself and not of an idealization.
+        y, frame = self._frame(x)
+        k, up = self._law(y)
+        grid = frame.grid
+        high = grid.decode(grid.codes(k + 1)).double()
+        low = grid.decode(grid.codes(k)).double()
+        return y, frame, low, high, up
+
+
+@dataclass(frozen=True)
+class StochasticQuantizer(UniformQuantizer):
+    """A uniform quantizer with stochastic rounding: the gradient quantizers.
+
+    Args:
+        random_bits: random bits per rounding decision, 1 to 32. With fewer than 24 the truncation of the probability
+            biases towards the lower neighbour by up to ``2^-random_bits`` steps, and the claim says so.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+
+    random_bits: int = 24
+    role: ClassVar[Role] = "gradient"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.random_bits, bool) or not isinstance(self.random_bits, int) or not 1 <= self.random_bits <= 32:
+            raise InputError(f"random_bits must be an integer from 1 to 32, got {self.random_bits!r}")
+
+    @property
+    def claim(self) -> Claim:
+        return "unbiased" if self.random_bits >= 24 else "biased"
+
+    def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return stochastic(y, stream, self.random_bits)
+
+    def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return up_probability(y, self.random_bits)
+
+
+@dataclass(frozen=True)
+class NearestQuantizer(UniformQuantizer):
+    """A uniform quantizer that rounds to nearest: deterministic, hence biased; the forward quantizers."""
+
+    role: ClassVar[Role] = "forward"
+
+    @property
+    def claim(self) -> Claim:
+        return "biased"
+
+    def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return nearest(y)
+
+    def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return nearest(y), torch.zeros_like(y, dtype=torch.float64)
+
+    def bound(self, x: torch.Tensor) -> float:
+        """Zero: there is nothing random."""
+        return 0.0
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as ``[N, C, S]`` in the compute dtype (float64 for float64, float32 otherwise), contiguous.
+
+    Raises:
+        InputError: not a floating-point tensor, no sample axis, or no elements.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise InputError(f"expected a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() == 0 or x.numel() == 0:
+        raise InputError(f"expected a non-empty tensor [N, ...] with the samples first, got shape {list(x.shape)}")
+    channels = x.shape[1] if x.dim() > 1 else 1
+    compute = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return compute.reshape(x.shape[0], channels, -1)
+
+
+def extremes(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and maximum over ``dims`` of the view ``[N, C, S]``, kept as size-1 axes.
+
+    Raises:
+        NonFiniteError: ``x`` holds NaN or Inf.
+    """
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    # NaN and Inf propagate into the extremes: looking at those is enough, and cheap.
+    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+        count = int((~torch.isfinite(x)).sum())
+        raise NonFiniteError(
+            f"expected finite numbers, got {count} NaN or Inf among {x.numel()}; lower the learning rate or rescale "
+            "the loss",
+            count=count,
+            numel=x.numel(),
+        )
+    return low, high
+
+
+def step_bound(grid: Grid, low: torch.Tensor, high: torch.Tensor, per_group: float) -> float:
+    """``sum over groups of per_group * (step + ulp)^2 / 4``.
+
+    Two decoded neighbours differ by ``step`` up to the rounding of the decoder, one unit in the last place of the
+    group's largest magnitude; with it the bound holds to the last bit.
+    """
+    largest = torch.maximum(low.abs(), high.abs()).double()
+    gap = torch.where(grid.step > 0, grid.step.double() + torch.finfo(low.dtype).eps * largest, 0.0)
+    return float(gap.square().sum() * (per_group / 4))

@@ -1,0 +1,319 @@
+"""Terminal tables of a result, and the same content as plain data for ``--json``.
+
+A renderable decides at print time how many columns fit: it drops those of lowest priority first, never a flag.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from fqtstats.results import Configuration, Json, Result
+
+__all__ = ["Flag", "bias_level", "comparison_table", "flags", "layer_table", "summary", "to_dict"]
+
+FALSE_ALARM = 0.05
+"""Chance that any row of one configuration is flagged as biased although none is."""
+
+_ROUNDING = 1e-9
+"""A variance may meet its bound; the two are summed in different orders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Something in a row that a reader must see.
+
+    Attributes:
+        word: what is printed; a colour is only added to it.
+        style: the Rich style of the word.
+        meaning: one sentence for the legend.
+    """
+
+    word: str
+    style: str
+    meaning: str
+
+
+BIASED = Flag("BIASED", "bold red", "bias p below 0.05 / number of rows tested")
+ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance exceeds its bound")
+NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
+
+
+def bias_level(rows: pd.DataFrame) -> float:
+    """The level for ``bias_p`` in the rows of one configuration: :data:`FALSE_ALARM` over the rows that have one."""
+    return FALSE_ALARM / max(1, int(rows["bias_p"].notna().sum()))
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator > 0 else math.nan
+
+
+def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
+    """The flags of one row of the table; ``level`` is :func:`bias_level`. A value that is NaN raises none."""
+    found = []
+    if row["bias_p"] < level:
+        found.append(BIASED)
+    pairs = (("q_input_variance", "q_input_bound"), ("q_weight_variance", "q_weight_bound"))
+    if any(row[variance] > row[bound] * (1 + _ROUNDING) for variance, bound in pairs):
+        found.append(ABOVE_BOUND)
+    if row["sqrt3_margin"] < 1:
+        found.append(NOISY)
+    return tuple(found)
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def _scientific(value: float) -> str:
+    """Three significant digits, always eight characters wide for a positive number within 1e±99."""
+    return "" if math.isnan(value) else f"{value:.2e}"
+
+
+def _plain(value: float) -> str:
+    """Three significant digits for a ratio of order one; the exponent only where it is needed."""
+    if math.isnan(value):
+        return ""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:#.3g}".removesuffix(".")
+    return f"{value:.2e}"
+
+
+def _interval(row: pd.Series) -> str:
+    """The interval's ends relative to the variance, in percent."""
+    value, low, high = row["variance"], row["variance_low"], row["variance_high"]
+    if not (value > 0 and math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{(low / value - 1) * 100:+.0f}/{(high / value - 1) * 100:+.0f}%"
+
+
+def _shares(row: pd.Series) -> str:
+    weight, passed = row["variance_weight"], row["variance_input"]
+    if not weight + passed > 0:
+        return ""
+    share = 100 * weight / (weight + passed)
+    return f"{share:.0f}/{100 - share:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of a terminal table.
+
+    Attributes:
+        header: its title.
+        cells: one per row.
+        priority: those with the lowest are dropped first where the terminal is narrow.
+        names: it holds names: set to the left, and long ones are cut at their front.
+    """
+
+    header: str
+    cells: Sequence[Text]
+    priority: int
+    names: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(self.header), *(cell_len(cell.plain) for cell in self.cells))
+
+    def cut(self, width: int) -> _Column:
+        """Names no longer than ``width``: their end is kept, because it is what tells layers apart."""
+        if not self.names:
+            return self
+        cells = [
+            cell if len(cell.plain) <= width else Text("…" + cell.plain[1 - width :], style=cell.style)
+            for cell in self.cells
+        ]
+        return replace(self, cells=cells)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """A table that drops columns until it fits; its last row is set apart if ``total``."""
+
+    title: str
+    columns: Sequence[_Column]
+    total: bool
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width
+        kept = [
+            column.cut(max(12, 3 * room // 10)) for column in self.columns if any(cell.plain for cell in column.cells)
+        ]
+
+        def fits(gap: int) -> bool:
+            return sum(column.width + gap for column in kept) - gap <= room
+
+        while len(kept) > 1 and not fits(1):
+            kept.remove(min(kept, key=lambda column: column.priority))
+        # The box puts one space between columns; a second one is padding.
+        table = Table(
+            box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1 if fits(2) else 0, 0, 0),
+            title=Text(self.title, style="bold"), title_justify="left",
+        )  # fmt: skip
+        for column in kept:
+            table.add_column(column.header, justify="left" if column.names else "right", no_wrap=True)
+        rows = len(kept[0].cells)
+        for index in range(rows):
+            if self.total and index == rows - 1:
+                table.add_section()
+            table.add_row(*(column.cells[index] for column in kept))
+        yield table
+
+
+def _numbers(rows: Sequence[pd.Series], column: str) -> list[Text]:
+    return [Text(_scientific(float(row[column]))) for row in rows]
+
+
+def _flag_cells(found: Sequence[tuple[Flag, ...]]) -> list[Text]:
+    return [Text(" ").join(Text(flag.word, style=flag.style) for flag in items) for items in found]
+
+
+def _p_cells(rows: Sequence[pd.Series], levels: Sequence[float]) -> list[Text]:
+    """The p-values, in the flag's colour where they are below the level of their configuration."""
+    return [
+        Text(_plain(float(row["bias_p"])), style=BIASED.style if row["bias_p"] < level else "")
+        for row, level in zip(rows, levels, strict=True)
+    ]
+
+
+def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
+    present = {flag for items in found for flag in items}
+    return [
+        Text.assemble((flag.word, flag.style), f": {flag.meaning}")
+        for flag in (BIASED, ABOVE_BOUND, NOISY)
+        if flag in present
+    ]
+
+
+def _unquantized(result: Result) -> list[Text]:
+    """One line per reason with the layers that stayed as they were."""
+    entries = result.metadata.get("unquantized")
+    by_reason: dict[str, list[str]] = {}
+    for entry in entries if isinstance(entries, list) else []:
+        if isinstance(entry, dict):
+            by_reason.setdefault(str(entry.get("reason")), []).append(f"{entry.get('layer')} ({entry.get('type')})")
+    return [Text(f"not quantized, {reason}: {', '.join(layers)}") for reason, layers in by_reason.items()]
+
+
+def layer_table(result: Result, configuration: Configuration | None = None) -> RenderableType:
+    """One row per parameter and the total, of one configuration (the first by default).
+
+    Variances and norms are in (loss/parameter)^2. "95 %" is the interval's ends relative to the variance; "Q1/Q2" the
+    percentages of the variance that stem from the weight-gradient and the input-gradient quantizers; "Q2/bound"
+    the exact variance of the layer's input-gradient quantizer over its bound; "margin" is the √3 margin.
+
+    Raises:
+        InputError: the result has no such configuration.
+    """
+    chosen = configuration or result.configurations[0]
+    total = result.total(chosen)
+    frame = result.rows(chosen)
+    level = bias_level(result.select(chosen))
+    rows = [*(frame.iloc[index] for index in range(len(frame))), total]
+    found = [flags(row, level) for row in rows]
+    ratios = [_ratio(float(row["q_input_variance"]), float(row["q_input_bound"])) for row in rows]
+    columns = [
+        _Column("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
+        _Column("param", [Text(str(row["parameter"])) for row in rows], 90, names=True),
+        _Column("numel", [Text(str(row["numel"])) for row in rows], 20),
+        _Column("‖g‖²", _numbers(rows, "grad_norm_sq"), 50),
+        _Column("bias p", _p_cells(rows, [level] * len(rows)), 80),
+        _Column("variance", _numbers(rows, "variance"), 95),
+        _Column("95 %", [Text(_interval(row)) for row in rows], 75),
+        _Column("Q1/Q2", [Text(_shares(row)) for row in rows], 55),
+        _Column("Q2/bound", [Text(_plain(ratio)) for ratio in ratios], 40),
+        _Column("sampling", _numbers(rows, "sampling_variance"), 45),
+        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70),
+        _Column("margin", [Text(_plain(float(row["sqrt3_margin"]))) for row in rows], 30),
+        _Column("", _flag_cells(found), 99),
+    ]
+    title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
+    return Group(_Fitted(title, columns, total=True), *_legend(found), *_unquantized(result))
+
+
+def comparison_table(result: Result) -> RenderableType:
+    """One row per configuration: the whole model's variance, bias and signal-to-noise ratio.
+
+    "/ sampling" is the variance over one minibatch's sampling variance; the column named after a configuration is the
+    median over layers of the input-gradient quantizer's exact variance relative to that configuration.
+    """
+    rows = [result.total(item) for item in result.configurations]
+    found = [_worst_flags(result, item) for item in result.configurations]
+    levels = [bias_level(result.select(item)) for item in result.configurations]
+    ratios = [_ratio(float(row["variance"]), float(row["sampling_variance"])) for row in rows]
+    medians = [_median_input_ratio(result, item) for item in result.configurations]
+    columns = [
+        _Column("quantizer", [Text(item.quantizer) for item in result.configurations], 100, names=True),
+        _Column("bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100),
+        _Column("variance", _numbers(rows, "variance"), 95),
+        _Column("95 %", [Text(_interval(row)) for row in rows], 75),
+        _Column("/ sampling", [Text(_plain(ratio)) for ratio in ratios], 60),
+        _Column(f"Q2 var / {result.reference}", [Text(_plain(ratio)) for ratio in medians], 65),
+        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70),
+        _Column("bias p", _p_cells(rows, levels), 80),
+        _Column("", _flag_cells(found), 99),
+    ]
+    notes = [Text("flags hold for any row of the configuration")] if any(found) else []
+    table = _Fitted("gradient variance of the whole model", columns, total=False)
+    return Group(table, *_legend(found), *notes, *_unquantized(result))
+
+
+def summary(result: Result) -> RenderableType:
+    """What the command line prints: the layers of a single configuration, or the comparison of several."""
+    return layer_table(result) if len(result.configurations) == 1 else comparison_table(result)
+
+
+def _median_input_ratio(result: Result, configuration: Configuration) -> float:
+    ratios = result.relative_input_variance(configuration)
+    return float(np.median(ratios)) if len(ratios) else math.nan
+
+
+def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ...]:
+    """Bias and bound flags of any row; noise as the total has it (single layers are often noisy)."""
+    total = result.total(configuration)
+    frame = result.select(configuration)
+    level = bias_level(frame)
+    of_any = {flag for index in range(len(frame)) for flag in flags(frame.iloc[index], level)}
+    of_total = flags(total, level)
+    return tuple(flag for flag in (BIASED, ABOVE_BOUND, NOISY) if flag in (of_total if flag is NOISY else of_any))
+
+
+def _plain_row(row: pd.Series, level: float) -> dict[str, Json]:
+    """A row as JSON with missing values as null, and its flags."""
+    values: dict[str, Json] = {}
+    for name, value in row.items():
+        missing = pd.isna(value) or (isinstance(value, float) and not math.isfinite(value))
+        values[str(name)] = None if missing else value.item() if isinstance(value, np.generic) else value
+    values["flags"] = [flag.word for flag in flags(row, level)]
+    return values
+
+
+def to_dict(result: Result) -> dict[str, Json]:
+    """The result as plain data for ``--json``: strict JSON, with null where the table has NaN."""
+    configurations: list[Json] = []
+    for item in result.configurations:
+        frame, total = result.rows(item), result.total(item)
+        level = bias_level(result.select(item))
+        median = _median_input_ratio(result, item)
+        sampling = _ratio(float(total["variance"]), float(total["sampling_variance"]))
+        configurations.append(
+            {
+                "quantizer": item.quantizer,
+                "bits": item.bits,
+                "bias_level": level,
+                "variance_over_sampling": None if math.isnan(sampling) else sampling,
+                "input_variance_over_reference": None if math.isnan(median) else median,
+                "flags": [flag.word for flag in _worst_flags(result, item)],
+                "total": _plain_row(total, level),
+                "rows": [_plain_row(frame.iloc[index], level) for index in range(len(frame))],
+            }
+        )
+    return {"reference": str(result.reference), "configurations": configurations, "metadata": result.metadata}

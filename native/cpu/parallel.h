@@ -1,0 +1,34 @@
+// Splitting a range over threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace fqtstats::cpu {
+
+// Calls body(begin, end) on disjoint ranges that cover [0, total), on at most `threads` threads, and on no more than
+// one per `grain` items. With one thread no OpenMP region is entered, so a forked child may call this: an OpenMP pool
+// does not survive a fork. body must not throw.
+template <typename Body>
+void split(std::int64_t total, std::int64_t grain, int threads, const Body& body) {
+#ifdef _OPENMP
+  threads = static_cast<int>(std::min<std::int64_t>(threads, total / grain));
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      // The runtime may give fewer threads than were asked for.
+      const std::int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
+      body(total * t / team, total * (t + 1) / team);
+    }
+    return;
+  }
+#endif
+  (void)grain, (void)threads;
+  body(std::int64_t{0}, total);
+}
+
+}  // namespace fqtstats::cpu

@@ -1,0 +1,20 @@
+"""A stream whose numbers are prescribed."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Word:
+    """Every number is the same ``word``; enumerating the words enumerates the law of each element."""
+
+    def __init__(self, word: int) -> None:
+        self.word = word
+
+    def child(self, name: str) -> Word:
+        return self
+
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
+        if not 0 <= self.word < 2**n:
+            raise ValueError(f"a word of {n} bits was asked for, got {self.word}")
+        return torch.full(tuple(shape), self.word, dtype=dtype, device=device)
