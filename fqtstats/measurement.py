@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from fqtstats import ops
 from fqtstats.capture import IncomingGradients, LossFunction, Session
 from fqtstats.errors import InputError
 from fqtstats.estimators import bias, intervals
@@ -230,8 +231,8 @@ class _Facts:
             rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of))
         metadata: dict[str, object] = {
             "loss": session.loss,
-            "unquantized": [{"name": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
-            "model_sha256": _digest([*session.model.parameters(), *session.model.buffers()]),
+            "unquantized": [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
+            "hashes": {"model": _digest(list(session.model.parameters())), "batch": _digest(list(session.tensors()))},
             "gradient_sha256": _digest(gradient),
         }
         return _Facts(rows, incoming, metadata)
@@ -290,13 +291,16 @@ def _result(
     )
     quantizer, bits = _label(policy)
     table = pd.DataFrame(rows).assign(quantizer=quantizer, bits=bits)
-    metadata = {
-        **facts.metadata,
+    about = dict(facts.metadata)
+    configuration = {
+        "quantizer": quantizer,
+        "bits": bits,
         "policy": _describe(policy),
         "draws": len(norms),
-        "seed": seed,
-        "provenance": provenance(),
+        "loss": about.pop("loss"),
+        "gradient_sha256": about.pop("gradient_sha256"),
     }
+    metadata = {**about, "seeds": {"seed": seed}, "configurations": [configuration], **provenance(ops.isa())}
     return Result(table, metadata)
 
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -194,16 +194,16 @@ class Result:
 
     Attributes:
         table: the numbers, with the columns of :data:`COLUMNS`; rows in network order, the total last.
-        metadata: plain JSON. Keys that reports read: ``arguments``, ``versions`` (see :func:`provenance`), ``seeds``,
-            ``hashes`` (of model and data), ``unquantized`` (list of ``{"layer", "type", "reason"}``) and
-            ``configurations`` (list of the settings of each configuration).
+        metadata: plain JSON, whatever it takes to repeat the measurement. Keys with a meaning here: ``arguments`` (of
+            the run), what :func:`provenance` gives, ``hashes`` (of model and data), ``unquantized`` (list of
+            ``{"layer", "type", "reason"}``) and ``configurations`` (a list with the settings of each configuration).
 
     Raises:
         InputError: the table does not follow the schema, or the metadata is not JSON.
     """
 
     table: pd.DataFrame
-    metadata: dict[str, Json] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _normalised(self.table))
@@ -305,8 +305,8 @@ class Result:
 def merge(results: Iterable[Result]) -> Result:
     """One result with the configurations of all, in order.
 
-    Metadata on which all agree is kept; ``configurations`` and ``unquantized`` are joined; what differs is kept under
-    ``merged``, one entry per result.
+    Metadata on which all agree stays where it is, ``unquantized`` is joined, and what differs moves into
+    ``configurations``: one entry per configuration, with its quantizer and bits.
 
     Raises:
         InputError: nothing to merge, the same configuration twice, or measurements of different models or data.
@@ -316,20 +316,24 @@ def merge(results: Iterable[Result]) -> Result:
         raise InputError("merge expects at least one result, but got none")
     hashes = [part.metadata["hashes"] for part in parts if "hashes" in part.metadata]
     if any(item != hashes[0] for item in hashes):
-        raise InputError("cannot merge results that were measured on different models or data (their hashes differ)")
-    joined: dict[str, list[Json]] = {"configurations": [], "unquantized": []}
-    for part in parts:
-        for key, items in joined.items():
-            found = part.metadata.get(key)
-            items.extend(item for item in (found if isinstance(found, list) else []) if item not in items)
+        raise InputError("cannot merge results of different models or data: their hashes differ")
+    joined = ("configurations", "unquantized")
     names = [key for key in dict.fromkeys(key for part in parts for key in part.metadata) if key not in joined]
-    shared = [key for key in names if all(part.metadata.get(key) == parts[0].metadata.get(key) for part in parts)]
-    metadata: dict[str, object] = {key: parts[0].metadata[key] for key in shared}
-    metadata |= {key: items for key, items in joined.items() if items}
-    if len(shared) < len(names):
-        rest = [key for key in names if key not in shared]
-        metadata["merged"] = [{key: part.metadata.get(key) for key in rest} for part in parts]
-    return Result(pd.concat([part.table for part in parts], ignore_index=True), metadata)  # type: ignore[arg-type]
+    first = parts[0].metadata
+    shared = [key for key in names if all(key in part.metadata and part.metadata[key] == first[key] for part in parts)]
+    metadata: dict[str, Any] = {key: first[key] for key in shared}
+    metadata["unquantized"] = []
+    metadata["configurations"] = []
+    for part in parts:
+        own = {key: value for key, value in part.metadata.items() if key not in joined and key not in shared}
+        known = part.metadata.get("configurations") or [
+            {"quantizer": item.quantizer, "bits": item.bits} for item in part.configurations
+        ]
+        metadata["configurations"] += [{**entry, **own} for entry in known]
+        metadata["unquantized"] += [
+            entry for entry in part.metadata.get("unquantized", []) if entry not in metadata["unquantized"]
+        ]
+    return Result(pd.concat([part.table for part in parts], ignore_index=True), metadata)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -24,8 +24,7 @@ from fqtstats.random import stream
 CASES = [(name, {}) for name in QUANTIZERS] + [("ptq", {"grid": "affine"}), ("pcq", {"per_position": True})]
 GRADIENT = [case for case in CASES if QUANTIZERS[case[0]].role == "gradient"]
 FORWARD = [case for case in CASES if QUANTIZERS[case[0]].role == "forward"]
-# Quantizers whose grid has the exact extremes or zero on it and no mixing of rows: grid-aligned input is returned as is.
-BITS = (8, 4, 2, 1)
+BITS = (8, 4, 2, 1)  # the widths that fill bytes; between them they meet every branch
 
 
 def label(case):
@@ -113,15 +112,13 @@ def arithmetic_tolerance(q, x):
     tau = 2.0**-23 if double else 4 * 2.0**q.bits * 2.0**-24
     info = torch.finfo(torch.float64 if double else torch.float32)
     flat = x.detach().double().reshape(len(step), -1).abs()
-    # Offsets are minima of a group: bounded by the largest element of the row, column or tensor.
-    largest = flat.max() if torch.allclose(inverse, torch.eye(len(step), dtype=torch.float64)) else None
-    if q.name in ("psq", "bhq"):
-        largest = flat.amax(1, keepdim=True)
-    if largest is None:
-        largest = flat.max()
+    # What is added up: elements of the row where the rows have grids (or mix), of the whole tensor otherwise.
+    largest = flat.amax(1, keepdim=True) if q.name in ("psq", "bhq") else flat.max()
     depth = 8 + math.log2(len(step))
     spread = inverse.abs() @ (forward.abs() @ largest.expand_as(flat))
-    return (inverse.abs() @ (tau * step) + depth * info.eps * spread + 4 * info.smallest_normal * info.eps).view(x.shape)
+    return (inverse.abs() @ (tau * step) + depth * info.eps * spread + 4 * info.smallest_normal * info.eps).view(
+        x.shape
+    )
 
 
 # --- mean and variance ------------------------------------------------------------------------------------------------
@@ -131,7 +128,7 @@ def arithmetic_tolerance(q, x):
 @pytest.mark.parametrize("kind", INPUTS)
 def test_claimed_unbiased_quantizers_are_exact_in_the_mean(case, kind):
     x = INPUTS[kind]()
-    for bits in range(1, 9):
+    for bits in (1, 3, 8):
         q = build(case, bits)
         assert q.claim == "unbiased"
         mean = q.mean(x)
@@ -172,7 +169,7 @@ def test_shapes_dtypes_bounds_and_storage(case, kind):
 @pytest.mark.parametrize("kind", INPUTS)
 def test_forward_quantizers_round_to_nearest(case, kind):
     x = INPUTS[kind]()
-    for bits in range(1, 9):
+    for bits in (1, 3, 8):
         q = build(case, bits)
         assert q.claim == "biased"
         step = law(q, x)[0].view(x.shape)
@@ -184,9 +181,9 @@ def test_forward_quantizers_round_to_nearest(case, kind):
 
 
 @pytest.mark.parametrize("case", GRADIENT, ids=label)
-@pytest.mark.parametrize("random_bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("random_bits", [1, 4, 7])
 def test_mean_and_variance_by_enumeration_of_all_random_words(case, random_bits):
-    for kind, bits in itertools.product(["heavy_rows", "NCHW", "offset", "subnormal", "float64"], [1, 3, 8]):
+    for kind, bits in [("heavy_rows", 3), ("NCHW", 8), ("offset", 2), ("subnormal", 4), ("float64", 1)]:
         x = INPUTS[kind]()
         q = build(case, bits, random_bits=random_bits)
         assert q.claim == "biased"
@@ -231,13 +228,14 @@ def test_variance_against_the_oracle(case, kind):
     space = math.prod(x.shape[2:])
     for bits in (1, 2, 5, 8):
         q = build(case, bits)
-        expected = torch.tensor(VARIANCE_ORACLES[label(case)](table, space, q.format.levels)).double().view(x.shape)
+        expected = torch.tensor(VARIANCE_ORACLES[label(case)](table, space, q.format.levels), dtype=torch.float64)
+        expected = expected.view(x.shape)
         for dtype, fraction_error in ((torch.float32, 4 * 2.0**bits * 2.0**-24), (torch.float64, 2.0**-23)):
             y = x.to(dtype)
             step, _, _, inverse = law(q, y)
             # d(f (1 - f)) <= df; rows that are mixed also carry the rounding of the sums, a few ulps of their range.
             tolerance = (inverse.square() @ (8 * fraction_error * step.square())).view(x.shape)
-            assert bool(((q.variance(y) - expected).abs() <= tolerance + 1e-5 * expected).all())
+            assert bool(((q.variance(y) - expected).abs() <= tolerance + 1e-6 * expected).all())
 
 
 @st.composite
@@ -443,7 +441,7 @@ def test_zero_on_grid_one_sided(bits, sign):
 def test_constant_tensors_are_exact(case, value, dtype):
     for shape in [(1,), (1, 1), (2, 3), (3, 2), (16, 4, 2, 2)]:
         x = torch.full(shape, value).to(dtype)
-        for bits in range(1, 9):
+        for bits in (1, 2, 8):
             q = build(case, bits)
             assert torch.equal(q(x, stream(draw=bits)), x)
             assert torch.equal(q.encode(x, stream()).decode().double(), x.double())

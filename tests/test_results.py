@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from fqtstats import results
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.results import COLUMNS, Configuration, Result, RunDirectory, load, merge, provenance
@@ -42,13 +43,21 @@ def make_table(quantizer: str = "bhq", bits: int | None = 5, scale: float = 1.0)
 
 
 def make_result(quantizer: str = "bhq", bits: int | None = 5, **metadata: object) -> Result:
-    return Result(make_table(quantizer, bits), metadata)  # type: ignore[arg-type]
+    return Result(make_table(quantizer, bits), metadata)
+
+
+# The package's own __init__ is left out: only this stage and what it imports are loaded.
+PRELUDE = f"""
+import sys, types
+package = types.ModuleType("fqtstats")
+package.__path__ = [{PACKAGE_ROOT + "/fqtstats"!r}]
+sys.modules["fqtstats"] = package
+"""
 
 
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env={**os.environ, "PYTHONPATH": PACKAGE_ROOT},
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -127,41 +136,42 @@ def test_relative_input_variance_leaves_out_what_has_none() -> None:
 
 def test_merge_keeps_what_agrees_and_lists_what_differs() -> None:
     entry = {"layer": "fc", "type": "Linear", "reason": "last"}
-    first = make_result("bhq", 5, seeds={"seed": 0}, wall=1.0, unquantized=[entry], configurations=[{"q": "bhq"}])
-    second = make_result("ptq", 5, seeds={"seed": 0}, wall=2.0, unquantized=[entry], configurations=[{"q": "ptq"}])
-    merged = merge([first, second])
+    first = make_result("bhq", 5, seed=0, wall=1.0, unquantized=[entry])
+    second = make_result("ptq", 5, seed=0, wall=2.0, unquantized=[entry])
+    third = make_result("custom", None, seed=1, wall=2.0)
+    merged = merge([merge([first, second]), third])
     assert merged.metadata == {
-        "seeds": {"seed": 0},
-        "configurations": [{"q": "bhq"}, {"q": "ptq"}],
         "unquantized": [entry],
-        "merged": [{"wall": 1.0}, {"wall": 2.0}],
+        "configurations": [
+            {"quantizer": "bhq", "bits": 5, "seed": 0, "wall": 1.0},
+            {"quantizer": "ptq", "bits": 5, "seed": 0, "wall": 2.0},
+            {"quantizer": "custom", "bits": None, "seed": 1, "wall": 2.0},
+        ],
     }
+    assert merge([first, second]).metadata["seed"] == 0
     with pytest.raises(InputError, match="at least one"):
         merge([])
     with pytest.raises(InputError, match="two rows for quantizer"):
         merge([first, first])
-    with pytest.raises(InputError, match="different models or data"):
+    with pytest.raises(InputError, match="different models or data: their hashes differ"):
         merge([make_result("bhq", 5, hashes={"model": "a"}), make_result("ptq", 5, hashes={"model": "b"})])
 
 
 def test_html_escapes_names_and_repr_says_what_it_is() -> None:
     result = make_result()
     html = result._repr_html_()
-    assert "bn&lt;1&gt;" in html and "bn<1>" not in html and "nan" not in html.lower()
+    assert "bn&lt;1&gt;" in html
+    assert "bn<1>" not in html
+    assert "nan" not in html.lower()
     assert repr(result) == "Result(2 parameters; bhq@5: total variance 2 [2, 2], 64 draws)"
 
 
 def test_module_needs_no_torch() -> None:
-    # The package's own __init__ is left out: what counts is what this stage imports.
     code = """
-        import sys, types
-        package = types.ModuleType("fqtstats")
-        package.__path__ = [sys.argv[1] + "/fqtstats"]
-        sys.modules["fqtstats"] = package
         import fqtstats.results, fqtstats.report.tables, fqtstats.report.figures
         assert "torch" not in sys.modules and "matplotlib.pyplot" not in sys.modules
     """
-    process = run_python(code, PACKAGE_ROOT)
+    process = run_python(code)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
 
@@ -261,16 +271,20 @@ def test_life_of_a_run(tmp_path: Path) -> None:
         assert not run.finished
     with RunDirectory.create(path, {"bits": 5}, resume=True) as run:
         state = run.load_state("bhq@5/a")
-        assert state is not None and state[1] == {"draws": 7}
+        assert state is not None
+        assert state[1] == {"draws": 7}
         run.finish(make_result())
-        assert run.finished and not (path / "state").exists()
+        assert run.finished
+        assert not (path / "state").exists()
     document = json.loads((path / "run.json").read_text())
-    assert document["finished"] is True and document["arguments"] == {"bits": 5}
+    assert document["finished"] is True
+    assert document["arguments"] == {"bits": 5}
     assert document["results_sha256"] == hashlib.sha256((path / "results.parquet").read_bytes()).hexdigest()
     before = (path / "run.json").read_bytes()
     (path / "state").mkdir()  # as left by a process that was killed between its last two steps
     with RunDirectory.create(path, {"bits": 5}, resume=True) as run:
-        assert run.finished and not (path / "state").exists()
+        assert run.finished
+        assert not (path / "state").exists()
         pd.testing.assert_frame_equal(run.load().table, make_result().table)
     assert (path / "run.json").read_bytes() == before
 
@@ -307,7 +321,7 @@ def test_unwritable_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(RunDirectoryError, match="cannot write in .*: Permission denied"):
+    with pytest.raises(RunDirectoryError, match=r"cannot write in .*: Permission denied"):
         RunDirectory.create(tmp_path / "run", {})
 
 
@@ -328,7 +342,8 @@ def test_one_process_at_a_time_and_no_stale_lock(tmp_path: Path) -> None:
     """
     process = run_python(code, str(tmp_path))
     try:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         with pytest.raises(RunDirectoryError, match="another process is writing the run"):
             RunDirectory.create(tmp_path, {}, resume=True)
     finally:
@@ -374,7 +389,8 @@ def test_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
             run.save_state(key, arrays, {"key": key})
         for key in ("a/b", "..", "bhq@5 é", ".tmp"):
             state = run.load_state(key)
-            assert state is not None and state[1] == {"key": key}
+            assert state is not None
+            assert state[1] == {"key": key}
             assert list(state[0]) == list(arrays)
             for name, array in arrays.items():
                 assert (state[0][name].dtype, state[0][name].shape) == (array.dtype, array.shape)
@@ -411,9 +427,11 @@ def test_full_disk_leaves_the_previous_state(tmp_path: Path, monkeypatch: pytest
             with pytest.raises(RunDirectoryError) as error:
                 run.save_state("a", {"x": np.arange(4)}, {"draws": 2})
         message = one_line(error)
-        assert "No space left on device" in message and "--resume" in message
+        assert "No space left on device" in message
+        assert "--resume" in message
         state = run.load_state("a")
-        assert state is not None and state[1] == {"draws": 1}
+        assert state is not None
+        assert state[1] == {"draws": 1}
         assert [path.name for path in (tmp_path / "state").iterdir()] == ["a.state"]
 
 
@@ -429,7 +447,8 @@ def test_write_that_stops_halfway_leaves_the_previous_state(tmp_path: Path) -> N
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         state = run.load_state("a")
-        assert state is not None and state[1] == {"draws": 1}
+        assert state is not None
+        assert state[1] == {"draws": 1}
         assert [path.name for path in (tmp_path / "state").iterdir()] == ["a.state"]
 
 
@@ -463,7 +482,8 @@ def test_kill_while_saving_leaves_a_whole_state(tmp_path: Path) -> None:
     """
     for delay in (0.0, 0.013, 0.031):
         process = run_python(code, str(tmp_path))
-        assert process.stdout is not None and process.stdout.readline() == "saving\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "saving\n"
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -471,14 +491,17 @@ def test_kill_while_saving_leaves_a_whole_state(tmp_path: Path) -> None:
             state = run.load_state("a")
             assert state is not None
             draws = state[1]["draws"]
-            assert (state[0]["x"] == draws).all() and state[0]["x"].shape == (200_000,)
+            assert (state[0]["x"] == draws).all()
+            assert state[0]["x"].shape == (200_000,)
             assert (state[0]["y"] == -np.int64(draws)).all()  # type: ignore[arg-type]
 
 
 def test_provenance_is_json_and_names_what_matters() -> None:
     found = provenance("avx2")
     assert json.loads(json.dumps(found)) == found
-    assert found["isa"] == "avx2" and provenance()["isa"] is None
+    assert found["isa"] == "avx2"
+    assert provenance()["isa"] is None
     versions = found["versions"]
-    assert isinstance(versions, dict) and {"python", "torch", "numpy", "fqtstats"} <= versions.keys()
+    assert isinstance(versions, dict)
+    assert {"python", "torch", "numpy", "fqtstats"} <= versions.keys()
     assert versions["numpy"] == np.__version__

@@ -59,7 +59,7 @@ class Session:
         self._loss: torch.Tensor | None = None
 
     def __enter__(self) -> Session:
-        for tensor in _tensors(self._batch):
+        for tensor in self.tensors():
             if tensor.dim() > 0 and tensor.shape[0] == 0:
                 raise InputError(f"expected a batch with samples, got a tensor of shape {list(tensor.shape)}")
         if not self.parameters:
@@ -86,6 +86,10 @@ class Session:
     def loss(self) -> float:
         """The loss of the batch."""
         return float(self._require_loss().detach())
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The tensors of the batch."""
+        return _tensors(self._batch)
 
     def qat(self, observe: Observer | None = None) -> list[torch.Tensor]:
         """The gradient with full-precision incoming gradients, one tensor per trainable parameter.

@@ -10,13 +10,13 @@ from pathlib import Path
 from fqtstats import imports
 from fqtstats.data.base import Batch, Data, Kind
 from fqtstats.data.cifar import CIFAR10, CIFAR100, cifar
-from fqtstats.data.custom import custom
+from fqtstats.data.custom import wrap
 from fqtstats.data.digits import digits
 from fqtstats.data.images import Images
 from fqtstats.data.text import text
 from fqtstats.errors import InputError
 
-__all__ = ["SOURCES", "Batch", "Data", "Kind", "Source", "custom", "data"]
+__all__ = ["SOURCES", "Batch", "Data", "Kind", "Source", "data", "wrap"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def data(name: str, root: str | Path | None = None, *, image_size: int | None = 
     """A data source by name.
 
     Args:
-        name: a name in :data:`SOURCES`, or ``package.module:function`` for the user's own (see :func:`custom`).
+        name: a name in :data:`SOURCES`, or ``package.module:function`` for the user's own (see :func:`wrap`).
         root: directory of a source that is read from disk.
         image_size: height and width in pixels, for ``images`` (default 224).
 
@@ -65,5 +65,5 @@ def data(name: str, root: str | Path | None = None, *, image_size: int | None = 
     if image_size is not None and not (source and source.sized):
         raise InputError(f"data {name!r} has a fixed size, got image_size={image_size}; leave it out")
     if source is None:
-        return custom(partial(imports.call, name), name)
+        return wrap(partial(imports.call, name), name)
     return source.make(root, 224 if image_size is None else image_size)

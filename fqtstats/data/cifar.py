@@ -99,7 +99,7 @@ def _read(layout: CifarFormat, path: Path) -> Tensor:
     except FileNotFoundError:
         if path.with_suffix("").is_file():
             raise InputError(
-                f"{str(path)!r} is missing, only the pickled Python version is there; get {layout.name}'s binary version"
+                f"{str(path)!r} is missing, only the pickled Python version is there; get the binary version"
             ) from None
         raise InputError(f"{str(path)!r} is missing; extract the binary version of {layout.name} there") from None
     except OSError as error:
@@ -111,8 +111,8 @@ def _read(layout: CifarFormat, path: Path) -> Tensor:
         raise InputError(f"{str(path)!r} is the pickled Python version; get the binary version of {layout.name}")
     if len(raw) == 0 or len(raw) % size:
         raise InputError(
-            f"{str(path)!r} has {len(raw)} bytes, expected a positive multiple of {size} (records of {layout.name}'s binary "
-            "version); it is truncated or another file: extract it again"
+            f"{str(path)!r} has {len(raw)} bytes, expected a positive multiple of {size} (binary {layout.name}); "
+            "it is truncated or another file: extract it again"
         )
     records = torch.from_numpy(raw).view(-1, size)
     for byte, values in enumerate(layout.labels):

@@ -17,7 +17,7 @@ from fqtstats.data.base import Batch, Data, InMemory, Kind, tensor_digest
 from fqtstats.determinism import seeded
 from fqtstats.errors import InputError
 
-__all__ = ["custom"]
+__all__ = ["wrap"]
 
 EXPECTED = "a pair of tensors (inputs, targets), a Dataset, a DataLoader, or an iterable of (inputs, targets) batches"
 
@@ -28,7 +28,7 @@ MAX_BATCHES = 1_000_000
 HEAD = 64
 
 
-def custom(make: Callable[[], object], name: str) -> Data:
+def wrap(make: Callable[[], object], name: str) -> Data:
     """Wrap what ``make()`` returns.
 
     Args:

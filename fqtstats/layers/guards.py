@@ -18,15 +18,10 @@ _REPLICATED = (
     "use one process per device (DistributedDataParallel), which gives every rank its own"
 )
 
-_compilation_seen: list[bool] = []
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_compilation() -> bool:
-    # Runs for real while the compiler traces, unlike the code around it; the eager run that follows the failed trace
-    # sees the note.
-    _compilation_seen.append(True)
-    return True
+def _in_compiled_code() -> bool:
+    # While the compiler traces, the first answer is a constant. It may then give up (a graph break) and run the code
+    # eagerly; its frame evaluation callback stays set for the whole of the compiled call.
+    return torch.compiler.is_compiling() or callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
 
 
 def check(layer: nn.Module) -> None:
@@ -35,11 +30,7 @@ def check(layer: nn.Module) -> None:
     Raises:
         UnsupportedError: says what to do instead.
     """
-    if torch.compiler.is_compiling():
-        _note_compilation()
-        raise UnsupportedError(_COMPILED)
-    if _compilation_seen:
-        _compilation_seen.clear()
+    if _in_compiled_code():
         raise UnsupportedError(_COMPILED)
     if getattr(layer, "_is_replica", False):
         raise UnsupportedError(_REPLICATED)

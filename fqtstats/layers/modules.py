@@ -64,7 +64,9 @@ class _Quantized(nn.Module):
 
     def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
         device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        # Autocast leaves float64 alone.
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        return torch.get_autocast_dtype(device) if autocast else x.dtype
 
     def extra_repr(self) -> str:
         """The original's, and the quantizers."""
@@ -100,14 +102,18 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
         return y if batched is x else y.squeeze(0)
 
     def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, Product]:
-        # Zero padding that is the same on both sides belongs to the product; any other is made beforehand.
-        pads = self._reversed_padding_repeated_twice
-        before, after = pads[-2::-2], pads[::-2]
-        padding = tuple(before)
+        # Zero padding that is the same on both sides belongs to the product; any other is made beforehand. As in the
+        # original, zero padding follows the layer's attributes as they are now, other modes those it was made with.
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, pads, mode=self.padding_mode), (0,) * len(padding)
-        elif before != after:
-            x, padding = F.pad(x, pads), (0,) * len(padding)
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * (x.dim() - 2)
+        elif self.padding == "same":
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            padding = tuple(t // 2 for t in total)
+            if any(t % 2 for t in total):
+                pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+                x, padding = F.pad(x, pads), (0,) * len(total)
+        else:
+            padding = (0,) * (x.dim() - 2) if self.padding == "valid" else tuple(self.padding)
         return x, ConvProduct(tuple(self.stride), padding, tuple(self.dilation), self.groups)
 
 

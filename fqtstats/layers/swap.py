@@ -123,10 +123,11 @@ def prepare_(
     names = [*chosen, *(u.name for u in unquantized)]
     _require_matches("override", policy.overrides, names)
     _require_matches("skip", [] if skip is None or callable(skip) else _patterns(skip), names)
+    # Copies first: if one fails, the model has not been touched.
+    own = {name: copy.deepcopy(replace(policy.for_layer(name), overrides={})) for name in chosen}
     for name, module in chosen.items():
-        own = copy.deepcopy(replace(policy.for_layer(name), overrides={}))
         module.__class__ = QUANTIZED_TYPES[type(module)]
-        module.fqt_state = LayerState(name, own, shared)  # type: ignore[assignment]
+        module.fqt_state = LayerState(name, own[name], shared)  # type: ignore[assignment]
     return Handle(chosen, tuple(unquantized), policy, shared)
 
 

@@ -263,7 +263,8 @@ def rows(x: torch.Tensor) -> torch.Tensor:
         raise InputError(f"expected a non-empty tensor [N, ...] with the samples first, got shape {list(x.shape)}")
     channels = x.shape[1] if x.dim() > 1 else 1
     compute = x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return compute.reshape(x.shape[0], channels, -1)
+    # Without contiguous(), a channels-last tensor would come out as a strided view.
+    return compute.reshape(x.shape[0], channels, -1).contiguous()
 
 
 def extremes(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

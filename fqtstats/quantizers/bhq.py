@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from fqtstats.quantizers.base import Frame, StochasticQuantizer, Transform, extremes, rows
-from fqtstats.quantizers.grid import affine
+from fqtstats.quantizers.grid import affine, span_of
 
 __all__ = ["BHQ", "BlockHouseholder", "Groups", "group_rows"]
 
@@ -241,8 +241,7 @@ class BHQ(StochasticQuantizer):
 
     @staticmethod
     def _groups(view: torch.Tensor) -> Groups | None:
-        low, high = extremes(view, (1, 2))
-        ranges = (high.double() - low.double()).view(-1)
+        ranges = span_of(*extremes(view, (1, 2))).view(-1)
         if ranges.numel() < 2 or not bool((ranges > 0).any()):
             return None
         return group_rows(ranges)
@@ -271,7 +270,10 @@ class BHQ(StochasticQuantizer):
         return float(per_row * per_group[groups.rank == 0].sum())
 
     def published_bound(self, x: torch.Tensor) -> float:
-        """Sum over groups of ``D / (4 B^2) (lambda_1^(2/3) n^(-1/3) + lambda_2^(2/3) n^(2/3))^3`` (appendix D.4)."""
+        """Sum over groups of ``D / (4 B^2) (lambda_1^(2/3) n^(-1/3) + lambda_2^(2/3) n^(2/3))^3`` (appendix D.4).
+
+        It does not hold in groups with ``lambda_2 = 0``, where it says ``lambda_1^2 / n`` and the leader is rounded alone.
+        """
         view = rows(x)
         groups = self._groups(view)
         per_row = view[0].numel() / (4 * self.format.levels**2)

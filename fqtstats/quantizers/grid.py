@@ -17,7 +17,7 @@ import torch
 
 from fqtstats.errors import NonFiniteError
 
-__all__ = ["Grid", "affine", "symmetric", "zero_on_grid"]
+__all__ = ["Grid", "affine", "span_of", "symmetric", "zero_on_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def affine(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = _span(low, high)
+    span = span_of(low, high)
     return _grid(span / levels, span == 0, levels, offset=low, zero=None, dtype=low.dtype)
 
 
@@ -94,7 +94,7 @@ def zero_on_grid(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = _span(low, high)
+    span = span_of(low, high)
     minimum, maximum = low.double().clamp(max=0), high.double().clamp(min=0)
     lowest = (minimum < 0).double()
     highest = levels - (maximum > 0).double()
@@ -118,7 +118,7 @@ def symmetric(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = _span(low, high)
+    span = span_of(low, high)
     half = (levels - 1) // 2
     largest = torch.maximum(low.abs(), high.abs()).double()
     zero = torch.where(span == 0, 0.0, float(half))
@@ -132,7 +132,12 @@ def _covering_step(minimum: torch.Tensor, maximum: torch.Tensor, zero: torch.Ten
     return torch.maximum(below, above)
 
 
-def _span(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+def span_of(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """``high - low`` per group, float64.
+
+    Raises:
+        NonFiniteError: a range exceeds the largest number of the groups' dtype.
+    """
     span = high.double() - low.double()
     limit = torch.finfo(low.dtype).max
     bad = ~(span <= limit)  # also true for NaN

@@ -50,7 +50,7 @@ def plot_variance(
     Args:
         result: what to draw.
         ax: draw the dots there, without the bars; by default a new figure.
-        configurations: which ones; by default all, or, of many, those at one bit width.
+        configurations: which ones; by default all, or, of more than five, those at one bit width.
         width: of a new figure, in inches.
 
     Raises:
@@ -134,10 +134,10 @@ def _positive(values: pd.Series) -> Floats:
 
 
 def _readable(result: Result) -> tuple[Configuration, ...]:
-    """All configurations, or, if there are several quantizers at several widths, those at the most common width."""
+    """All configurations, or, of too many with several quantizers, those at the most common width."""
     everything = result.configurations
     widths = [item.bits for item in everything]
-    if len(set(widths)) > 1 and len({item.quantizer for item in everything}) > 1:
+    if len(everything) > _MOST and len({item.quantizer for item in everything}) > 1:
         common = max(dict.fromkeys(widths), key=widths.count)
         everything = tuple(item for item in everything if item.bits == common)
     return everything[:_MOST]

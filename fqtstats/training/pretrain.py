@@ -116,11 +116,11 @@ class CheckpointInfo:
 # (model, data) -> a run of at most about a minute on one core. The convolutional ones stop early on purpose: samples
 # that are not yet fitted then stand out, which gives the heavy-tailed rows that the methods are about.
 _DEFAULTS: dict[tuple[str, str], PretrainConfig] = {
-    ("mlp", "digits"): PretrainConfig(epochs=20),
+    ("mlp", "digits"): PretrainConfig(epochs=10),
     ("preact_resnet20", "digits"): PretrainConfig(epochs=5),
     ("preact_resnet56", "digits"): PretrainConfig(epochs=5),
     ("resnet18", "digits"): PretrainConfig(epochs=3, lr=0.05),
-    ("resnet50", "digits"): PretrainConfig(epochs=3, lr=0.05),
+    ("resnet50", "digits"): PretrainConfig(epochs=4, lr=0.01),
     ("vgg16", "digits"): PretrainConfig(epochs=3, lr=0.05),
     ("transformer", "text"): PretrainConfig(epochs=1),
 }
