@@ -69,9 +69,10 @@ class Session:
             self._stack.enter_context(
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             )
-            self._stack.callback(_restore, [(b, b.detach().clone()) for b in self.model.buffers()])
-            self._stack.callback(_restore_grads, [(p, p.grad) for p in self.parameters.values()])
-            self.handle.step = self.handle.step  # restart the count of calls
+            self._stack.callback(_restore_buffers, _buffers(self.model))
+            leaves = [t for t in self.tensors() if t.is_leaf and t.requires_grad]
+            self._stack.callback(_restore_grads, [(t, t.grad) for t in (*self.parameters.values(), *leaves)])
+            self._stack.enter_context(self.handle.shared.counting_anew())
             self._loss = self._forward()
             self._stack = self._stack.pop_all()
         return self
@@ -106,6 +107,9 @@ class Session:
             index: index of the draw; the same index gives the same numbers.
             sites: the sites that quantize; a draw with fewer sites shares the numbers of the others.
         """
+        unknown = [] if isinstance(sites, str) else [site for site in sites if site not in SITES]
+        if isinstance(sites, str) or unknown:
+            raise InputError(f"expected a sequence of sites from {', '.join(SITES)}; got {sites!r}")
         return self._backward(Draw(index=index, sites=frozenset(sites)))
 
     def _require_loss(self) -> torch.Tensor:
@@ -154,15 +158,29 @@ class Session:
         return gradients
 
 
-def _restore(saved: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+_Buffer = tuple[nn.Module, str, torch.Tensor | None, torch.Tensor | None]
+
+
+def _buffers(model: nn.Module) -> list[_Buffer]:
+    """Every buffer with a copy of its value."""
+    return [
+        (module, name, b, None if b is None else b.detach().clone())
+        for module in model.modules()
+        for name, b in module._buffers.items()
+    ]
+
+
+def _restore_buffers(saved: list[_Buffer]) -> None:
     with torch.no_grad():
-        for tensor, value in saved:
-            tensor.copy_(value)
+        for module, name, tensor, value in saved:
+            module._buffers[name] = tensor  # the forward pass may have put another one in its place
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
 
 
-def _restore_grads(saved: list[tuple[nn.Parameter, torch.Tensor | None]]) -> None:
-    for parameter, grad in saved:
-        parameter.grad = grad
+def _restore_grads(saved: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    for tensor, grad in saved:
+        tensor.grad = grad
 
 
 def _tensors(batch: object) -> Iterator[torch.Tensor]:

@@ -19,11 +19,14 @@ from scipy import stats
 
 from fqtstats.random import stream
 
-__all__ = ["BiasTest", "bias_test", "cross_fit_p", "directed_p", "sign_flip_p"]
+__all__ = ["BiasTest", "Directions", "bias_test", "cross_fit_p", "directed_p", "sign_flip_p"]
 
 Array = npt.NDArray[np.float64]
 
 FLIPS = 9999
+
+_SHARED = 64
+"""Weight of the group's mean variance in each direction's own, in units of 1 / n: see :func:`directed_p`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +49,59 @@ class BiasTest:
         return min(1.0, 3 * min(self.directed, self.cross_fit, self.sign_flip))
 
 
-def bias_test(directions: Array, gram: Array, seed: int = 0) -> BiasTest:
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Components of the errors along one kind of directions that were fixed beforehand.
+
+    Attributes:
+        values: ``[n, m]``.
+        tolerance: means up to this are the rounding of the arithmetic, ``[m]``.
+        alike: whether the m directions are of one kind (rows, columns), so that their variances can be compared.
+    """
+
+    values: Array
+    tolerance: Array
+    alike: bool
+
+
+def bias_test(directions: Sequence[Directions], gram: Array, tolerance: float = 0.0, seed: int = 0) -> BiasTest:
     """All three families.
 
     Args:
-        directions: ``[n, m]``, the errors' components along m directions that were fixed beforehand.
+        directions: components of the errors along fixed directions.
         gram: ``[n, n]``, inner products of the (sketched) errors.
+        tolerance: a squared bias up to this is the rounding of the arithmetic.
         seed: seed of the sign flips.
     """
+    gram = gram - tolerance
     return BiasTest(directed_p(directions), cross_fit_p(gram), sign_flip_p(gram, seed))
 
 
-def directed_p(directions: Array) -> float:
-    """Two-sided t tests of mean zero for each column of ``[n, m]``, Bonferroni over the columns that vary or are not zero."""
-    n = directions.shape[0]
-    moving = directions[:, np.any(directions != 0, axis=0)]
-    if n < 2 or moving.shape[1] == 0:
-        return 1.0
-    mean, deviation = moving.mean(axis=0), moving.std(axis=0, ddof=1)
-    # Equal nonzero errors in all draws are a certain bias: t is infinite and p zero.
-    with np.errstate(divide="ignore"):
-        t = np.abs(mean) / (deviation / np.sqrt(n))
-    return float(min(1.0, moving.shape[1] * 2 * stats.t.sf(t, n - 1).min()))
+def directed_p(directions: Sequence[Directions]) -> float:
+    """Two-sided t tests of mean zero for each direction, Bonferroni over those that vary or are not zero.
+
+    A direction that few rounding decisions enter may go all n draws without its rare outcome, and then shows a mean
+    without a variance (a decision with probability 1/n of going up, in one draw set out of e). Among directions of one
+    kind each therefore gets ``64 / n`` of the kind's mean variance at least. Single elements are no directions at all.
+    """
+    smallest, tests = 1.0, 0
+    for kind in directions:
+        n, m = kind.values.shape
+        if n < 2 or m == 0:
+            continue
+        moving = np.any(np.abs(kind.values) > kind.tolerance, axis=0)
+        tests += int(moving.sum())
+        excess = np.maximum(np.abs(kind.values.mean(axis=0)) - kind.tolerance, 0.0)
+        variance = kind.values.var(axis=0, ddof=1)
+        if kind.alike:
+            variance = np.maximum(variance, _SHARED / n * variance.mean())
+        moving &= excess > 0
+        if moving.any():
+            # Equal nonzero errors in all draws are a certain bias: t is infinite and p zero.
+            with np.errstate(divide="ignore"):
+                t = excess[moving] / np.sqrt(variance[moving] / n)
+            smallest = min(smallest, float(2 * stats.t.sf(t, n - 1).min()))
+    return min(1.0, max(tests, 1) * smallest)
 
 
 def cross_fit_p(gram: Array) -> float:
@@ -104,8 +138,3 @@ def sign_flip_p(gram: Array, seed: int = 0, flips: int = FLIPS) -> float:
     # Ties (among them the identity and its mirror image) count as extreme, up to rounding.
     slack = 1e-12 * np.abs(off).sum()
     return float((1 + np.count_nonzero(flipped >= observed - slack)) / (flips + 1))
-
-
-def sums_of_directions(sketches: Array, slices: Sequence[slice]) -> Array:
-    """``[n, 3]``: components along the whole gradient's ``g``, ``sign g`` and ``1``, from those of its parameters."""
-    return np.sum([sketches[:, s] for s in slices], axis=0)

@@ -34,12 +34,13 @@ def t_interval(norms: Array, level: float = 0.95) -> tuple[float, float]:
     return _around(float(norms.mean()), norms.std(ddof=1) / np.sqrt(len(norms)) if len(norms) > 1 else np.nan, norms, level)
 
 
-def jackknife_interval(norms: Array, gram: Array, level: float = 0.95) -> tuple[float, float]:
-    """Jackknife interval of the sample variance, for errors that may have a mean.
+def jackknife_interval(norms: Array, gram: Array, variance: float, level: float = 0.95) -> tuple[float, float]:
+    """Jackknife interval around the sample variance, for errors that may have a mean; NaN below three draws.
 
     Args:
         norms: ``A_i``, ``[n]``.
         gram: ``[n, n]`` inner products of the (sketched) errors; only off-diagonal entries are used.
+        variance: the sample variance; that of sketched inner products would be off by a few per cent of the squared bias.
         level: coverage.
     """
     n = len(norms)
@@ -49,12 +50,10 @@ def jackknife_interval(norms: Array, gram: Array, level: float = 0.95) -> tuple[
     # ||sum e||^2 = sum_i A_i + sum_{i != k} G_ik, and the same with one draw left out.
     total_norm, total_off = norms.sum(), off.sum()
 
-    def variance(count: int, norm: Array | float, cross: Array | float) -> Array | float:
-        return (norm - (norm + cross) / count) / (count - 1)
-
-    left_out = np.asarray(variance(n - 1, total_norm - norms, total_off - 2 * off.sum(axis=1)))
+    norms_left, off_left = total_norm - norms, total_off - 2 * off.sum(axis=1)
+    left_out = (norms_left - (norms_left + off_left) / (n - 1)) / (n - 2)
     deviation = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
-    return _around(float(variance(n, total_norm, total_off)), deviation, norms, level)
+    return _around(variance, deviation, norms, level)
 
 
 def _around(center: float, deviation: float, norms: Array, level: float) -> tuple[float, float]:

@@ -10,6 +10,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,6 +72,11 @@ class ErrorMoments:
         self.sketches: dict[int, npt.NDArray[np.float64]] = {}
 
     @property
+    def largest(self) -> npt.NDArray[np.float64]:
+        """Largest element of gradient and calibration error, rounded up to a power of two, ``[P]``."""
+        return np.array([2.0 ** (exponent + _RESOLUTION) for exponent in self.exponents])
+
+    @property
     def draws(self) -> list[int]:
         """Indices of the draws seen, ascending."""
         return sorted(self.norms)
@@ -96,14 +102,30 @@ class ErrorMoments:
                     f"draw {draw}: the error of {name!r} is not finite or over {_LARGEST * 2.0**exponent:.2g}, which is "
                     "2^20 times what the gradient and a first draw have; use more bits"
                 )
+        norms = np.array([squared_norm(e) for e in errors])
+        sketch = None if self.sketch is None else self.sketch(errors)
+        added = 0
+        try:
+            for part, increment in self._increments(errors):
+                part.add_(increment)
+                added += 1
+            if parts is not None:
+                self.parts[draw] = parts
+            if sketch is not None:
+                self.sketches[draw] = sketch
+            self.norms[draw] = norms
+        except BaseException:
+            # Interrupted half-way: take back what was added (exact), so that the state stays one of whole draws.
+            self.norms.pop(draw, None)
+            for part, increment in itertools.islice(self._increments(errors), added):
+                part.sub_(increment)
+            raise
+
+    def _increments(self, errors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pieces of the sums and what an error adds to each."""
         for total, exponent, e in zip(self.sums, self.exponents, errors, strict=True):
             for part, chunk in _chunks(total, e.reshape(-1)):
-                part.add_(chunk.double().mul_(2.0**-exponent).round_().long())
-        self.norms[draw] = np.array([squared_norm(e) for e in errors])
-        if parts is not None:
-            self.parts[draw] = parts
-        if self.sketch is not None:
-            self.sketches[draw] = self.sketch(errors)
+                yield part, chunk.double().mul_(2.0**-exponent).round_().long()
 
     def merge(self, other: ErrorMoments) -> None:
         """Add the draws of another accumulator of the same gradient.
@@ -138,7 +160,7 @@ class ErrorMoments:
     def stacked(self, record: str) -> npt.NDArray[np.float64]:
         """``norms`` ``[n, P]``, ``parts`` ``[n, 2, P]`` or ``sketches`` ``[n, W]``, in order of the draw index."""
         rows: dict[int, npt.NDArray[np.float64]] = getattr(self, record)
-        return np.stack([rows[draw] for draw in sorted(rows)])
+        return np.stack([rows[draw] for draw in self.draws])
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """Everything, as arrays; see :meth:`load`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +31,16 @@ class Slots:
 
     Attributes:
         directions: ``<e, g>``, ``<e, sign g>``, ``<e, 1>``.
-        sums: sums over groups of rows and over groups of columns.
+        rows: sums over groups of rows; empty where the elements themselves are kept.
+        columns: sums over groups of columns; empty where the elements themselves are kept.
         buckets: sums of the error times random signs over consecutive elements (or the elements themselves, where there
             are few): their inner products estimate those of the errors without bias.
     """
 
     directions: slice
-    sums: slice
+    rows: slice
+    columns: slice
     buckets: slice
-
-    @property
-    def all(self) -> slice:
-        """All of the parameter's numbers."""
-        return slice(self.directions.start, self.buckets.stop)
 
 
 class Sketch:
@@ -69,14 +67,12 @@ class Sketch:
             buckets = g.numel() if small else free - sum(groups)
             length = 1 if small else -(-g.numel() // buckets)
             buckets = -(-g.numel() // length)
-            middle = at + _DIRECTIONS + sum(groups)
-            self.slots.append(
-                Slots(slice(at, at + _DIRECTIONS), slice(at + _DIRECTIONS, middle), slice(middle, middle + buckets))
-            )
+            ends = [at, *(at + np.cumsum([_DIRECTIONS, *groups, buckets])).tolist()]
+            self.slots.append(Slots(*(slice(start, end) for start, end in pairwise(ends))))
             self._groups.append(groups)
             signs = stream(seed=seed, layer=str(index), site="sketch").bits(length, 1, device=g.device)
             self._signs.append(signs.mul_(2).sub_(1).to(g.dtype))
-            at = middle + buckets
+            at = ends[-1]
         self.width = at
 
     def __call__(self, errors: Sequence[torch.Tensor]) -> npt.NDArray[np.float64]:
@@ -90,11 +86,21 @@ class Sketch:
             out[slots.directions] = [float(d) for d in directions]
             if sum(groups):
                 matrix = e.reshape(_two_axes(e))
-                out[slots.sums] = np.concatenate(
-                    [_group_sums(matrix.sum(1), groups[0]), _group_sums(matrix.sum(0), groups[1])]
-                )
+                out[slots.rows] = _group_sums(matrix.sum(1), groups[0])
+                out[slots.columns] = _group_sums(matrix.sum(0), groups[1])
             out[slots.buckets] = _buckets(flat, signs).double().cpu().numpy()
         return out
+
+    def row_and_column_sums(self, index: int, sketches: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+        """Sums over (groups of) rows ``[n, .]`` and columns ``[n, .]`` of one parameter, from sketches ``[n, W]``.
+
+        Both are empty for a vector: a single element is no sum.
+        """
+        slots, (rows, columns) = self.slots[index], _two_axes(self._reference[index])
+        if self._signs[index].numel() > 1 or sum(self._groups[index]) or rows == 1 or columns == 1:
+            return sketches[:, slots.rows], sketches[:, slots.columns]
+        elements = (sketches[:, slots.buckets] * float(self._signs[index])).reshape(-1, rows, columns)
+        return elements.sum(2), elements.sum(1)
 
 
 def _buckets(flat: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

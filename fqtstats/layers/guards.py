@@ -18,6 +18,7 @@ _REPLICATED = (
     "use one process per device (DistributedDataParallel), which gives every rank its own"
 )
 
+
 def _in_compiled_code() -> bool:
     # While the compiler traces, the first answer is a constant. It may then give up (a graph break) and run the code
     # eagerly; its frame evaluation callback stays set for the whole of the compiled call.

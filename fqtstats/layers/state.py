@@ -13,7 +13,7 @@ import torch
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers import recomputation
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.random import Stream
+from fqtstats.random import Stream, stream
 
 __all__ = ["SITES", "Call", "Draw", "LayerState", "Shared", "Site"]
 
@@ -60,12 +60,22 @@ class Shared:
 
     @step.setter
     def step(self, value: int) -> None:
+        stream(step=value)  # raises InputError for what is no integer
         self._step = value
         self._calls.clear()
 
     def next_call(self, layer: str) -> int:
         """Index of this call of ``layer`` within the step, in forward order; a recomputed call keeps its index."""
         return recomputation.call_index(layer, self._count)
+
+    @contextmanager
+    def counting_anew(self) -> Iterator[None]:
+        """Count calls from 0; afterwards the count goes on where it was."""
+        before, self._calls = self._calls, {}
+        try:
+            yield
+        finally:
+            self._calls = before
 
     def _count(self, layer: str) -> int:
         index = self._calls.get(layer, 0)

@@ -16,6 +16,7 @@ from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.state import LayerState, Shared
 from fqtstats.policy import Policy
+from fqtstats.random import stream
 
 __all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
 
@@ -103,6 +104,7 @@ def prepare_(
     if not isinstance(policy, Policy):
         raise InputError(f"expected a fqtstats.Policy, got {policy!r}; see fqtstats.policies.get")
     guards.check_model(model)
+    stream(seed=seed)  # raises InputError for what is no integer
     shared = Shared(seed=seed, replica=_rank())
     skipped = _skipper(skip)
     chosen: dict[str, nn.Module] = {}

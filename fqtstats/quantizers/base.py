@@ -216,7 +216,11 @@ class StochasticQuantizer(UniformQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.random_bits, bool) or not isinstance(self.random_bits, int) or not 1 <= self.random_bits <= 32:
+        if (
+            isinstance(self.random_bits, bool)
+            or not isinstance(self.random_bits, int)
+            or not 1 <= self.random_bits <= 32
+        ):
             raise InputError(f"random_bits must be an integer from 1 to 32, got {self.random_bits!r}")
 
     @property

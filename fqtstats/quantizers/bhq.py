@@ -6,7 +6,7 @@ large row (the leader) with small ones and spreads it over the group with a Hous
 row's range, and with it its quantization noise, is shared.
 
 Shape legend: N rows (samples), D elements per row, B = 2^bits - 1 bins; a group has n rows, leader first;
-lambda_i is the range (maximum - minimum) of row i, lambda_1 of a leader, lambda_2 of the largest small row of its group.
+lambda_i is the range (maximum - minimum) of row i, lambda_1 of a leader, lambda_2 of its group's largest small row.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def group_rows(ranges: torch.Tensor) -> Groups:
     """StatQuant's grouping: as many leaders as have a proportional share of the small rows.
 
     With rows sorted by range, descending, ``m`` is the smallest number >= 1 of small rows with
-    ``m lambda_{N-m} >= sum_{i <= N-m} lambda_i``; the first ``G = N - m`` rows are leaders, and leader ``i`` takes small
-    rows ``c_{i-1} + 1 .. c_i`` with ``c_i = round(m sum_{j<=i} lambda_j / sum_{j<=G} lambda_j)``. Every group has at
-    least two rows.
+    ``m lambda_{N-m} >= sum_{i <= N-m} lambda_i``; the first ``G = N - m`` rows are leaders, and leader ``i`` takes
+    small rows ``c_{i-1} + 1 .. c_i`` with ``c_i = round(m sum_{j<=i} lambda_j / sum_{j<=G} lambda_j)``. Every group
+    has at least two rows.
 
     Args:
         ranges: lambda, ``[N]`` float64, N >= 2, at least one of them positive.
@@ -96,7 +96,8 @@ def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
 def small_row_scale(groups: Groups) -> torch.Tensor:
     """``t = ((n - 1) lambda_1 / (sqrt(n) kappa lambda_2))^(1/3)`` with ``kappa = max |H_ij|``; 1 where lambda_2 = 0.
 
-    ``[N]`` float64. This ``kappa`` brings the variance within 6 % of the best ``t``; ``sqrt(n)`` instead costs up to 95 %.
+    ``[N]`` float64. This ``kappa`` brings the variance within 6 % of the best ``t``; ``sqrt(n)`` instead costs up to
+    95 %.
     """
     n = groups.size.double()
     corner = 1 / (n - n.sqrt())  # minus the off-diagonal entries of H, which exist from n = 3 on
@@ -111,8 +112,8 @@ def small_row_scale(groups: Groups) -> torch.Tensor:
 class BlockHouseholder(Transform):
     """``T = H diag(s, s t, .., s t)`` in every group, rows in group order; the identity in groups of one row.
 
-    ``H = I - 2 v v^T`` with ``v`` proportional to ``1 / sqrt(n) - e_1``: its first row and column are ``1 / sqrt(n)``, the
-    others ``delta_ij - 1 / (n - sqrt n)``. It is applied as a rank-1 update, O(N D).
+    ``H = I - 2 v v^T`` with ``v`` proportional to ``1 / sqrt(n) - e_1``: its first row and column are ``1 / sqrt(n)``,
+    the others ``delta_ij - 1 / (n - sqrt n)``. It is applied as a rank-1 update, O(N D).
 
     Attributes:
         order: row index of each position, ``[N]``.
@@ -136,14 +137,13 @@ class BlockHouseholder(Transform):
         """The transform of a grouping.
 
         Where ``lambda_2 = 0`` (``t`` infinite) the group is left alone: its small rows are constant and exactly
-        Where ``lambda_2 = 0`` (``t`` infinite) the group is left alone: its small rows are constant and exactly
-        representable by themselves. ``s`` is a power of two that keeps tiny groups out of the subnormal range and the sums
-        of huge ones finite; it cancels.
+        representable by themselves. ``s`` is a power of two that keeps tiny groups out of the subnormal range and the
+        sums of huge ones finite; it cancels.
         """
         n = groups.size.double()
         transformed = groups.small_range > 0
-        # `edge` bounds the ranges that need no help. `lift` leaves room for t, which is below 2^34 in the tiny groups of
-        # float32 (largest ratio of ranges 2^89) and below 2^165 in those of float64.
+        # `edge` bounds the ranges that need no help. `lift` leaves room for t, which is below 2^34 in the tiny groups
+        # of float32 (largest ratio of ranges 2^89) and below 2^165 in those of float64.
         edge, lift = (2.0**60, 2.0**80) if dtype == torch.float32 else (2.0**600, 2.0**800)
         s = torch.ones_like(n)
         s = torch.where(groups.leader_range < 1 / edge, lift, torch.where(groups.leader_range > edge, 1 / edge, s))
@@ -203,7 +203,7 @@ class BlockHouseholder(Transform):
         return torch.where(self.leader, mean, torch.where(self.member, z - shift, z))
 
     def _tree_sum(self, z: torch.Tensor) -> torch.Tensor:
-        """Sum of each group, at each of its positions: a pairwise tree in group order, so that its rounding is prescribed."""
+        """Sum of each group, at each of its positions: a pairwise tree in group order, which fixes its rounding."""
         sums = z.clone()
         for target, source in self.tree:
             sums[target] += sums[source]
@@ -249,8 +249,8 @@ class BHQ(StochasticQuantizer):
     def bound(self, x: torch.Tensor) -> float:
         """Sum over groups of ``D / (4 B^2) (1 + (n-1) / t^2) (lambda_1 / sqrt n + t (n-1) / sqrt n lambda_2)^2``.
 
-        Every transformed row has a range of at most the second bracket (times s), and the squared entries of T^-1 add up
-        to the first. Valid for the ``t`` that is used, unlike the published form, which is its minimum over ``t``.
+        Every transformed row has a range of at most the second bracket (times s), and the squared entries of T^-1 add
+        up to the first. Valid for the ``t`` that is used, unlike the published form, which is its minimum over ``t``.
         """
         view = rows(x)
         low, high = extremes(view, (1, 2))
@@ -272,7 +272,8 @@ class BHQ(StochasticQuantizer):
     def published_bound(self, x: torch.Tensor) -> float:
         """Sum over groups of ``D / (4 B^2) (lambda_1^(2/3) n^(-1/3) + lambda_2^(2/3) n^(2/3))^3`` (appendix D.4).
 
-        It does not hold in groups with ``lambda_2 = 0``, where it says ``lambda_1^2 / n`` and the leader is rounded alone.
+        It does not hold in groups with ``lambda_2 = 0``, where it says ``lambda_1^2 / n`` although the leader is
+        rounded alone.
         """
         view = rows(x)
         groups = self._groups(view)

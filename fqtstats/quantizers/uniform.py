@@ -66,8 +66,8 @@ class PTQ(_Grouped):
         grid: ``"zero"`` has zero as a grid point, so that exact zeros stay zeros; ``"affine"`` runs from the minimum to
             the maximum, and a bulk of near-zero values then sits at one arbitrary fraction between two points.
 
-    ``bound`` is ``N D step^2 / 4``; the published ``N D R^2 / (4 B^2)`` holds for the affine grid only (with zero on the
-    grid the step is larger than ``R / B``).
+    ``bound`` is ``N D step^2 / 4``; the published ``N D R^2 / (4 B^2)`` holds for the affine grid only (with zero on
+    the grid the step is larger than ``R / B``).
     """
 
     grid: Literal["zero", "affine"] = "zero"

@@ -119,10 +119,10 @@ _DEFAULTS: dict[tuple[str, str], PretrainConfig] = {
     ("mlp", "digits"): PretrainConfig(epochs=10),
     ("preact_resnet20", "digits"): PretrainConfig(epochs=5),
     ("preact_resnet56", "digits"): PretrainConfig(epochs=5),
-    ("resnet18", "digits"): PretrainConfig(epochs=3, lr=0.05),
+    ("resnet18", "digits"): PretrainConfig(epochs=4, lr=0.02),
     ("resnet50", "digits"): PretrainConfig(epochs=4, lr=0.01),
-    ("vgg16", "digits"): PretrainConfig(epochs=3, lr=0.05),
-    ("transformer", "text"): PretrainConfig(epochs=1),
+    ("vgg16", "digits"): PretrainConfig(epochs=4, lr=0.02),
+    ("transformer", "text"): PretrainConfig(epochs=1, batch_size=32, lr=0.3),
 }
 
 

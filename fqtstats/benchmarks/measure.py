@@ -1,0 +1,131 @@
+"""One draw of the quantized gradient against the naive replicate.
+
+The baseline is what one writes without this package, and what public code of the method does: layers whose forward
+pass computes each convolution twice, once per backward product, because autograd then keeps the two incoming
+gradients apart; stochastic rounding by adding ``torch.rand`` and flooring; and a full forward and backward pass per
+repetition. It is deliberately independent of the package's layers and quantizers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fqtstats import policies
+from fqtstats.benchmarks.pairs import Row, compare, row
+from fqtstats.capture import Session
+from fqtstats.layers import quantized
+from fqtstats.models.preact_resnet import PreActResNet
+
+__all__ = ["benchmark_measure"]
+
+BITS = 5
+BATCH = 128
+
+
+def benchmark_measure(rounds: int, tell: Callable[[int, int], None]) -> list[Row]:
+    """ResNet-20, batch 128, 3 x 32 x 32, PSQ and PTQ, one thread each: the setting that measurements run in."""
+    before = torch.get_num_threads()
+    quantizers = ("psq", "ptq")
+    done, total = 0, rounds * len(quantizers)
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        tell(done, total)
+
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(0)
+            return [_against_naive(name, rounds, step) for name in quantizers]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _against_naive(name: str, rounds: int, tell: Callable[[], None]) -> Row:
+    model = PreActResNet(3, 10, 3)
+    batch = (torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)))
+    naive = copy.deepcopy(model)
+    _make_naive(naive, per_sample=name == "psq")
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def replicate() -> None:
+        naive.zero_grad()
+        torch.autograd.backward(loss_fn(naive, batch))
+
+    with (
+        quantized(model, policies.get(f"statquant-{name}", bits=BITS)) as handle,
+        Session(model, handle, batch, loss_fn) as session,
+    ):
+        index = iter(range(1_000_000))
+        times = compare(lambda: session.draw(next(index)), replicate, rounds, tell)
+    return row(
+        f"one {name} draw", f"resnet20 {BATCH}x3x32x32", 1, "naive replicate (forward and backward)", times, must=1.5
+    )
+
+
+def _fake_quantize(x: Tensor, bits: int, dims: tuple[int, ...], noise: bool) -> Tensor:
+    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    scale = (2**bits - 1) / (high - low).clamp(min=1e-30)
+    y = (x - low) * scale
+    y = torch.floor(y + torch.rand_like(y)) if noise else torch.round(y)
+    return y.clamp(0, 2**bits - 1) / scale + low
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _fake_quantize(x, 8, tuple(range(x.dim())), noise=False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class _Gradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bits: int, dims: tuple[int, ...]) -> Tensor:
+        ctx.bits, ctx.dims = bits, dims
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _fake_quantize(g, ctx.bits, ctx.dims, noise=True), None, None
+
+
+def _bifurcated(layer: nn.Module, per_sample: bool, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        xq, wq = _Forward.apply(x), _Forward.apply(weight)
+        every = tuple(range(x.dim()))
+        channels = (0, *every[2:])
+        for_weight = _Gradient.apply(product(xq.detach(), wq, bias), 8, channels if per_sample else every)
+        for_input = _Gradient.apply(product(xq, wq.detach(), None), BITS, every[1:] if per_sample else every)
+        total: Tensor = for_weight + for_input - for_input.detach()
+        return total
+
+    return forward
+
+
+def _make_naive(model: nn.Module, per_sample: bool) -> None:
+    """Replace the forward methods of convolutions and linear layers."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            conv = layer
+
+            def convolve(x: Tensor, w: Tensor, b: Tensor | None, conv: nn.Conv2d = conv) -> Tensor:
+                return F.conv2d(x, w, b, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+            layer.forward = _bifurcated(layer, per_sample, convolve)  # type: ignore[method-assign]
+        elif isinstance(layer, nn.Linear):
+            layer.forward = _bifurcated(layer, per_sample, F.linear)  # type: ignore[method-assign]

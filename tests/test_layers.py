@@ -1,0 +1,612 @@
+"""Quantized layers against autograd through fake quantization, and how they behave in a model.
+
+Tolerance of every comparison of sums: ``ULPS`` units in the last place of the largest element of the reference, in the
+dtype of what is compared. The operands are the same bit for bit; only the order of summation may differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles import fake_quantization as oracle
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fqtstats
+from fqtstats import Policy, quantizer
+from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
+from fqtstats.layers import QuantLinear
+
+ULPS = 8
+
+QA, QW = quantizer("minmax", bits=4), quantizer("zero_on_grid", bits=3)
+FORWARD = {"activation": QA, "weight": QW}
+FQT = Policy(**FORWARD, grad_input=quantizer("psq", bits=3), grad_weight=quantizer("psq", bits=3))
+
+
+def qa(x):
+    return QA(x, fqtstats.stream())
+
+
+def qw(w):
+    return QW(w, fqtstats.stream())
+
+
+def identity(x, stream):
+    return x
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(got, expected, ulps=ULPS):
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    scale = float(expected.detach().abs().max()) * torch.finfo(expected.dtype).eps
+    assert float((got.detach().double() - expected.detach().double()).abs().max()) <= ulps * scale
+
+
+def filled(layer, seed=1):
+    """The layer with parameters that do not depend on torch's global generator."""
+    with torch.no_grad():
+        for i, p in enumerate(layer.parameters()):
+            p.copy_(gaussian(*p.shape, seed=seed + i) / p[0].numel() ** 0.5)
+    return layer
+
+
+def gradients(layer, x, y, g):
+    """``(dx, dw, db)`` for the incoming gradient ``g``; db is None without a bias."""
+    parameters = list(layer.parameters())
+    dx, dw, *db = torch.autograd.grad(y, [x, *parameters], g, retain_graph=True)
+    return dx, dw, *(db or [None])
+
+
+# --- every option against the oracle ----------------------------------------------------------------------------------
+
+LINEAR_INPUTS = {"N,D": (7, 6), "B,T,D": (2, 5, 6), "D": (6,), "A,B,T,D": (2, 3, 2, 6), "one row": (1, 6)}
+
+# Options of both convolutions; a pair is cut to its last number in one dimension.
+CONV_OPTIONS = {
+    "plain": {},
+    "pointwise": {"kernel_size": 1},
+    "stride": {"stride": 2},
+    "strides": {"stride": (2, 3)},
+    "padding": {"padding": 1},
+    "paddings": {"padding": (2, 1)},
+    "same": {"padding": "same"},
+    "same even kernel": {"kernel_size": (4, 2), "padding": "same"},
+    "same even and odd kernel": {"kernel_size": (3, 2), "padding": "same"},
+    "same even kernel dilated": {"kernel_size": 2, "padding": "same", "dilation": (3, 1)},
+    "valid": {"padding": "valid"},
+    "valid strided": {"padding": "valid", "stride": 2},
+    "dilation": {"dilation": (1, 2)},
+    "groups": {"groups": 2},
+    "depthwise": {"groups": 4, "padding": 1},
+    "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
+    "replicate": {"padding": (1, 2), "padding_mode": "replicate"},
+    "circular": {"padding": (1, 2), "padding_mode": "circular"},
+    "reflect same even": {"kernel_size": (2, 4), "padding": "same", "padding_mode": "reflect"},
+    "circular same even": {"kernel_size": (4, 2), "padding": "same", "padding_mode": "circular"},
+    "replicate valid": {"padding": "valid", "padding_mode": "replicate"},
+    "all at once": {
+        "stride": (2, 1),
+        "padding": (2, 3),
+        "dilation": (2, 1),
+        "groups": 2,
+        "padding_mode": "circular",
+        "kernel_size": (2, 3),
+    },
+}
+
+# name: (dtype of the model, autocast, channels_last, batched)
+VARIANTS = {
+    "float32": (torch.float32, False, False, True),
+    "float64": (torch.float64, False, False, True),
+    "bfloat16": (torch.bfloat16, False, False, True),
+    "float16": (torch.float16, False, False, True),
+    "autocast": (torch.float32, True, False, True),
+    "channels_last": (torch.float32, False, True, True),
+    "unbatched": (torch.float32, False, False, False),
+}
+
+
+def conv_case(space, option, bias, variant):
+    """The plain layer, its input (a leaf), the oracle's options and the context to run it in."""
+    dtype, autocast, channels_last, batched = VARIANTS[variant]
+    options = {"kernel_size": 3, **CONV_OPTIONS[option]}
+    if space == 1:
+        options = {k: v[-1] if isinstance(v, tuple) else v for k, v in options.items()}
+    layer = filled((nn.Conv1d if space == 1 else nn.Conv2d)(4, 8, bias=bias, **options)).to(dtype)
+    x = gaussian(*((3,) if batched else ()), 4, *(9, 7)[-space:], dtype=dtype, seed=5)
+    if channels_last and space == 2:
+        x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
+    del options["kernel_size"]
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    return layer, x.requires_grad_(), options, context
+
+
+def check_against_oracle(layer, x, context, reference):
+    """QAT and FQT of ``layer`` with ``reference(x, w, b, qa, qw)`` the oracle; ``x`` is a leaf."""
+    bias = layer.bias
+    expected = reference(x, layer.weight, bias, qa, qw)
+    handle = fqtstats.prepare_(layer, FQT, seed=11)
+    handle.step = 5
+    with context:
+        y = layer(x)
+    low = torch.bfloat16 if not isinstance(context, contextlib.nullcontext) else x.dtype
+    assert_near(y, expected.to(low), 1 if low == torch.bfloat16 else ULPS)
+    g = gaussian(*y.shape, seed=9, dtype=y.dtype)
+    lifted = g.to(expected.dtype)
+    with handle.shared.drawing(fqtstats.layers.state.Draw(sites=frozenset())):
+        qat = gradients(layer, x, y, g)
+    for got, want in zip(qat, gradients(layer, x, expected, lifted), strict=True):
+        if got is not None:
+            assert_near(got, want)
+    # FQT: the weight and bias gradient see Q1(g), the input gradient Q2(g); a row is a sample.
+    if isinstance(layer, nn.Linear):
+        rows = lifted.reshape(-1, lifted.shape[-1])
+    else:
+        rows = lifted if x.dim() == layer.weight.dim() else lifted.unsqueeze(0)
+    q = FQT.grad_input
+    q1, q2 = (
+        q(rows, fqtstats.stream(seed=11, step=5, layer="", site=site, draw=0, call=0, replica=0)).view_as(lifted)
+        for site in ("grad_weight", "grad_input")
+    )
+    fqt = gradients(layer, x, y, g)
+    dx, _, _ = gradients(layer, x, expected, q2)
+    wrong, dw, db = gradients(layer, x, expected, q1)
+    for got, want in zip(fqt, (dx, dw, db), strict=True):
+        if got is not None:
+            assert_near(got, want)
+    if rows.shape[0] > 1:  # one row of few elements may round alike
+        assert not torch.equal(q1, q2), "the two sites use different numbers"
+        assert not torch.equal(wrong, dx)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", LINEAR_INPUTS)
+def test_linear_equals_autograd_through_fake_quantization(shape, variant, bias):
+    dtype, autocast, _, _ = VARIANTS[variant]
+    layer = filled(nn.Linear(6, 5, bias=bias)).to(dtype)
+    x = gaussian(*LINEAR_INPUTS[shape], seed=5, dtype=dtype).requires_grad_()
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    check_against_oracle(layer, x, context, oracle.linear)
+
+
+@pytest.mark.parametrize("option", CONV_OPTIONS)
+@pytest.mark.parametrize("space", [1, 2], ids=["conv1d", "conv2d"])
+def test_convolution_equals_autograd_through_fake_quantization(space, option):
+    for bias, variant in itertools.product((True, False), VARIANTS):
+        layer, x, options, context = conv_case(space, option, bias, variant)
+        check_against_oracle(layer, x, context, lambda *a, options=options: oracle.conv(*a, **options))
+
+
+def plain_and_prepared(layer, x, context):
+    """Outputs and gradients of the plain layer and of the layer with quantizers that return their argument."""
+    results = []
+    policy = Policy(activation=identity, weight=identity, grad_input=identity, grad_weight=identity)
+    for handle in (None, fqtstats.prepare_):
+        if handle is not None:
+            handle(layer, policy)
+        with context:
+            y = layer(x)
+        g = gaussian(*y.shape, seed=9, dtype=y.dtype)
+        results.append((y, *gradients(layer, x, y, g)))
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("option", CONV_OPTIONS)
+@pytest.mark.parametrize("space", [1, 2], ids=["conv1d", "conv2d"])
+def test_without_rounding_a_convolution_is_the_plain_layer(space, option):
+    for bias, variant in itertools.product((True, False), VARIANTS):
+        layer, x, _, context = conv_case(space, option, bias, variant)
+        plain, prepared = plain_and_prepared(layer, x, context)
+        for got, want in zip(prepared, plain, strict=True):
+            if want is not None:
+                # Autocast rounds the plain layer's operands to bfloat16, 2^-8 relative each; ours are rounded once.
+                if variant == "autocast":
+                    assert_near(got.bfloat16(), want.bfloat16(), 4)
+                else:
+                    assert_near(got, want)
+        if variant == "channels_last" and space == 2:
+            assert prepared[0].stride() == plain[0].stride()
+
+
+@pytest.mark.parametrize("shape", LINEAR_INPUTS)
+@pytest.mark.parametrize("variant", ["float32", "float64", "bfloat16", "float16"])
+def test_without_rounding_a_linear_layer_is_the_plain_layer(variant, shape):
+    for bias in (True, False):
+        layer = filled(nn.Linear(6, 5, bias=bias)).to(VARIANTS[variant][0])
+        x = gaussian(*LINEAR_INPUTS[shape], seed=5, dtype=VARIANTS[variant][0]).requires_grad_()
+        plain, prepared = plain_and_prepared(layer, x, contextlib.nullcontext())
+        for got, want in zip(prepared, plain, strict=True):
+            if want is not None:
+                assert_near(got, want)
+
+
+def test_padding_changed_after_construction_is_followed_like_in_the_original():
+    layer, x = nn.Conv2d(3, 4, 3, padding=1), gaussian(2, 3, 8, 8)
+    layer.padding, layer.dilation, layer.stride = (2, 2), (2, 2), (1, 2)
+    want = layer(x)
+    fqtstats.prepare_(layer, Policy(grad_input=identity))
+    assert_near(layer(x), want)
+
+
+def test_autocast_leaves_float64_alone():
+    layer, x = nn.Linear(3, 2).double(), gaussian(4, 3, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = layer(x)
+        fqtstats.prepare_(layer, Policy(grad_input=identity))
+        assert_near(layer(x), want)
+
+
+def test_wrong_dtype_is_an_input_error_that_names_the_layer():
+    model = nn.Sequential(nn.Linear(3, 2))
+    fqtstats.prepare_(model, FQT)
+    with pytest.raises(InputError, match="'0'.*float32.*float64"):
+        model(gaussian(4, 3, dtype=torch.float64))
+
+
+def test_what_the_batch_lacks():
+    layer = filled(nn.Linear(3, 2))
+    fqtstats.prepare_(layer, Policy(grad_input=FQT.grad_input, grad_weight=FQT.grad_weight))
+    layer(gaussian(4, 3)).square().sum().backward()  # an input that needs no gradient
+    assert layer.weight.grad is not None
+    assert layer(torch.empty(0, 3)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both"])
+def test_frozen_parameters_leave_the_other_gradients_unchanged(frozen):
+    def run(frozen):
+        layer = filled(nn.Conv2d(3, 4, 3))
+        for name, p in layer.named_parameters():
+            p.requires_grad_(frozen not in (name, "both"))
+        x = gaussian(2, 3, 5, 5).requires_grad_()
+        fqtstats.prepare_(layer, FQT)
+        layer(x).square().sum().backward()
+        return {"x": x.grad, "weight": layer.weight.grad, "bias": layer.bias.grad}
+
+    whole, part = run("none"), run(frozen)
+    for name, g in part.items():
+        if frozen in (name, "both") and name != "x":
+            assert g is None
+        else:
+            assert torch.equal(g, whole[name])
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A quantizer that rounds nothing and keeps the streams it was given; copies share the list."""
+
+    def __init__(self):
+        self.streams = []
+
+    def __call__(self, x, stream):
+        self.streams.append(stream)
+        return x
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def of(self, site):
+        return [s for s in self.streams if s.site == site]
+
+
+def recorded(model, **options):
+    recorder = Recorder()
+    places = ("activation", "weight", "grad_input", "grad_weight")
+    return recorder, fqtstats.prepare_(model, Policy(**dict.fromkeys(places, recorder)), **options)
+
+
+def test_streams_carry_seed_step_layer_site_draw_call_and_replica():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    recorder, handle = recorded(model, seed=7)
+    handle.step = 4
+    model(gaussian(4, 3).requires_grad_()).sum().backward()
+    sites = ("activation", "weight", "grad_input", "grad_weight")
+    expected = {fqtstats.stream(7, 4, layer, site, 0, 0, 0) for layer in ("0", "2") for site in sites}
+    assert set(recorder.streams) == expected
+    assert len(recorder.streams) == 8
+
+
+@pytest.mark.parametrize("tie", ["module under two names", "called twice"])
+def test_a_layer_called_twice_has_call_0_and_1(tie):
+    shared = filled(nn.Linear(3, 3))
+    if tie == "called twice":
+        model = nn.Sequential(shared)
+        forward = lambda x: model(model(x))  # noqa: E731
+    else:
+        model = nn.Sequential(shared, nn.Tanh(), shared)
+        forward = model
+    handle = fqtstats.prepare_(model, FQT)
+    assert list(handle.layers) == ["0"]
+    assert "2.weight" in model.state_dict() or tie == "called twice"
+    handle.remove()
+    recorder, _ = recorded(model)
+    forward(gaussian(4, 3)).sum().backward()
+    assert [s.call for s in recorder.of("activation")] == [0, 1]
+    assert [s.call for s in recorder.of("grad_weight")] == [1, 0], "backward runs the other way"
+    assert {s.layer for s in recorder.streams} == {"0"}
+    first, second = recorder.of("activation")
+    assert not torch.equal(first.bits((50,)), second.bits((50,)))
+
+
+def test_two_modules_with_one_parameter_are_two_layers():
+    model = nn.Sequential(filled(nn.Linear(3, 3)), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    x = gaussian(6, 3)
+    y = oracle.linear(oracle.linear(x, model[0].weight, model[0].bias, qa, qw), model[0].weight, model[1].bias, qa, qw)
+    (expected,) = torch.autograd.grad(y.square().sum(), [model[0].weight])
+    handle = fqtstats.prepare_(model, Policy(**FORWARD, grad_input=identity, grad_weight=identity))
+    assert list(handle.layers) == ["0", "1"]
+    model(x).square().sum().backward()
+    assert model[1].weight is model[0].weight
+    assert_near(model[0].weight.grad, expected)
+
+
+def test_calls_continue_over_micro_batches_and_restart_with_the_step():
+    model = nn.Sequential(filled(nn.Linear(3, 2)))
+    recorder, handle = recorded(model)
+    for _ in range(3):
+        model(gaussian(4, 3)).sum().backward()
+    assert [s.call for s in recorder.of("grad_weight")] == [0, 1, 2]
+    recorder.streams.clear()
+    handle.step = 1
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            model(gaussian(4, 3))  # an evaluation in between
+    model(gaussian(4, 3)).sum().backward()
+    assert [(s.step, s.call) for s in recorder.of("grad_weight")] == [(1, 0)]
+
+
+def test_the_step_changes_the_numbers_and_a_late_backward_keeps_its_own_step():
+    layer = filled(nn.Linear(5, 4))
+    x = gaussian(8, 5)
+
+    def run(step, later=None):
+        layer.grad = layer.weight.grad = None
+        handle = fqtstats.prepare_(layer, FQT)
+        handle.step = step
+        loss = layer(x).square().sum()
+        if later is not None:
+            handle.step = later
+        loss.backward()
+        handle.remove()
+        return layer.weight.grad.clone()
+
+    assert torch.equal(run(0), run(0))
+    assert not torch.equal(run(0), run(1))
+    assert torch.equal(run(0, later=1), run(0))
+
+
+@pytest.mark.parametrize("value", [1.5, "a", True, None])
+def test_seed_and_step_are_integers(value):
+    layer = nn.Linear(3, 2)
+    with pytest.raises(InputError, match="integer"):
+        fqtstats.prepare_(layer, FQT, seed=value)
+    assert type(layer) is nn.Linear
+    handle = fqtstats.prepare_(layer, FQT)
+    with pytest.raises(InputError, match="integer"):
+        handle.step = value
+
+
+# --- quantizers that misbehave ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["activation", "weight", "grad_input", "grad_weight"])
+@pytest.mark.parametrize(
+    ("wrong", "arrived"),
+    [
+        (lambda x, s: x[:1], r"got \[1, "),
+        (lambda x, s: x.double(), "float64"),
+        (lambda x, s: x.numpy(force=True), "ndarray"),
+        (lambda x, s: None, "NoneType"),
+    ],
+    ids=["shape", "dtype", "array", "none"],
+)
+def test_a_wrong_result_of_a_quantizer_names_layer_and_site(place, wrong, arrived):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    policy = Policy(overrides={"1": Policy(**{place: wrong})})
+    fqtstats.prepare_(model, policy)
+    with pytest.raises(InputError, match=f"'1', {place}: expected.*{arrived}"):
+        model(gaussian(4, 3)).sum().backward()
+
+
+@pytest.mark.parametrize("site", ["grad_input", "grad_weight"])
+def test_a_gradient_with_nan_or_inf_names_the_layer_and_the_count(site):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    fqtstats.prepare_(model, Policy(**{site: quantizer("ptq", bits=4)}))
+    y = model(gaussian(4, 3))
+    g = torch.ones_like(y)
+    g[0, 0], g[1, 1], g[2, 0] = float("nan"), float("inf"), -float("inf")
+    with pytest.raises(NonFiniteError, match=f"'1', {site}: .* 3 NaN or Inf among 8") as caught:
+        y.backward(g)
+    assert (caught.value.count, caught.value.numel) == (3, 8)
+
+
+def test_second_derivatives_are_refused():
+    layer = nn.Linear(3, 2)
+    fqtstats.prepare_(layer, FQT)
+    x = gaussian(4, 3).requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Layers in checkpointed segments; ``shared`` is called once in each of two segments and twice in a third."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.first, self.shared, self.last = (filled(nn.Linear(6, 6), seed) for seed in (1, 3, 5))
+        self.norm = nn.LayerNorm(6)
+        self.wrap = wrap
+
+    def segment_a(self, x):
+        return torch.tanh(self.shared(torch.relu(self.first(x))))
+
+    def segment_b(self, x):
+        return self.norm(self.shared(self.shared(x)))
+
+    def nested(self, x):
+        return torch.tanh(self.wrap(self.segment_b, self.wrap(self.segment_a, x)))
+
+    def forward(self, x):
+        x = self.wrap(self.segment_a, x)
+        x = self.wrap(self.segment_b, x)
+        x = self.wrap(self.nested, x)
+        return self.last(self.shared(x))
+
+
+def wrapped(kind):
+    if kind == "none":
+        return lambda f, x: f(x)
+    return lambda f, x: checkpoint(f, x, use_reentrant=kind == "reentrant")
+
+
+def training_gradients(kind, policy, steps=2):
+    model = Blocks(wrapped(kind))
+    handle = fqtstats.prepare_(model, policy, seed=3)
+    out = []
+    for step in range(steps):
+        handle.step = step
+        x = gaussian(5, 6, seed=step).requires_grad_()
+        for _ in range(2):  # micro-batches
+            model(x).square().sum().backward()
+        out += [x.grad, *(p.grad.clone() for p in model.parameters())]
+    return out
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_gradients_under_checkpointing_are_those_without_it(kind):
+    plain, checkpointed = training_gradients("none", FQT), training_gradients(kind, FQT)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
+def test_stochastic_forward_quantizers_are_recomputed_with_the_same_numbers(kind):
+    stochastic = Policy(activation=quantizer("psq", bits=3), weight=quantizer("ptq", bits=3))
+    plain, checkpointed = training_gradients("none", stochastic), training_gradients(kind, stochastic)
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_checkpointing_test_can_fail():
+    other = Policy(**FORWARD, grad_input=quantizer("psq", bits=3, random_bits=20), grad_weight=FQT.grad_weight)
+    pairs = zip(training_gradients("none", FQT), training_gradients("reentrant", other), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- torch.compile and nn.DataParallel --------------------------------------------------------------------------------
+
+
+def small():
+    return nn.Sequential(filled(nn.Linear(3, 3)), nn.ReLU(), filled(nn.Linear(3, 2)))
+
+
+COMPILE_ERRORS = (UnsupportedError, torch._dynamo.exc.Unsupported)
+"""Under ``fullgraph=True`` the compiler wraps our error in its own, message included."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["eager", None], ids=["eager", "default"])
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "graph breaks"])
+@pytest.mark.parametrize("when", ["before", "before, already run", "after", "in place", "layer in place", "function"])
+def test_compiled_models_fail_at_every_call_and_eager_ones_still_work(when, fullgraph, backend):
+    if backend is None and when == "before, already run":
+        pytest.skip("would run the C++ compiler; the eager backend shows the same")
+    torch._dynamo.reset()
+    options = {"fullgraph": fullgraph} if backend is None else {"fullgraph": fullgraph, "backend": backend}
+    model, x = small(), gaussian(4, 3)
+    run = None
+    if when.startswith("before"):
+        run = torch.compile(model, **options)
+        if "run" in when:
+            run(x)
+    handle = fqtstats.prepare_(model, FQT)
+    eager = model.forward
+    if when == "after":
+        run = torch.compile(model, **options)
+    elif when == "in place":
+        model.compile(**options)
+        run = model
+    elif when == "layer in place":
+        model[0].compile(**options)
+        run = model
+    elif when == "function":
+        run = torch.compile(lambda x: model(x).sum(), **options)
+    for attempt in range(3):
+        with pytest.raises(COMPILE_ERRORS, match="cannot run under torch.compile"):
+            run(x)
+        if when != "layer in place":
+            assert eager(x).shape == (4, 2), f"attempt {attempt}: eager calls are not affected"
+    with torch.no_grad(), pytest.raises(COMPILE_ERRORS, match="cannot run under torch.compile"):
+        run(x)
+    handle.remove()
+    assert run(x).dtype == torch.float32 if backend == "eager" else True
+    torch._dynamo.reset()
+
+
+def test_compiled_and_parallel_models_are_refused_at_preparation():
+    for wrap in (lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
+        model = small()
+        with pytest.raises(UnsupportedError, match="eagerly|DistributedDataParallel"):
+            fqtstats.prepare_(wrap(model), FQT)
+        assert type(model[0]) is nn.Linear
+
+
+def test_data_parallel_replicas_are_refused():
+    model = small()
+    fqtstats.prepare_(model, FQT)
+    replica = model[0]._replicate_for_data_parallel()
+    assert type(replica) is QuantLinear
+    with pytest.raises(UnsupportedError, match="DataParallel"):
+        replica(gaussian(4, 3))
+    model(gaussian(4, 3))
+
+
+# --- a model as a whole -----------------------------------------------------------------------------------------------
+
+
+def test_a_network_equals_the_oracle_end_to_end():
+    conv, linear = filled(nn.Conv2d(2, 4, 3, padding="same")), filled(nn.Linear(4, 3))
+    x = gaussian(5, 2, 6, 6, dtype=torch.float64).requires_grad_()
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear).double()
+    y = oracle.conv(x, conv.weight, conv.bias, qa, qw, padding="same")
+    y = F.relu(F.batch_norm(y, None, None, model[1].weight, model[1].bias, training=True)).mean((2, 3))
+    loss = oracle.linear(y, linear.weight, linear.bias, qa, qw).square().sum()
+    expected = torch.autograd.grad(loss, [x, *model.parameters()])
+    fqtstats.prepare_(model, Policy(**FORWARD))
+    got = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    for a, b in zip(got, expected, strict=True):
+        # The convolution's bias has no gradient before a batch norm: both are rounding noise.
+        assert float((a - b).abs().max()) <= 64 * torch.finfo(torch.float64).eps * max(float(b.abs().max()), 1.0)
+
+
+def test_reparametrized_weights_are_used():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = torch.nn.utils.weight_norm(filled(nn.Linear(3, 2)))
+    x = gaussian(4, 3)
+    fqtstats.prepare_(layer, Policy(weight=QW))
+    y = layer(x)
+    assert_near(y, oracle.linear(x, layer.weight, layer.bias, None, qw))
+    y.sum().backward()
+    assert layer.weight_g.grad is not None
+    assert layer.weight_v.grad is not None
