@@ -34,9 +34,9 @@ def stochastic(y: torch.Tensor, stream: Stream, random_bits: int = 24) -> torch.
     low = y.floor()
     threshold = (y - low).mul_(2.0**random_bits).floor_()
     if random_bits <= 24:
-        # int32 numbers below 2^24 and the threshold are exact in float32: compare without another conversion.
-        bits = stream.bits(y.shape, random_bits, dtype=torch.int32, device=y.device)
-        return low.add_(bits < threshold)
+        # Numbers below 2^24 are exact in float32, so the whole decision stays in one dtype and in place.
+        bits = stream.bits(y.shape, random_bits, dtype=torch.int32, device=y.device).to(y.dtype)
+        return low.add_(torch.lt(bits, threshold, out=threshold))
     bits = stream.bits(y.shape, random_bits, device=y.device)
     return low.add_(bits < threshold.to(torch.int64))
 

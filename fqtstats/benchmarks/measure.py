@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fqtstats import policies
 from fqtstats.benchmarks.pairs import Row, compare, row
 from fqtstats.capture import Session
+from fqtstats.determinism import seeded
 from fqtstats.layers import quantized
 from fqtstats.models.preact_resnet import PreActResNet
 
@@ -41,8 +42,7 @@ def benchmark_measure(rounds: int, tell: Callable[[int, int], None]) -> list[Row
 
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(0)
+        with seeded(0):
             return [_against_naive(name, rounds, step) for name in quantizers]
     finally:
         torch.set_num_threads(before)

@@ -28,7 +28,7 @@ class IntFormat:
     @property
     def levels(self) -> int:
         """Number of bins ``B = 2^bits - 1``: the largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def storage_bits(self) -> int:

@@ -34,33 +34,33 @@ class _StraightThrough(torch.autograd.Function):
 def _straight_through(q: QuantizerLike | None, site: str, x: torch.Tensor, call: Call) -> torch.Tensor:
     if q is None:
         return x
-    out: torch.Tensor = _StraightThrough.apply(x, q, site, call)
+    out: torch.Tensor = _StraightThrough.apply(x, q, site, call)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Quantized(nn.Module):
     """What the quantized layers share."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     fqt_state: LayerState
 
-    def _operands(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _operands(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Quantized input and weight, and bias, in the dtype that the products are computed in.
 
         Low-bit hardware computes the products exactly and rounds only the result, so half-precision operands are lifted to
         float32 first; under autocast only the output is in the low-precision dtype.
         """
-        if not torch.is_autocast_enabled(x.device.type) and x.dtype != self.weight.dtype:
+        if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:
             raise InputError(
-                f"layer {call.layer.name!r}: expected an input of dtype {self.weight.dtype} (the weight's), got {x.dtype}; "
+                f"layer {call.layer.name!r}: expected an input of dtype {weight.dtype} (the weight's), got {x.dtype}; "
                 "cast it, or use torch.autocast"
             )
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         policy = call.layer.policy
         xq = _straight_through(policy.activation, "activation", x.to(dtype), call)
-        wq = _straight_through(policy.weight, "weight", self.weight.to(dtype), call)
-        return xq, wq, None if self.bias is None else self.bias.to(dtype)
+        wq = _straight_through(policy.weight, "weight", weight.to(dtype), call)
+        return xq, wq, None if bias is None else bias.to(dtype)
 
     def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
         device = x.device.type
@@ -83,7 +83,7 @@ class QuantLinear(_Quantized, nn.Linear):
         """``[*, out_features]`` for ``x`` ``[*, in_features]``."""
         guards.check(self)
         call = self.fqt_state.call()
-        xq, wq, bias = self._operands(x.reshape(-1, x.shape[-1]), call)
+        xq, wq, bias = self._operands(x.reshape(-1, x.shape[-1]), self.weight, self.bias, call)
         y = multiply(xq, wq, bias, LinearProduct(), call)
         return y.view(*x.shape[:-1], self.out_features).to(self._output_dtype(x))
 
@@ -96,7 +96,7 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
         guards.check(self)
         call = self.fqt_state.call()
         batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
-        xq, wq, bias = self._operands(batched, call)
+        xq, wq, bias = self._operands(batched, self.weight, self.bias, call)
         xq, product = self._padded(xq)
         y = multiply(xq, wq, bias, product, call).to(self._output_dtype(x))
         return y if batched is x else y.squeeze(0)
@@ -113,7 +113,7 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
                 pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
                 x, padding = F.pad(x, pads), (0,) * len(total)
         else:
-            padding = (0,) * (x.dim() - 2) if self.padding == "valid" else tuple(self.padding)
+            padding = (0,) * (x.dim() - 2) if isinstance(self.padding, str) else tuple(self.padding)  # "valid" or numbers
         return x, ConvProduct(tuple(self.stride), padding, tuple(self.dilation), self.groups)
 
 

@@ -102,7 +102,7 @@ class _Multiply(torch.autograd.Function):
             return product.forward(x, w, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
         product: Product = ctx.product
@@ -125,5 +125,5 @@ def multiply(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call
 ) -> torch.Tensor:
     """``product.forward`` whose backward products see the gradient through ``call``'s quantizers."""
-    out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)
+    out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)  # type: ignore[no-untyped-call]
     return out

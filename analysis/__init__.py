@@ -1,0 +1,1 @@
+"""Questions answered with the instrument: one file each, run as ``python -m analysis.<name>``."""
