@@ -6,12 +6,16 @@ Exit status: 0; 2 for bad usage or input (one line that says what to do); 130 af
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -21,13 +25,14 @@ from rich.table import Table
 from fqtstats.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fqtstats.measurement import Arrays
     from fqtstats.policy import Policy
+    from fqtstats.quantizers import Quantizer
     from fqtstats.results import Result, RunDirectory
 
-# torch takes seconds to import: the commands import what they need, so that --help and mistakes in usage are immediate.
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 out = Console()
 err = Console(stderr=True)
 
@@ -42,6 +47,7 @@ def _main() -> None:
 
 @app.command()
 def measure(
+    context: typer.Context,
     quantizer: Annotated[str, typer.Option(help="Input-gradient quantizers, separated by commas.")] = "bhq",
     bits: Annotated[str, typer.Option(help="Their bits, separated by commas.")] = "5",
     grad_weight: Annotated[
@@ -66,11 +72,13 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure how biased and how noisy the quantized gradient of a network is, per layer."""
-    from fqtstats import results
+    from fqtstats import experiment, results
+    from fqtstats.random import stream
     from fqtstats.report import tables
 
+    # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
     if resume and output is None:
-        raise InputError("--resume needs the folder of the run: add --out FOLDER")
+        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = _policies(quantizer, bits, grad_weight)
     arguments: dict[str, object] = {
         "command": "measure",
@@ -90,24 +98,34 @@ def measure(
         "backend": backend,
     }
     _check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2))
+    if image_size is not None:
+        _check_counts(image_size=(image_size, 1))
+    stream(seed=seed)
+    experiment.device(device)
     _check_backend(backend)
-    path = Path(output) if output is not None else _new_folder(list(policies))
+    path = _folder(output, list(policies))
     with results.RunDirectory.create(path, arguments, resume) as run:
         try:
             result = run.load() if run.finished else _measure_all(run, policies, arguments)
-        except KeyboardInterrupt:
-            err.print(f"interrupted; what was measured is in {path}: continue with the same command and", end=" ")
-            err.print(f"--out {path} --resume", highlight=False)
+        except BaseException as error:
+            _say_what_is_kept(run, error, context.obj)
             raise
     if as_json:
         print(json.dumps(tables.to_dict(result), indent=2, allow_nan=False))
     else:
         out.print(tables.summary(result))
-        _say_where(path)
+    _say_where(path, err if as_json else out)
 
 
 def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict[str, Any]) -> Result:
-    from fqtstats import experiment, measurement, models, results
+    from fqtstats import experiment, layers, measurement, results
+
+    skip = None if arguments["skip"] is None else [pattern.strip() for pattern in arguments["skip"].split(",")]
+
+    def check(model: nn.Module) -> None:
+        for policy in policies.values():
+            with layers.quantized(model, policy, skip, arguments["backend"], arguments["seed"]):
+                pass
 
     with _progress() as bars:
         setup = experiment.prepare(
@@ -119,24 +137,24 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
             further=arguments["batches"],
             seed=arguments["seed"],
             checkpoint=arguments["checkpoint"],
-            device=arguments["device"],
+            device_name=arguments["device"],
+            check=check,
             progress=_TrainingBar(bars, f"training {arguments['model']}"),
         )
         parts = []
         for label, policy in policies.items():
-            task = bars.add_task(f"measuring {label}", total=None)
             parts.append(
                 measurement.measure(
                     setup.model,
                     setup.batch,
-                    models.loss,
+                    setup.loss,
                     policy,
                     draws=arguments["draws"],
                     seed=arguments["seed"],
                     backend=arguments["backend"],
                     batches=setup.further or None,
-                    skip=None if arguments["skip"] is None else arguments["skip"].split(","),
-                    progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
+                    skip=skip,
+                    progress=_MeasuringBar(bars, f"measuring {label}"),
                     store=_DirectoryStore(run, label),
                 )
             )
@@ -144,6 +162,24 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
     result = results.Result(merged.table, {"arguments": arguments, **setup.about, **merged.metadata})
     run.finish(result)
     return result
+
+
+def _say_what_is_kept(run: RunDirectory, error: BaseException, arguments: Sequence[str]) -> None:
+    """What became of an unfinished run: kept to be resumed, or removed because it holds nothing."""
+    if run.discard():
+        if isinstance(error, KeyboardInterrupt):
+            err.print("fqtstats: interrupted before anything was measured; nothing is kept", highlight=False)
+        return
+    if run.finished:
+        return
+    command = ["fqtstats", *arguments]
+    if not any(word == "--out" or word.startswith("--out=") for word in arguments):
+        command += ["--out", str(run.path)]
+    if "--resume" not in arguments:
+        command += ["--resume"]
+    what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+    told = f"fqtstats: {what}; what was measured is in {run.path}, continue with: {shlex.join(command)}"
+    err.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(name="list")
@@ -164,7 +200,8 @@ def list_(
         for name in policies.POLICIES:
             policy = policies.get(name)
             places = (policy.activation, policy.weight, policy.grad_input, policy.grad_weight)
-            table.add_row(name, *("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places))
+            shown = ("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places)
+            table.add_row(name, *shown)
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
@@ -195,28 +232,27 @@ def bench(
     _check_counts(rounds=(rounds, 1))
     if what not in benchmarks.BENCHMARKS:
         raise InputError(f"unknown benchmark {what!r}; known: {', '.join(benchmarks.BENCHMARKS)}")
-    if json_file is not None and not Path(json_file).resolve().parent.is_dir():
-        raise InputError(f"cannot write {json_file!r}: its folder does not exist")
+    if json_file is not None:
+        _check_writable(Path(json_file))
     with _progress() as bars:
         task = bars.add_task(f"benchmarking {what}", total=None)
-        rows = benchmarks.BENCHMARKS[what](
-            rounds, lambda done, total: bars.update(task, completed=done, total=total)
-        )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    _columns(table, "name", "shape", "threads", "baseline", "ratio", "must", "ours", "baseline's")
+        rows = benchmarks.BENCHMARKS[what](rounds, lambda done, total: bars.update(task, completed=done, total=total))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    _columns(table, "name", "shape", "threads", "ratio", "must", "time / base")
     for row in rows:
         table.add_row(
             row.name,
             row.shape,
             str(row.threads),
-            row.baseline,
             f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}]",
             "-" if row.must is None else f"{row.must:.2f}x",
-            f"{row.seconds * 1e3:.1f} ms",
-            f"{row.baseline_seconds * 1e3:.1f} ms",
+            f"{row.seconds * 1e3:.0f}/{row.baseline_seconds * 1e3:.0f} ms",
         )
     out.print(table)
-    out.print("ratio = baseline's time / ours: median of interleaved pairs [quartiles]")
+    out.print("ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False)
+    for baseline in dict.fromkeys(row.baseline for row in rows):
+        names = ", ".join(row.name for row in rows if row.baseline == baseline)
+        out.print(f"baseline of {names}: {baseline}", highlight=False, markup=False)
     if json_file is not None:
         Path(json_file).write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
@@ -232,7 +268,8 @@ class _DirectoryStore:
         return None if state is None else dict(state[0])
 
     def save(self, arrays: Arrays, *, force: bool = False) -> None:
-        if force or time.monotonic() - self._saved > SAVE_SECONDS:
+        # Nothing to keep before the first draw.
+        if len(arrays["draws"]) and (force or time.monotonic() - self._saved > SAVE_SECONDS):
             self._run.save_state(self._key, arrays, {})
             self._saved = time.monotonic()
 
@@ -247,9 +284,18 @@ class _TrainingBar:
     def __call__(self, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
         if self._task is None:
             self._task = self._bars.add_task(self._title, total=epochs * steps)
-        self._bars.update(
-            self._task, completed=(epoch - 1) * steps + step, description=f"{self._title}, epoch {epoch}, loss {loss:.3f}"
-        )
+        description = f"{self._title}, epoch {epoch}, loss {loss:.3f}"
+        self._bars.update(self._task, completed=(epoch - 1) * steps + step, description=description)
+
+
+class _MeasuringBar:
+    """Progress of one configuration."""
+
+    def __init__(self, bars: Progress, title: str) -> None:
+        self._bars, self._task = bars, bars.add_task(title, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bars.update(self._task, completed=done, total=total)
 
 
 @contextmanager
@@ -262,30 +308,44 @@ def _progress() -> Iterator[Progress]:
 def _policies(quantizers: str, bits: str, grad_weight: str | None) -> dict[str, Policy]:
     """``{"bhq@5": Policy, ...}``: every quantizer at every number of bits."""
     from fqtstats import policies
-    from fqtstats.quantizers import QUANTIZERS, quantizer
 
-    gradient = [name for name, cls in QUANTIZERS.items() if cls.role == "gradient"]
     weight = None
     if grad_weight is not None:
         name, colon, width = grad_weight.partition(":")
-        if name not in gradient or not colon or not width.isdecimal():
-            raise InputError(f"expected --grad-weight NAME:BITS, NAME one of {', '.join(gradient)}; got {grad_weight!r}")
-        weight = quantizer(name, bits=int(width))
+        if not colon:
+            raise InputError(f"expected --grad-weight NAME:BITS, got {grad_weight!r}; for instance pcq:8")
+        weight = _gradient_quantizer(name, _width(width, "--grad-weight"))
     chosen: dict[str, Policy] = {}
-    for name in _separated(quantizers):
-        if name not in gradient:
-            raise InputError(f"unknown gradient quantizer {name!r}; known: {', '.join(gradient)}")
-        for width in _separated(bits):
-            if not width.isdecimal():
-                raise InputError(f"expected --bits as integers from 1 to 8 separated by commas, got {bits!r}")
-            chosen[f"{name}@{int(width)}"] = policies.get(f"statquant-{name}", int(width), weight)
-    if not chosen:
-        raise InputError("expected at least one quantizer and one number of bits, got none")
+    widths = [_width(text, "--bits") for text in _separated(bits, "--bits")]
+    for name in _separated(quantizers, "--quantizer"):
+        for b in widths:
+            _gradient_quantizer(name, b)
+            chosen[f"{name}@{b}"] = policies.get(f"statquant-{name}", b, weight)
     return chosen
 
 
-def _separated(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def _gradient_quantizer(name: str, bits: int) -> Quantizer:
+    from fqtstats.quantizers import QUANTIZERS, quantizer
+
+    gradient = ", ".join(known for known, cls in QUANTIZERS.items() if cls.role == "gradient")
+    if name not in QUANTIZERS:
+        raise InputError(f"unknown gradient quantizer {name!r}; known: {gradient}")
+    if QUANTIZERS[name].role != "gradient":
+        raise InputError(f"{name!r} quantizes the forward pass only, expected a gradient quantizer: {gradient}")
+    return quantizer(name, bits=bits)
+
+
+def _width(text: str, option: str) -> int:
+    if not re.fullmatch("[1-8]", text):
+        raise InputError(f"expected the bits in {option} to be integers from 1 to 8, got {text!r}; for instance 5")
+    return int(text)
+
+
+def _separated(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"expected {option} as one value or several separated by commas, got {text!r}; fill the gaps")
+    return list(dict.fromkeys(parts))
 
 
 def _check_counts(**limits: tuple[int, int]) -> None:
@@ -301,7 +361,22 @@ def _check_backend(name: str) -> None:
         raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
-def _new_folder(labels: list[str]) -> Path:
+def _check_writable(path: Path) -> None:
+    """Raise InputError where a file cannot be written, before the work that it is for."""
+    if path.is_dir():
+        raise InputError(f"expected a file to write, got the folder {str(path)!r}; name a file in it")
+    place = path if path.exists() else path.resolve().parent
+    if not place.exists():
+        raise InputError(f"cannot write {str(path)!r}: its folder does not exist; make it first")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"cannot write {str(path)!r}: permission denied; choose another place")
+
+
+def _folder(output: str | None, labels: list[str]) -> Path:
+    if output is not None:
+        if not output:
+            raise InputError("expected --out FOLDER, got an empty name; leave it out for a new folder in runs/")
+        return Path(output)
     stem = f"measure-{labels[0]}" if len(labels) == 1 else f"measure-{labels[0]}-and-{len(labels) - 1}-more"
     folder = Path("runs") / stem
     number = 2
@@ -311,9 +386,10 @@ def _new_folder(labels: list[str]) -> Path:
     return folder
 
 
-def _say_where(path: Path) -> None:
-    figures = sorted(figure.name for figure in (path / "figures").glob("*.png"))
-    out.print(f"saved in {path}: results.parquet, run.json, figures/{{{', '.join(figures)}}}", highlight=False, soft_wrap=True)
+def _say_where(path: Path, console: Console) -> None:
+    figures = ", ".join(sorted(f"figures/{figure.name}" for figure in (path / "figures").glob("*.png")))
+    told = f"saved in {path}: results.parquet, run.json, {figures}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _columns(table: Table, *names: str) -> None:
@@ -322,19 +398,68 @@ def _columns(table: Table, *names: str) -> None:
 
 
 def _first_sentence(doc: str | None) -> str:
-    text = " ".join((doc or "").split("\n\n")[0].split())
-    return text.split(". ")[0].rstrip(".")
+    text = " ".join((doc or "").split("\n\n")[0].split()).replace("``", "")
+    return re.split(r"\. |;", text)[0].rstrip(".")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    told = f"fqtstats: warning: {_one_line(message)}"
+    err.print(told, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _fail(message: object) -> int:
+    told = f"fqtstats: error: {_one_line(message)}"
+    err.print(told, style="bold red", highlight=False, markup=False, soft_wrap=True)
+    return 2
+
+
+# What the parser raises, by way of a class that typer exports in every version.
+_UsageError: type[Any] = typer.BadParameter.__bases__[0]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: without the program's name.
+
+    Returns:
+        The exit status. A mistake in what was asked for is one line on stderr and status 2; anything else that is
+        raised is a defect, and is not caught.
+    """
+    from torch import OutOfMemoryError
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            given = list(arguments)
+            status = app(given or ["--help"], prog_name="fqtstats", standalone_mode=False, obj=given)
+        except InputError as error:
+            return _fail(error)
+        except _UsageError as error:
+            command = getattr(getattr(error, "ctx", None), "command_path", "fqtstats")
+            return _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+        except OutOfMemoryError as error:
+            return _fail(f"the device is out of memory ({str(error).split('. ')[0]}); lower --batch-size")
+        except (KeyboardInterrupt, typer.Abort):
+            return 130
+    return status if isinstance(status, int) else 0
 
 
 def main() -> None:
     """Entry point of the ``fqtstats`` command."""
-    try:
-        app(standalone_mode=True)
-    except InputError as error:
-        err.print(f"fqtstats: error: {error}", style="bold red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))
 
 
 if __name__ == "__main__":

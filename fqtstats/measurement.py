@@ -16,6 +16,7 @@ from torch import nn
 
 from fqtstats import ops
 from fqtstats.capture import IncomingGradients, LossFunction, Session
+from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
 from fqtstats.estimators import bias, intervals
 from fqtstats.estimators.moments import ErrorMoments, squared_norm
@@ -99,18 +100,20 @@ def measure(
     further = [] if batches is None else list(batches)
     total = 2 + len(further) + draws
     tell = progress or (lambda done, total: None)
-    with quantized(model, policy, skip, backend, seed) as handle:
+    # One thread: the sums over large tensors made here depend on the thread count, too.
+    with single_thread(), quantized(model, policy, skip, backend, seed) as handle:
         with Session(model, handle, batch, loss_fn, seed) as session:
             names = list(session.parameters)
             incoming = IncomingGradients()
-            gradient = session.qat(incoming)
+            gradient = [_wide(g) for g in session.qat(incoming)]
             tell(1, total)
-            calibration = [e.sub_(g) for e, g in zip(session.draw(CALIBRATION_DRAW), gradient, strict=True)]
+            calibration = _errors(session, gradient, CALIBRATION_DRAW)
             tell(2, total)
             moments = ErrorMoments(names, gradient, calibration, Sketch(gradient, seed))
+            # The calibration errors depend on quantizers and seed, the gradient on all the rest.
+            keeper = _Keeper(store, _digest([*gradient, *calibration]), moments)
             del calibration
             facts = _Facts.of(session, handle, incoming, gradient)
-            keeper = _Keeper(store, _digest(gradient), moments)
             done = 2 + len(moments.norms)
             try:
                 for index in range(draws):
@@ -123,29 +126,49 @@ def measure(
                         keeper.save()
             except BaseException as error:
                 keeper.save(force=True)
-                if len(moments.norms) > 1:
-                    error.partial_result = _result(facts, moments, None, policy, seed)  # type: ignore[attr-defined]
+                _attach_result(error, facts, moments, policy, seed)
                 raise
             keeper.save(force=True)
         sampling = None
         if further:
-            gradients = _gradients(model, handle, further, loss_fn, seed, lambda i: tell(2 + draws + i, total))
-            sampling = sampling_variance(names, gradient, gradients)
-    return _result(facts, moments, sampling, policy, seed)
+            try:
+                gradients = _gradients(model, handle, further, loss_fn, seed, lambda i: tell(2 + draws + i, total))
+                sampling = sampling_variance(names, gradient, gradients)
+            except BaseException as error:
+                _attach_result(error, facts, moments, policy, seed)
+                raise
+        return _result(facts, moments, sampling, policy, seed)
+
+
+def _attach_result(error: BaseException, facts: _Facts, moments: ErrorMoments, policy: Policy, seed: int) -> None:
+    if len(moments.norms) > 1:
+        error.partial_result = _result(facts, moments, None, policy, seed)  # type: ignore[attr-defined]
+
+
+def _wide(g: torch.Tensor) -> torch.Tensor:
+    """Half-precision gradients as float32: differences and sums of them are not rounded again."""
+    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
+
+
+def _errors(
+    session: Session, gradient: list[torch.Tensor], index: int, sites: Sequence[Site] = SITES
+) -> list[torch.Tensor]:
+    """FQT draw minus QAT gradient."""
+    return [_wide(draw).sub_(g) for draw, g in zip(session.draw(index, sites), gradient, strict=True)]
 
 
 def _draw(
     session: Session, gradient: list[torch.Tensor], policy: Policy, index: int
 ) -> tuple[list[torch.Tensor], npt.NDArray[np.float64]]:
     """Errors of one draw, and the squared norms ``[2, P]`` of their parts from Q1 and Q2."""
-    errors = [e.sub_(g) for e, g in zip(session.draw(index), gradient, strict=True)]
+    errors = _errors(session, gradient, index)
     if not _uses(policy, "grad_weight"):
         input_part = [squared_norm(e) for e in errors]
         return errors, np.array([[0.0] * len(errors), input_part])
     if not _uses(policy, "grad_input"):
         return errors, np.array([[squared_norm(e) for e in errors], [0.0] * len(errors)])
     # The same draw without Q1: what remains is Q2's part, and the difference Q1's.
-    upstream = [e.sub_(g) for e, g in zip(session.draw(index, ("grad_input",)), gradient, strict=True)]
+    upstream = _errors(session, gradient, index, ("grad_input",))
     input_part = [squared_norm(e) for e in upstream]
     weight_part = [squared_norm(u.sub_(e)) for u, e in zip(upstream, errors, strict=True)]
     return errors, np.array([weight_part, input_part])
@@ -165,12 +188,12 @@ def _gradients(
 ) -> Iterator[list[torch.Tensor]]:
     for index, batch in enumerate(batches, start=1):
         with Session(model, handle, batch, loss_fn, seed) as session:
-            yield session.qat()
+            yield [_wide(g) for g in session.qat()]
         tell(index)
 
 
 class _Keeper:
-    """Loads and saves the accumulators, with a digest of the gradient they belong to."""
+    """Loads and saves the accumulators, with a digest of the gradient and the calibration errors they belong to."""
 
     def __init__(self, store: Store | None, digest: str, moments: ErrorMoments) -> None:
         self._store, self._digest, self._moments = store, digest, moments
@@ -178,8 +201,8 @@ class _Keeper:
         if arrays is not None:
             if arrays.pop("gradient_digest").item() != digest:
                 raise InputError(
-                    "cannot resume: the QAT gradient is not the one that the saved state belongs to (another machine, "
-                    "library version, model or data); start anew in another folder"
+                    "cannot resume: the gradient is not the one that the saved state belongs to (another machine, "
+                    "library version, model, data, policy or seed); start anew in another folder"
                 )
             moments.load(arrays)
 
@@ -197,7 +220,7 @@ def _digest(tensors: Sequence[torch.Tensor]) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """One trainable parameter: where it is, how large, and which quantized layers hold it."""
+    """One trainable parameter: where it is, how large, which quantized layers hold it, and its relative rounding error."""
 
     layer: str
     parameter: str
@@ -205,6 +228,7 @@ class _Row:
     numel: int
     grad_norm_sq: float
     laws_of: tuple[str, ...]
+    rounding: float
 
 
 @dataclass(frozen=True)
@@ -228,7 +252,9 @@ class _Facts:
             # A layer's quantizers are shown once, beside the first of its trainable parameters.
             laws_of = tuple(holder for holder in holders.get(id(p), []) if holder not in shown)
             shown.update(laws_of)
-            rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of))
+            # Some units in the last place of the products, and half a unit of the dtype that the gradient is cast to.
+            rounding = max(8 * torch.finfo(g.dtype).eps, torch.finfo(p.dtype).eps / 2)
+            rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of, rounding))
         metadata: dict[str, object] = {
             "loss": session.loss,
             "unquantized": [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
@@ -250,15 +276,25 @@ def _result(
     sketches = moments.stacked("sketches")  # [n, W]
     parts = moments.stacked("parts").mean(axis=0)  # [2, P]
     mean_norm_sq = moments.mean_norm_sq()
-    slots = moments.sketch.slots if moments.sketch is not None else []
+    sketch = moments.sketch
+    assert sketch is not None
+    # A mean error of an element up to this is the rounding of the arithmetic, not a bias.
+    floors = moments.largest * [row.rounding for row in facts.rows]
     claimed = _claims_unbiased(policy)
     rows = []
     gram_total = np.zeros((len(norms), len(norms)))
     for p, row in enumerate(facts.rows):
-        buckets = sketches[:, slots[p].buckets]
+        buckets = sketches[:, sketch.slots[p].buckets]
         gram = buckets @ buckets.T
         gram_total += gram
-        test = bias.bias_test(sketches[:, slots[p].all], gram, seed)
+        directions = [
+            _directions(sketches[:, sketch.slots[p].directions], row.grad_norm_sq, row.numel, floors[p]),
+            *(
+                bias.Directions(sums, floors[p] * np.sqrt(np.full(sums.shape[1], row.numel / max(1, sums.shape[1]))), True)
+                for sums in sketch.row_and_column_sums(p, sketches)
+            ),
+        ]
+        test = bias.bias_test(directions, gram, row.numel * floors[p] ** 2, seed)
         estimates = _estimates(norms[:, p], mean_norm_sq[p], gram, test, claimed, row.grad_norm_sq)
         rows.append(
             {
@@ -273,15 +309,17 @@ def _result(
                 "sampling_variance": math.nan if sampling is None else sampling[p],
             }
         )
-    directions = bias.sums_of_directions(sketches, [s.directions for s in slots])
-    test = bias.bias_test(directions, gram_total, seed)
-    whole = math.fsum(row.grad_norm_sq for row in facts.rows)
+    whole, numel = math.fsum(row.grad_norm_sq for row in facts.rows), sum(row.numel for row in facts.rows)
+    floor_sq = math.fsum(row.numel * floor**2 for row, floor in zip(facts.rows, floors, strict=True))
+    components = np.sum([sketches[:, s.directions] for s in sketch.slots], axis=0)
+    directions = [_directions(components, whole, numel, math.sqrt(floor_sq / numel))]
+    test = bias.bias_test(directions, gram_total, floor_sq, seed)
     rows.append(
         {
             "layer": TOTAL,
             "parameter": "",
             "quantized": any(row.quantized for row in facts.rows),
-            "numel": sum(row.numel for row in facts.rows),
+            "numel": numel,
             **_estimates(norms.sum(axis=1), float(mean_norm_sq.sum()), gram_total, test, claimed, whole),
             **_laws(facts, sorted({layer for layer, _ in facts.incoming.laws})),
             "variance_weight": parts[0].sum(),
@@ -304,6 +342,13 @@ def _result(
     return Result(table, metadata)
 
 
+def _directions(
+    components: npt.NDArray[np.float64], grad_norm_sq: float, numel: int, floor: float
+) -> bias.Directions:
+    """Components along ``g``, ``sign g`` and ``1``, with ``floor`` times their lengths as tolerance."""
+    return bias.Directions(components, floor * np.sqrt([grad_norm_sq, numel, numel]), False)
+
+
 def _estimates(
     norms: npt.NDArray[np.float64],
     mean_norm_sq: float,
@@ -316,8 +361,10 @@ def _estimates(
     variance = intervals.sample_variance(norms, mean_norm_sq)
     if claimed_unbiased and test.p_value >= BIASED_BELOW:
         low, high = intervals.t_interval(norms)
+        # It is centred on the mean of the A_i; with few draws and elements the sample variance can lie outside.
+        low, high = min(low, variance), max(high, variance)
     else:
-        low, high = intervals.jackknife_interval(norms, gram)
+        low, high = intervals.jackknife_interval(norms, gram, variance)
     return {
         "grad_norm_sq": grad_norm_sq,
         # (||sum e||^2 - sum ||e||^2) / (n (n - 1)): every pair of different draws, hence unbiased.

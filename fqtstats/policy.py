@@ -34,7 +34,7 @@ class Policy:
     A quantizer here is a prototype: every layer gets its own copy. None leaves that place in full precision.
 
     Raises:
-        InputError: a quantizer cannot be called.
+        InputError: a quantizer cannot be called, or an override has overrides of its own.
     """
 
     activation: QuantizerLike | None = None
@@ -55,6 +55,8 @@ class Policy:
         for pattern, policy in self.overrides.items():
             if not isinstance(policy, Policy):
                 raise InputError(f"expected a Policy as override of {pattern!r}, got {policy!r}")
+            if policy.overrides:
+                raise InputError(f"the override of {pattern!r} has overrides of its own; list them all in one policy")
 
     def qat(self) -> Policy:
         """The same forward pass with full-precision gradients."""

@@ -556,6 +556,7 @@ class RunDirectory:
         self._created = created
         self._lock: int | None = lock
         self._began = time.monotonic()
+        self._made: list[Path] = []
 
     @classmethod
     def create(
@@ -575,6 +576,7 @@ class RunDirectory:
         """
         place = Path(path)
         plain = _json_dict(arguments, "arguments")
+        made = [folder for folder in (place, *place.parents) if not os.path.lexists(folder)]
         try:
             place.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -586,6 +588,7 @@ class RunDirectory:
         try:
             document = cls._stored(place, plain, resume)
             run = cls(place, plain, bool(document["finished"]), str(document.get("created")), lock)
+            run._made = made
             if not run.finished:
                 run._make(place / "state")
                 run._write_document(finished=False)
@@ -722,6 +725,25 @@ class RunDirectory:
         )
         self.finished = True
         self._remove_state()
+
+    def discard(self) -> bool:
+        """Remove an unfinished run that holds no state, so that its place is free again; call it when the run failed.
+
+        Directories are removed only if :meth:`create` made them and nothing else is in them.
+
+        Returns:
+            Whether it was such a run.
+        """
+        state = self.path / "state"
+        if self.finished or any(state.glob("*.state")):
+            return False
+        with suppress(OSError):  # what cannot be removed does no harm
+            shutil.rmtree(state, ignore_errors=True)
+            for name in ("run.json", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            for folder in self._made:
+                folder.rmdir()
+        return True
 
     def load(self) -> Result:
         """The result of the finished run; see :func:`load`."""

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import quantizers as oracle
-from words import Word
+from words import Word, Words
 
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.quantizers import QUANTIZERS, quantizer
@@ -196,6 +196,27 @@ def test_mean_and_variance_by_enumeration_of_all_random_words(case, random_bits)
         if not transformed:  # with the same word everywhere, rows that are mixed would be correlated
             variance = (outcomes - mean).square().mean(0)
             assert torch.allclose(q.variance(x), variance, rtol=1e-9, atol=1e-24 * float(x.abs().max()) ** 2)
+
+
+@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("random_bits", [16, 24, 32])
+def test_mean_by_bisection_of_the_switch_words(case, random_bits):
+    """With many random bits: find how many words round each element up, which is its probability, exactly."""
+    x = INPUTS["heavy_rows"]()
+    q = build(case, 3, random_bits=random_bits)
+    last = torch.full((x.numel(),), 2**random_bits - 1)
+    low, up = (q.encode(x, Words(words)).codes().view(-1) for words in (last, torch.zeros_like(last)))
+    least, most = torch.zeros_like(last), last.clone()
+    for _ in range(random_bits):
+        middle = (least + most) // 2
+        rounds_up = q.encode(x, Words(middle)).codes().view(-1) > low
+        least, most = torch.where(rounds_up, middle + 1, least), torch.where(rounds_up, most, middle)
+    assert torch.equal(least, most)
+    frame = q.encode(x, Words(last)).frame
+    below, above = (frame.grid.decode(codes.float().view(frame.view)).double() for codes in (low, up))
+    y = below + least.view(frame.view) * 2.0**-random_bits * (above - below)
+    expected = (y if frame.transform is None else frame.transform.inverse(y)).view(x.shape)
+    assert torch.allclose(q.mean(x), expected, rtol=1e-12, atol=1e-13 * float(x.abs().max()))
 
 
 @pytest.mark.parametrize("case", GRADIENT, ids=label)

@@ -101,7 +101,7 @@ def test_layer_table_fits_and_keeps_the_essentials(width: int) -> None:
     variance = result.total(Configuration("bhq", 5))["variance"]
     assert f"{variance:.2e}" in row_of(text, "total")
     assert "BIASED" in row_of(text, "1.1.conv1")
-    assert all(part in " ".join(text.split()) for part in ("first layer: stem (Conv2d)", "head[bold]"))
+    assert all(part in " ".join(text.split()) for part in ("1 Conv2d (first layer: stem)", "head[bold]"))
     lines = text.splitlines()
     assert set(lines[lines.index(row_of(text, "total")) - 1].strip()) == {"─"}
     assert "SNR" in text or width < 80

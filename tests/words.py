@@ -1,4 +1,4 @@
-"""A stream whose numbers are prescribed."""
+"""Streams whose numbers are prescribed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,18 @@ class Word:
         if not 0 <= self.word < 2**n:
             raise ValueError(f"a word of {n} bits was asked for, got {self.word}")
         return torch.full(tuple(shape), self.word, dtype=dtype, device=device)
+
+
+class Words:
+    """Element ``i`` gets number ``words[i]``, row-major."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self.words = words
+
+    def child(self, name: str) -> Words:
+        return self
+
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
+        if not bool(((self.words >= 0) & (self.words < 2**n)).all()):
+            raise ValueError(f"words of {n} bits were asked for")
+        return self.words.to(dtype).view(tuple(shape))

@@ -77,7 +77,8 @@ def _fake_quantize(x: Tensor, bits: int, dims: tuple[int, ...], noise: bool) -> 
     scale = (2**bits - 1) / (high - low).clamp(min=1e-30)
     y = (x - low) * scale
     y = torch.floor(y + torch.rand_like(y)) if noise else torch.round(y)
-    return y.clamp(0, 2**bits - 1) / scale + low
+    result: Tensor = y.clamp(0, 2**bits - 1) / scale + low
+    return result
 
 
 class _Forward(torch.autograd.Function):
@@ -101,16 +102,20 @@ class _Gradient(torch.autograd.Function):
         return _fake_quantize(g, ctx.bits, ctx.dims, noise=True), None, None
 
 
+_forward: Callable[[Tensor], Tensor] = _Forward.apply
+_gradient: Callable[[Tensor, int, tuple[int, ...]], Tensor] = _Gradient.apply
+
+
 def _bifurcated(layer: nn.Module, per_sample: bool, product: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Any:
     def forward(x: Tensor) -> Tensor:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
-        xq, wq = _Forward.apply(x), _Forward.apply(weight)
+        xq, wq = _forward(x), _forward(weight)
         every = tuple(range(x.dim()))
         channels = (0, *every[2:])
-        for_weight = _Gradient.apply(product(xq.detach(), wq, bias), 8, channels if per_sample else every)
-        for_input = _Gradient.apply(product(xq, wq.detach(), None), BITS, every[1:] if per_sample else every)
+        for_weight = _gradient(product(xq.detach(), wq, bias), 8, channels if per_sample else every)
+        for_input = _gradient(product(xq, wq.detach(), None), BITS, every[1:] if per_sample else every)
         total: Tensor = for_weight + for_input - for_input.detach()
         return total
 

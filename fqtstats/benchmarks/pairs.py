@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Row", "compare"]
+__all__ = ["Row", "compare", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,13 @@ class Row:
         shape: problem size.
         threads: intra-op threads of both sides.
         baseline: what it is compared with.
-        ratio: baseline's time / ours, median over interleaved pairs; ``ratio_low`` and ``ratio_high`` are the quartiles.
+        ratio: baseline's time / ours, median over interleaved pairs.
+        ratio_low: lower quartile.
+        ratio_high: upper quartile.
         must: ratio to reach, or None where the row only informs.
         aim: ratio hoped for, or None.
-        seconds, baseline_seconds: median times, for orientation.
+        seconds: our median time, for orientation.
+        baseline_seconds: the baseline's.
     """
 
     name: str

@@ -55,6 +55,7 @@ class Session:
         self._loss_fn = loss_fn
         self._seed = seed
         self._stack = ExitStack()
+        self._leaves: list[torch.Tensor] = []
         self._through_grad_fields = False
         self._loss: torch.Tensor | None = None
 
@@ -70,10 +71,12 @@ class Session:
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             )
             self._stack.callback(_restore_buffers, _buffers(self.model))
-            leaves = [t for t in self.tensors() if t.is_leaf and t.requires_grad]
-            self._stack.callback(_restore_grads, [(t, t.grad) for t in (*self.parameters.values(), *leaves)])
+            inputs = [t for t in self.tensors() if t.is_leaf and t.requires_grad]
+            self._leaves = [*self.parameters.values(), *inputs]
+            self._stack.callback(_restore_grads, [(t, t.grad) for t in self._leaves])
             self._stack.enter_context(self.handle.shared.counting_anew())
             self._loss = self._forward()
+            self._through_grad_fields = _has_reentrant_checkpoint(self._loss)
             self._stack = self._stack.pop_all()
         return self
 
@@ -142,20 +145,31 @@ class Session:
 
     def _gradients(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
         if not self._through_grad_fields:
-            try:
-                return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-            except RuntimeError as error:
-                if "use_reentrant=True" not in str(error):
-                    raise
-                # Reentrant checkpoints only work with backward(), which leaves its results in .grad.
-                self._through_grad_fields = True
-        for p in parameters:
-            p.grad = None
+            return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+        for leaf in self._leaves:
+            leaf.grad = None
         loss.backward(retain_graph=True)
         gradients = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
+        for leaf in self._leaves:
+            leaf.grad = None
         return gradients
+
+
+def _has_reentrant_checkpoint(loss: torch.Tensor) -> bool:
+    """Whether the graph holds a checkpoint with ``use_reentrant=True``.
+
+    Such a node runs a backward pass of its own, which leaves its gradients in ``.grad``: ``torch.autograd.grad`` would
+    not see the parameters behind it and silently take them for unused.
+    """
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                return True
+            seen.add(node)
+            stack.extend(function for function, _ in node.next_functions)
+    return False
 
 
 _Buffer = tuple[nn.Module, str, torch.Tensor | None, torch.Tensor | None]

@@ -1,25 +1,55 @@
 """Call indices under activation checkpointing: a recomputed call must draw the numbers of the original one.
 
 With ``use_reentrant=False`` the graph of the first forward pass stays, and with it the call indices that its nodes
-hold; the recomputation only refills saved tensors, so it must merely not advance the count. With
+hold; the recomputation refills saved tensors, so forward quantizers must see the original's stream. With
 ``use_reentrant=True`` the first pass runs without a graph and the recomputation inside backward builds the one that is
-used: its calls get the indices that the first pass noted on the checkpoint's own autograd node.
+used. In both cases a first pass notes its indices on torch's own record of the checkpoint, and the recomputation reads
+them in the same order.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
 __all__ = ["call_index"]
 
-_FORWARD = CheckpointFunction.forward.__code__
-_BACKWARD = CheckpointFunction.backward.__code__
+
+def _inner_code(function: Callable[..., Any], name: str) -> CodeType:
+    """Code of the function ``name`` that is defined inside ``function``."""
+    constants = function.__code__.co_consts
+    return next(c for c in constants if isinstance(c, CodeType) and c.co_name == name)
+
+
+_REENTRANT_FIRST = CheckpointFunction.forward.__code__
+_REENTRANT_AGAIN = CheckpointFunction.backward.__code__
+_FIRST = inspect.unwrap(checkpoint.checkpoint).__code__
+_AGAIN = _inner_code(checkpoint._checkpoint_hook.__init__, "unpack_hook")
+
+
+@dataclass
+class _Noted:
+    """Indices of a checkpoint's calls by layer, and how many of them the backward pass ``task`` has repeated."""
+
+    indices: dict[str, list[int]] = field(default_factory=dict)
+    task: int = -1
+    repeated: dict[str, int] = field(default_factory=dict)
+
+    def again(self, layer: str, task: int) -> int:
+        """Index of the next repeated call of ``layer``; every backward pass starts over."""
+        if task != self.task:
+            self.task, self.repeated = task, {}
+        position = self.repeated.get(layer, 0)
+        self.repeated[layer] = position + 1
+        return self.indices[layer][position]
 
 
 def call_index(layer: str, count: Callable[[str], int]) -> int:
@@ -27,32 +57,32 @@ def call_index(layer: str, count: Callable[[str], int]) -> int:
 
     A forward pass without gradients and outside a checkpoint (evaluation) neither needs an index nor advances it: 0.
     """
-    recomputing = torch._C._current_graph_task_id() != -1
-    if torch.is_grad_enabled() and not recomputing:
-        return count(layer)
-    nodes = list(_checkpoints(sys._getframe(1)))
-    original = next((node for is_forward, node in nodes if not is_forward and hasattr(node, "fqt_calls")), None)
+    task = torch._C._current_graph_task_id()
+    records = list(_checkpoints(sys._getframe(1)))
+    repeated = (record.fqt_calls for first, record in records if not first and hasattr(record, "fqt_calls"))
+    original: _Noted | None = next(repeated, None)
     if original is not None:
-        indices, position = original.fqt_calls[layer]
-        # Every backward pass repeats the segment's calls in the same order, so the position wraps around.
-        original.fqt_calls[layer] = (indices, (position + 1) % len(indices))
-        index = indices[position]
-    elif recomputing or not nodes:
+        index = original.again(layer, task)
+    elif task != -1 or not (torch.is_grad_enabled() or records):
         return 0
     else:
         index = count(layer)
-    for is_forward, node in nodes:
-        if is_forward:
-            if not hasattr(node, "fqt_calls"):
-                node.fqt_calls = {}
-            indices, _ = node.fqt_calls.setdefault(layer, ([], 0))
-            indices.append(index)
+    for first, record in records:
+        if first:
+            if not hasattr(record, "fqt_calls"):
+                record.fqt_calls = _Noted()
+            record.fqt_calls.indices.setdefault(layer, []).append(index)
     return index
 
 
 def _checkpoints(frame: FrameType | None) -> Iterator[tuple[bool, Any]]:
-    """The autograd nodes of the reentrant checkpoints that this call runs in, innermost first; True for a first pass."""
+    """The records torch keeps of the checkpoints that this call runs in, innermost first; True for a first pass."""
     while frame is not None:
-        if frame.f_code in (_FORWARD, _BACKWARD):
-            yield frame.f_code is _FORWARD, frame.f_locals["ctx"]
+        code = frame.f_code
+        if code is _REENTRANT_FIRST or code is _REENTRANT_AGAIN:
+            yield code is _REENTRANT_FIRST, frame.f_locals["ctx"]
+        elif code is _AGAIN:
+            yield False, frame.f_locals["frame"]
+        elif code is _FIRST and "gen" in frame.f_locals:  # not for a reentrant one
+            yield True, frame.f_locals["gen"].gi_frame.f_locals["new_frame"]
         frame = frame.f_back

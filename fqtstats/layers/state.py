@@ -156,10 +156,16 @@ class Call:
 
         Raises:
             NonFiniteError: ``x`` holds NaN or Inf; names layer and site.
-            InputError: the quantizer returned another shape or dtype.
+            InputError: the quantizer returned another shape or dtype, or changed ``x``.
         """
+        version = None if x.is_inference() else x._version
         with torch.no_grad(), self._named(site):
             out = q(x, self.stream(site, draw))
+        if version is not None and x._version != version:
+            raise InputError(
+                f"layer {self.layer.name!r}, {site}: the quantizer changed its argument in place, which others "
+                "still use; let it work on a copy"
+            )
         if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.dtype != x.dtype:
             got = f"{list(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(

@@ -24,6 +24,9 @@ __all__ = ["Flag", "bias_level", "comparison_table", "flags", "layer_table", "su
 FALSE_ALARM = 0.05
 """Chance that any row of one configuration is flagged as biased although none is."""
 
+_NAMED = 3
+"""So many unquantized layers of one kind are named; the names of more are in the result's metadata."""
+
 _ROUNDING = 1e-9
 """A variance may meet its bound; the two are summed in different orders."""
 
@@ -42,6 +45,16 @@ class Flag:
     style: str
     meaning: str
 
+
+# For the legend below a table.
+_MEANING_95 = "interval relative to the variance"
+_MEANING_SHARES = "% of the variance from the weight-gradient and the input-gradient quantizers"
+_MEANING_BOUND = "the input-gradient quantizer's own variance over its bound"
+_MEANING_SAMPLING = "a minibatch's variance"
+_MEANING_SNR = "‖g‖² / variance"
+_MEANING_MARGIN = "‖g‖ / √(3 variance)"
+_MEANING_RATIO = "over a minibatch's variance"
+_MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own variance"
 
 BIASED = Flag("BIASED", "bold red", "bias p below 0.05 / number of rows tested")
 ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance exceeds its bound")
@@ -112,12 +125,14 @@ class _Column:
         cells: one per row.
         priority: those with the lowest are dropped first where the terminal is narrow.
         names: it holds names: set to the left, and long ones are cut at their front.
+        meaning: what is in it, for the legend, where the header does not say.
     """
 
     header: str
     cells: Sequence[Text]
     priority: int
     names: bool = False
+    meaning: str = ""
 
     @property
     def width(self) -> int:
@@ -151,8 +166,10 @@ class _Fitted:
         def fits(gap: int) -> bool:
             return sum(column.width + gap for column in kept) - gap <= room
 
+        dropped = []
         while len(kept) > 1 and not fits(1):
-            kept.remove(min(kept, key=lambda column: column.priority))
+            dropped.append(min(kept, key=lambda column: column.priority))
+            kept.remove(dropped[-1])
         # The box puts one space between columns; a second one is padding.
         table = Table(
             box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1 if fits(2) else 0, 0, 0),
@@ -166,6 +183,12 @@ class _Fitted:
                 table.add_section()
             table.add_row(*(column.cells[index] for column in kept))
         yield table
+        meanings = [f"{column.header}: {column.meaning}" for column in kept if column.meaning]
+        if meanings:
+            yield Text("; ".join(meanings), style="dim")
+        if dropped:
+            hidden = ", ".join(column.header for column in self.columns if column in dropped)
+            yield Text(f"no room for: {hidden} (widen the terminal, or use --json)", style="dim")
 
 
 def _numbers(rows: Sequence[pd.Series], column: str) -> list[Text]:
@@ -194,13 +217,17 @@ def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
 
 
 def _unquantized(result: Result) -> list[Text]:
-    """One line per reason with the layers that stayed as they were."""
+    """The layers that stayed as they were, counted by type and reason; few of a kind are named."""
     entries = result.metadata.get("unquantized")
-    by_reason: dict[str, list[str]] = {}
+    kinds: dict[tuple[str, str], list[str]] = {}
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, dict):
-            by_reason.setdefault(str(entry.get("reason")), []).append(f"{entry.get('layer')} ({entry.get('type')})")
-    return [Text(f"not quantized, {reason}: {', '.join(layers)}") for reason, layers in by_reason.items()]
+            kinds.setdefault((str(entry.get("type")), str(entry.get("reason"))), []).append(str(entry.get("layer")))
+    told = [
+        f"{len(layers)} {kind} ({reason}{': ' + ', '.join(layers) if len(layers) <= _NAMED else ''})"
+        for (kind, reason), layers in kinds.items()
+    ]
+    return [Text(f"not quantized: {'; '.join(told)}")] if told else []
 
 
 def layer_table(result: Result, configuration: Configuration | None = None) -> RenderableType:
@@ -227,12 +254,12 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         _Column("‖g‖²", _numbers(rows, "grad_norm_sq"), 50),
         _Column("bias p", _p_cells(rows, [level] * len(rows)), 80),
         _Column("variance", _numbers(rows, "variance"), 95),
-        _Column("95 %", [Text(_interval(row)) for row in rows], 75),
-        _Column("Q1/Q2", [Text(_shares(row)) for row in rows], 55),
-        _Column("Q2/bound", [Text(_plain(ratio)) for ratio in ratios], 40),
-        _Column("sampling", _numbers(rows, "sampling_variance"), 45),
-        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70),
-        _Column("margin", [Text(_plain(float(row["sqrt3_margin"]))) for row in rows], 30),
+        _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        _Column("Q1/Q2", [Text(_shares(row)) for row in rows], 55, meaning=_MEANING_SHARES),
+        _Column("Q2/bound", [Text(_plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
+        _Column("sampling", _numbers(rows, "sampling_variance"), 45, meaning=_MEANING_SAMPLING),
+        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
+        _Column("margin", [Text(_plain(float(row["sqrt3_margin"]))) for row in rows], 30, meaning=_MEANING_MARGIN),
         _Column("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
@@ -254,10 +281,12 @@ def comparison_table(result: Result) -> RenderableType:
         _Column("quantizer", [Text(item.quantizer) for item in result.configurations], 100, names=True),
         _Column("bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100),
         _Column("variance", _numbers(rows, "variance"), 95),
-        _Column("95 %", [Text(_interval(row)) for row in rows], 75),
-        _Column("/ sampling", [Text(_plain(ratio)) for ratio in ratios], 60),
-        _Column(f"Q2 var / {result.reference}", [Text(_plain(ratio)) for ratio in medians], 65),
-        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70),
+        _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        _Column("/ sampling", [Text(_plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
+        _Column(
+            f"Q2 var / {result.reference}", [Text(_plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
+        ),
+        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
         _Column("bias p", _p_cells(rows, levels), 80),
         _Column("", _flag_cells(found), 99),
     ]

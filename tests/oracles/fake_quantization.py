@@ -28,7 +28,7 @@ def fake(x, q):
 
 def linear(x, w, b, qa=None, qw=None):
     """``nn.Linear`` on quantized operands, computed in float32 (float64 for float64)."""
-    return _computed(lambda xq, wq, bq: F.linear(xq, wq, bq), x, w, b, qa, qw)
+    return _computed(F.linear, x, w, b, qa, qw)
 
 
 def conv(x, w, b, qa=None, qw=None, *, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"):
@@ -49,7 +49,15 @@ def conv(x, w, b, qa=None, qw=None, *, stride=1, padding=0, dilation=1, groups=1
                 pads += [total // 2, total - total // 2]
             else:
                 pads += 2 * [padding if isinstance(padding, int) else padding[axis]]
-        return function(F.pad(xq, pads, mode="constant" if padding_mode == "zeros" else padding_mode), wq, bq, stride, 0, dilation, groups)
+        return function(
+            F.pad(xq, pads, mode="constant" if padding_mode == "zeros" else padding_mode),
+            wq,
+            bq,
+            stride,
+            0,
+            dilation,
+            groups,
+        )
 
     return _computed(product, x, w, b, qa, qw)
 
@@ -57,5 +65,4 @@ def conv(x, w, b, qa=None, qw=None, *, stride=1, padding=0, dilation=1, groups=1
 def _computed(product, x, w, b, qa, qw):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.autocast(x.device.type, enabled=False):
-        y = product(fake(x.to(dtype), qa), fake(w.to(dtype), qw), None if b is None else b.to(dtype))
-    return y
+        return product(fake(x.to(dtype), qa), fake(w.to(dtype), qw), None if b is None else b.to(dtype))

@@ -1,0 +1,89 @@
+"""Deliberately biased gradient quantizers: negative controls for every detector of bias.
+
+Each is called as ``f(x, stream)`` and breaks one thing about per-sample stochastic rounding (``psq``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+import fqtstats
+
+
+def _grid(x, bits):
+    """Lowest element and step of each row's affine grid, broadcast against ``x``."""
+    rows = x.reshape(x.shape[0], -1)
+    low, high = rows.amin(1), rows.amax(1)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+    shape = [-1, *[1] * (x.dim() - 1)]
+    return low.view(shape), step.view(shape)
+
+
+def _stochastic(y, stream):
+    return y.floor() + (stream.uniform(y.shape) < y - y.floor())
+
+
+def unbroken(bits=4):
+    """None of the faults: what the others are compared with."""
+
+    def f(x, stream):
+        low, step = _grid(x, bits)
+        return _stochastic((x - low) / step, stream) * step + low
+
+    return f
+
+
+def nearest(bits=4):
+    """Rounds to the nearest grid point: no randomness, a bias of up to half a step per element."""
+
+    def f(x, stream):
+        low, step = _grid(x, bits)
+        return ((x - low) / step).round() * step + low
+
+    return f
+
+
+def few_random_bits(r, bits=4):
+    """Decides with ``r`` random bits: every element up to ``2^-r`` steps too low."""
+    return fqtstats.quantizer("psq", bits=bits, random_bits=r)
+
+
+def clipped(bits=4, share=0.001):
+    """Clips the largest magnitudes (``share`` of the tensor, at least one element) before quantizing."""
+
+    def f(x, stream):
+        keep = max(1, x.numel() - max(1, round(share * x.numel())))
+        limit = x.abs().reshape(-1).kthvalue(keep).values
+        return unbroken(bits)(x.clamp(-limit, limit), stream)
+
+    return f
+
+
+def rounded_zero_point(bits=4):
+    """Rounds the grid's offset to a whole number of steps when decoding: each row is shifted by up to half a step."""
+
+    def f(x, stream):
+        low, step = _grid(x, bits)
+        return _stochastic((x - low) / step, stream) * step + (low / step).round() * step
+
+    return f
+
+
+def scaled_channel(bits=4, factor=1.1):
+    """Multiplies channel 0 by ``factor``: one wrong scale among many right ones."""
+
+    def f(x, stream):
+        out = unbroken(bits)(x, stream)
+        out[:, 0] *= factor
+        return out
+
+    return f
+
+
+def pruned(p=0.9):
+    """Keeps each element with probability ``p`` and forgets to divide by it: shrinks the gradient to ``p g``."""
+
+    def f(x, stream):
+        return x * (stream.uniform(x.shape) < p)
+
+    return f
