@@ -148,7 +148,7 @@ def _blaming(*names: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if not names or isinstance(error, torch.OutOfMemoryError):
+        if not names or isinstance(error, Warning | torch.OutOfMemoryError):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
         told = f"{' with '.join(map(repr, names))} failed{_line(error)}: {type(error).__name__}: {reason}"

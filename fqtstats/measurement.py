@@ -70,8 +70,8 @@ def measure(
 ) -> Result:
     """Bias and variance of the quantized gradient (FQT) around the full-precision one of the same network (QAT).
 
-    One forward pass of the quantized network, then one backward pass for the QAT gradient and two per draw: one with both
-    gradient quantizers, one with the same numbers but without the weight-gradient quantizers, which tells their
+    One forward pass of the quantized network, then one backward pass for the QAT gradient and two per draw: one with
+    both gradient quantizers, one with the same numbers but without the weight-gradient quantizers, which tells their
     contributions apart. The model is not changed. Results are bit-identical on any number of threads.
 
     Args:
@@ -220,7 +220,7 @@ def _digest(tensors: Sequence[torch.Tensor]) -> str:
 
 @dataclass(frozen=True)
 class _Row:
-    """One trainable parameter: where it is, how large, which quantized layers hold it, and its relative rounding error."""
+    """One trainable parameter: where it is, how large, which quantized layers hold it, and how it is rounded."""
 
     layer: str
     parameter: str
@@ -242,8 +242,8 @@ class _Facts:
     @staticmethod
     def of(session: Session, handle: Handle, incoming: IncomingGradients, gradient: list[torch.Tensor]) -> _Facts:
         holders: dict[int, list[str]] = {}
-        for name, layer in handle.layers.items():
-            for p in layer.parameters(recurse=False):
+        for name, module in handle.layers.items():
+            for p in module.parameters(recurse=False):
                 holders.setdefault(id(p), []).append(name)
         shown: set[str] = set()
         rows = []
@@ -290,7 +290,9 @@ def _result(
         directions = [
             _directions(sketches[:, sketch.slots[p].directions], row.grad_norm_sq, row.numel, floors[p]),
             *(
-                bias.Directions(sums, floors[p] * np.sqrt(np.full(sums.shape[1], row.numel / max(1, sums.shape[1]))), True)
+                bias.Directions(
+                    sums, floors[p] * np.sqrt(np.full(sums.shape[1], row.numel / max(1, sums.shape[1]))), True
+                )
                 for sums in sketch.row_and_column_sums(p, sketches)
             ),
         ]
@@ -342,9 +344,7 @@ def _result(
     return Result(table, metadata)
 
 
-def _directions(
-    components: npt.NDArray[np.float64], grad_norm_sq: float, numel: int, floor: float
-) -> bias.Directions:
+def _directions(components: npt.NDArray[np.float64], grad_norm_sq: float, numel: int, floor: float) -> bias.Directions:
     """Components along ``g``, ``sign g`` and ``1``, with ``floor`` times their lengths as tolerance."""
     return bias.Directions(components, floor * np.sqrt([grad_norm_sq, numel, numel]), False)
 

@@ -5,8 +5,6 @@ Each is called as ``f(x, stream)`` and breaks one thing about per-sample stochas
 
 from __future__ import annotations
 
-import torch
-
 import fqtstats
 
 

@@ -140,7 +140,7 @@ def test_64_draws_find_clipping():
 
 
 def test_the_unbroken_quantizer_is_not_found():
-    """Negative control of the faults: the same code without one. Seven rows at 1e-3 would be .7 %; the seed is fixed."""
+    """Negative control of the faults: the same code without one. The seed is fixed."""
     assert measured_p(controls.unbroken(), "grad_weight") > 1e-3
 
 
@@ -150,6 +150,17 @@ def test_eight_random_bits_are_not_found():
     Such micro-biases are found at the quantizer, from its exact mean.
     """
     assert measured_p(controls.few_random_bits(8), "grad_weight") > 1e-3
+
+
+def test_a_rare_outcome_that_never_came_is_no_certainty():
+    """One row's only decision goes up once in 50 draws; 32 draws without it, 36 % of all, are no evidence of a bias."""
+    values = np.random.default_rng(0).choice([-0.5, 0.5], size=(32, 20))
+    values[:, 7] = -0.02
+    assert directed_p([Directions(values, np.zeros(20), True)]) > 0.01
+    # Negative control: apart from its like, the row looks like a certain bias; and a bias that is large is found.
+    assert directed_p([Directions(values, np.zeros(20), False)]) == 0.0
+    values[:, 7] = -0.8
+    assert directed_p([Directions(values, np.zeros(20), True)]) < 1e-4
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------

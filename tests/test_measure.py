@@ -121,9 +121,9 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.twice, self.tied, self.frozen, self.norm, self.last = (
-            nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 10, bias=False)
-        )  # fmt: skip
+        self.first = nn.Linear(12, 8)
+        self.twice, self.tied, self.frozen = (nn.Linear(8, 8) for _ in range(3))
+        self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 10, bias=False)
         self.tied.weight = self.twice.weight
         self.frozen.requires_grad_(False)
 
@@ -399,9 +399,8 @@ def test_a_state_of_another_measurement_is_refused(change):
 class Everything(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.drop, self.out = (
-            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Linear(16, 10)
-        )  # fmt: skip
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.drop, self.out = nn.Dropout(0.3), nn.Linear(16, 10)
 
     def forward(self, x):
         return self.out(self.drop(F.relu(self.norm(self.conv(x.view(-1, 1, 4, 4)))).flatten(1)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -76,7 +78,7 @@ def test_small_parameters_are_kept_whole():
 
 def grouped(values, groups):
     ends = [len(values) * i // groups for i in range(groups + 1)]
-    return np.array([values[a:b].sum() for a, b in zip(ends, ends[1:], strict=False)])
+    return np.array([values[a:b].sum() for a, b in pairwise(ends)])
 
 
 @pytest.mark.parametrize("shape", [(400, 90), (64, 32, 3, 3), (5000, 2), (2, 5000)])

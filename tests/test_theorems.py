@@ -80,7 +80,7 @@ def flat(gradients):
 def bias_test(case, policy, draws):
     """Unbiased estimate of ``||E[error]||^2``, its critical value, and ``||QAT gradient||^2``.
 
-    With a Gaussian sum of the errors (of hundreds of draws), the estimate is ``sum_i lambda_i (chi2_i - 1) / n`` for the
+    With a Gaussian sum of the errors (hundreds of draws), the estimate is ``sum_i lambda_i (chi2_i - 1) / n`` for the
     eigenvalues of the covariance, and P(above (2 ||lambda|| sqrt t + 2 max lambda t) / n) <= exp(-t) (Laurent
     and Massart, 2000, lemma 1). ``||lambda||^2`` is estimated by the mean squared product of two different errors.
     """

@@ -105,7 +105,7 @@ def directed_p(directions: Sequence[Directions]) -> float:
 
 
 def cross_fit_p(gram: Array) -> float:
-    """One-sided t test of ``<e_i, mean of the other half>`` for even against odd draws and back, Bonferroni over the two."""
+    """One-sided t test of ``<e_i, mean of the other half>``, even against odd draws and back, times two."""
     n = gram.shape[0]
     halves = (np.arange(0, n, 2), np.arange(1, n, 2))
     smallest = 1.0
@@ -124,8 +124,8 @@ def cross_fit_p(gram: Array) -> float:
 def sign_flip_p(gram: Array, seed: int = 0, flips: int = FLIPS) -> float:
     """One-sided p-value of ``U = sum_{i != k} G_ik`` against ``sum_{i != k} s_i s_k G_ik`` for random signs ``s``.
 
-    At least ``1 / (flips + 1)``. Flipping all signs changes nothing, so below about 15 draws fewer than ``flips`` distinct
-    values exist and the test is coarser, never anti-conservative.
+    At least ``1 / (flips + 1)``. Flipping all signs changes nothing, so below about 15 draws fewer than ``flips``
+    distinct values exist and the test is coarser, never anti-conservative.
     """
     n = gram.shape[0]
     if n < 2:

@@ -6,6 +6,8 @@ Intervals come from the draws' own squared errors ``A_i = ||e_i||^2``; a bootstr
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
@@ -31,7 +33,9 @@ def t_interval(norms: Array, level: float = 0.95) -> tuple[float, float]:
 
     Coverage at n = 3 to 30 was .935 to .958 in simulation.
     """
-    return _around(float(norms.mean()), norms.std(ddof=1) / np.sqrt(len(norms)) if len(norms) > 1 else np.nan, norms, level)
+    return _around(
+        float(norms.mean()), norms.std(ddof=1) / np.sqrt(len(norms)) if len(norms) > 1 else np.nan, norms, level
+    )
 
 
 def jackknife_interval(norms: Array, gram: Array, variance: float, level: float = 0.95) -> tuple[float, float]:
@@ -40,7 +44,7 @@ def jackknife_interval(norms: Array, gram: Array, variance: float, level: float 
     Args:
         norms: ``A_i``, ``[n]``.
         gram: ``[n, n]`` inner products of the (sketched) errors; only off-diagonal entries are used.
-        variance: the sample variance; that of sketched inner products would be off by a few per cent of the squared bias.
+        variance: the exact sample variance; from sketches it would be off by per cents of the squared bias.
         level: coverage.
     """
     n = len(norms)
@@ -58,4 +62,4 @@ def jackknife_interval(norms: Array, gram: Array, variance: float, level: float 
 
 def _around(center: float, deviation: float, norms: Array, level: float) -> tuple[float, float]:
     half = stats.t.ppf((1 + level) / 2, len(norms) - 1) * deviation if len(norms) > 1 else float("nan")
-    return max(0.0, center - half) if half == half else float("nan"), float(center + half)
+    return max(0.0, center - half) if not math.isnan(half) else float("nan"), float(center + half)

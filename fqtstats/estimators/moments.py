@@ -47,8 +47,8 @@ class ErrorMoments:
 
     Attributes:
         norms: per draw, ``[P]``: ``||e_i||^2``.
-        parts: per draw, ``[2, P]``: squared norms of the parts of ``e_i`` from the weight-gradient and the input-gradient
-            quantizers.
+        parts: per draw, ``[2, P]``: squared norms of the parts of ``e_i`` from the weight-gradient and the
+            input-gradient quantizers.
         sketches: per draw, ``[W]``.
     """
 
@@ -61,9 +61,7 @@ class ErrorMoments:
     ) -> None:
         self.names = list(names)
         self.sketch = sketch
-        largest = [
-            max(float(g.abs().max()), float(e.abs().max())) for g, e in zip(reference, calibration, strict=True)
-        ]
+        largest = [max(float(g.abs().max()), float(e.abs().max())) for g, e in zip(reference, calibration, strict=True)]
         floor = max(largest) * 2.0**-40 or 1.0
         self.exponents = [math.frexp(max(value, floor))[1] - _RESOLUTION for value in largest]
         self.sums = [torch.zeros(g.numel(), dtype=torch.int64, device=g.device) for g in reference]
@@ -81,9 +79,7 @@ class ErrorMoments:
         """Indices of the draws seen, ascending."""
         return sorted(self.norms)
 
-    def add(
-        self, draw: int, errors: Sequence[torch.Tensor], parts: npt.NDArray[np.float64] | None = None
-    ) -> None:
+    def add(self, draw: int, errors: Sequence[torch.Tensor], parts: npt.NDArray[np.float64] | None = None) -> None:
         """Add one draw.
 
         Args:
@@ -99,8 +95,8 @@ class ErrorMoments:
         for name, exponent, e in zip(self.names, self.exponents, errors, strict=True):
             if not float(e.abs().max()) * 2.0**-exponent < _LARGEST:
                 raise InputError(
-                    f"draw {draw}: the error of {name!r} is not finite or over {_LARGEST * 2.0**exponent:.2g}, which is "
-                    "2^20 times what the gradient and a first draw have; use more bits"
+                    f"draw {draw}: the error of {name!r} is not finite or over {_LARGEST * 2.0**exponent:.2g}, which "
+                    "is 2^20 times what the gradient and a first draw have; use more bits"
                 )
         norms = np.array([squared_norm(e) for e in errors])
         sketch = None if self.sketch is None else self.sketch(errors)
@@ -181,7 +177,9 @@ class ErrorMoments:
             InputError: the state belongs to another gradient.
         """
         if arrays["exponents"].tolist() != self.exponents:
-            raise InputError("the saved state belongs to another gradient (model, data, seed or library versions differ)")
+            raise InputError(
+                "the saved state belongs to another gradient (model, data, seed or library versions differ)"
+            )
         draws = arrays["draws"].tolist()
         for i, total in enumerate(self.sums):
             total.copy_(torch.from_numpy(arrays[f"sum.{i}"]))

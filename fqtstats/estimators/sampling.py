@@ -43,4 +43,5 @@ def sampling_variance(
     moments.add(len(moments.norms), [torch.zeros_like(g) for g in first])
     n = len(moments.norms)
     norms = moments.stacked("norms").sum(axis=0)
-    return np.maximum(0.0, (norms - n * moments.mean_norm_sq()) / (n - 1))
+    trace: npt.NDArray[np.float64] = np.maximum(0.0, (norms - n * moments.mean_norm_sq()) / (n - 1))
+    return trace

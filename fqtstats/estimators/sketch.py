@@ -2,8 +2,8 @@
 
 Shape legend: a parameter's error is viewed as ``[O, I]`` (first axis, all others); W numbers are kept per draw.
 
-Because the sketch is linear and fixed before any draw, the sketch of an unbiased error has mean zero, whatever its width:
-the width costs power, never size.
+Because the sketch is linear and fixed before any draw, the sketch of an unbiased error has mean zero, whatever its
+width: the width costs power, never size.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Sketch:
         Both are empty for a vector: a single element is no sum.
         """
         slots, (rows, columns) = self.slots[index], _two_axes(self._reference[index])
-        if self._signs[index].numel() > 1 or sum(self._groups[index]) or rows == 1 or columns == 1:
+        if self._signs[index].numel() > 1 or any(self._groups[index]) or rows == 1 or columns == 1:
             return sketches[:, slots.rows], sketches[:, slots.columns]
         elements = (sketches[:, slots.buckets] * float(self._signs[index])).reshape(-1, rows, columns)
         return elements.sum(2), elements.sum(1)

@@ -72,11 +72,13 @@ class Transform(ABC):
 
     @abstractmethod
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """``T^-1 y`` for ``y`` ``[N, C, S]``, in ``y``'s dtype."""
+        """``T^-1 y`` for ``y`` ``[N, C, S]``, in ``y``'s dtype; consumes its argument."""
 
     @abstractmethod
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
-        """``(T^-1)^2 v`` with the entries of ``T^-1`` squared: how independent variances propagate. float64."""
+        """``(T^-1)^2 v`` with the entries of ``T^-1`` squared: how independent variances propagate.
+
+        float64; consumes its argument."""
 
     @property
     @abstractmethod

@@ -104,7 +104,9 @@ def small_row_scale(groups: Groups) -> torch.Tensor:
     kappa = torch.maximum(1 / n.sqrt(), (1 - corner).abs())
     kappa = torch.where(groups.size > 2, torch.maximum(kappa, corner), kappa)
     ratio = torch.where(groups.small_range > 0, groups.leader_range / groups.small_range, 1.0)
-    t = ((n - 1) / (n.sqrt() * kappa) * ratio).pow(1 / 3)
+    # pow() may differ in its last bit from device to device; 24 significant bits are the same everywhere.
+    mantissa, exponent = torch.frexp(((n - 1) / (n.sqrt() * kappa) * ratio).pow(1 / 3))
+    t = torch.ldexp((mantissa * 2.0**24).round(), exponent - 24)
     return torch.where(groups.small_range > 0, t, 1.0)
 
 
@@ -115,21 +117,23 @@ class BlockHouseholder(Transform):
     ``H = I - 2 v v^T`` with ``v`` proportional to ``1 / sqrt(n) - e_1``: its first row and column are ``1 / sqrt(n)``,
     the others ``delta_ij - 1 / (n - sqrt n)``. It is applied as a rank-1 update, O(N D).
 
+    Shape legend: K groups that are transformed, M small rows in them.
+
     Attributes:
         order: row index of each position, ``[N]``.
-        leader, member: masks ``[N, 1, 1]`` of the leaders and of the small rows of groups that are transformed.
-        root: ``1 / sqrt(n)``; spread: ``1 / (sqrt(n) - 1)``; row_scale: ``s`` or ``s t``; all ``[N, 1, 1]``.
-        starts: index of each position's leader, ``[N]``.
+        heads: position of each transformed group's leader, ``[K]``.
+        members: position of each small row of those groups, ``[M]``; head_of_member: index of its group, ``[M]``.
+        sizes: n of each transformed group, ``[K]`` float64.
+        row_scale: ``s`` of a leader, ``s t`` of a small row, 1 elsewhere, ``[N, 1, 1]`` in the compute dtype.
         tree: per level of the summation tree, the positions that are added to and those that are added.
     """
 
     order: torch.Tensor
-    leader: torch.Tensor
-    member: torch.Tensor
-    root: torch.Tensor
-    spread: torch.Tensor
+    heads: torch.Tensor
+    members: torch.Tensor
+    head_of_member: torch.Tensor
+    sizes: torch.Tensor
     row_scale: torch.Tensor
-    starts: torch.Tensor
     tree: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     @staticmethod
@@ -140,21 +144,17 @@ class BlockHouseholder(Transform):
         representable by themselves. ``s`` is a power of two that keeps tiny groups out of the subnormal range and the
         sums of huge ones finite; it cancels.
         """
-        n = groups.size.double()
         transformed = groups.small_range > 0
         # `edge` bounds the ranges that need no help. `lift` leaves room for t, which is below 2^34 in the tiny groups
         # of float32 (largest ratio of ranges 2^89) and below 2^165 in those of float64.
         edge, lift = (2.0**60, 2.0**80) if dtype == torch.float32 else (2.0**600, 2.0**800)
-        s = torch.ones_like(n)
+        s = torch.ones_like(groups.leader_range)
         s = torch.where(groups.leader_range < 1 / edge, lift, torch.where(groups.leader_range > edge, 1 / edge, s))
-        leader = transformed & (groups.rank == 0)
-        member = transformed & (groups.rank > 0)
-        scale = torch.where(transformed, torch.where(member, s * small_row_scale(groups), s), 1.0)
-
-        def column(values: torch.Tensor) -> torch.Tensor:
-            return values.to(dtype).view(-1, 1, 1)
-
+        scale = torch.where(groups.rank > 0, s * small_row_scale(groups), s)
+        scale = torch.where(transformed, scale, 1.0)
         positions = torch.arange(groups.rank.numel(), device=groups.rank.device)
+        heads = positions[transformed & (groups.rank == 0)]
+        members = positions[transformed & (groups.rank > 0)]
         levels = []
         width = 1
         while width < int(groups.size.max()):
@@ -164,54 +164,55 @@ class BlockHouseholder(Transform):
             width *= 2
         return BlockHouseholder(
             order=groups.order,
-            leader=leader.view(-1, 1, 1),
-            member=member.view(-1, 1, 1),
-            root=column(1 / n.sqrt()),
-            spread=column(1 / (n.sqrt() - 1)),
-            row_scale=column(scale),
-            starts=positions - groups.rank,
+            heads=heads,
+            members=members,
+            head_of_member=torch.searchsorted(heads, members) - 1,
+            sizes=groups.size[heads].double(),
+            row_scale=scale.to(dtype).view(-1, 1, 1),
             tree=tuple(levels),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``T x``: rows of ``x`` ``[N, C, S]`` in their own order, result in group order."""
-        return self._reflect(x[self.order].mul_(self.row_scale))
+        return self._reflect_(x[self.order].mul_(self.row_scale))
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """``T^-1 y`` (``H`` is its own inverse): rows of ``y`` in group order, result in the rows' own order."""
-        x = self._reflect(y).div_(self.row_scale.to(y.dtype))
+        x = self._reflect_(y).div_(self.row_scale.to(y.dtype))
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
-        """``sum_r (H_jr / s_j)^2 v_r``, float64: ``v`` in group order, result in the rows' own order."""
         v = variance.double()
-        n = (1 / self.root.double().square()).round()
-        corner = 1 / (n - n.sqrt())
-        total = self._tree_sum(v)
-        first = v[self.starts]
-        small = first / n + corner.square() * (total - first) + (1 - 2 * corner) * v
-        v = torch.where(self.leader, total / n, torch.where(self.member, small, v))
+        n = self.sizes.view(-1, 1, 1)
+        corner = 1 / (n - n.sqrt())  # minus the off-diagonal entries of H
+        total, first = self._group_sums(v), v[self.heads]
+        others = first / n + corner.square() * (total - first)
+        diagonal = (1 - 2 * corner)[self.head_of_member]  # (1 - corner)^2 - corner^2
+        v[self.members] = v[self.members].mul_(diagonal).add_(others[self.head_of_member])
+        v[self.heads] = total / n
         v = v.div_(self.row_scale.double().square())
         return torch.empty_like(v).index_copy_(0, self.order, v)
 
-    def _reflect(self, z: torch.Tensor) -> torch.Tensor:
-        # H z = z - w u / (1 - 1/sqrt n) with w = 1/sqrt n - e_1 and u = w^T z = sum(z) / sqrt n - z_1, which is
-        # sum(z) / sqrt n in the first row and z_i - u / (sqrt n - 1) in the others.
-        root, spread = self.root.to(z.dtype), self.spread.to(z.dtype)
-        mean = self._tree_sum(z).mul_(root)
-        shift = (mean - z[self.starts]).mul_(spread)
-        return torch.where(self.leader, mean, torch.where(self.member, z - shift, z))
+    def _reflect_(self, z: torch.Tensor) -> torch.Tensor:
+        # In place. H z = z - w u / (1 - 1/sqrt n) with w = 1/sqrt n - e_1 and u = w^T z = sum(z) / sqrt n - z_1, which
+        # is sum(z) / sqrt n in the first row and z_i - u / (sqrt n - 1) in the others.
+        root = (1 / self.sizes.sqrt()).to(z.dtype).view(-1, 1, 1)
+        spread = (1 / (self.sizes.sqrt() - 1)).to(z.dtype).view(-1, 1, 1)
+        mean = self._group_sums(z).mul_(root)
+        shift = (mean - z[self.heads]).mul_(spread)
+        z[self.members] -= shift[self.head_of_member]
+        return z.index_copy_(0, self.heads, mean)
 
-    def _tree_sum(self, z: torch.Tensor) -> torch.Tensor:
-        """Sum of each group, at each of its positions: a pairwise tree in group order, which fixes its rounding."""
+    def _group_sums(self, z: torch.Tensor) -> torch.Tensor:
+        """Sum of each transformed group, ``[K, C, S]``: a pairwise tree in group order, which fixes its rounding."""
         sums = z.clone()
         for target, source in self.tree:
             sums[target] += sums[source]
-        return sums[self.starts]
+        return sums[self.heads]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.order, self.starts, self.row_scale))
+        tensors = (self.order, self.heads, self.sizes, self.row_scale)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ class ZeroOnGrid(_PerTensor):
 
 @dataclass(frozen=True)
 class Symmetric(_PerTensor):
-    """``2^bits - 1`` points, symmetric about zero, ``step = max|x| / (2^(bits - 1) - 1)``; at least 2 bits.
+    """A grid symmetric about zero.
+
+    ``2^bits - 1`` points, ``step = max|x| / (2^(bits - 1) - 1)``; at least 2 bits.
 
     Raises:
         InputError: ``bits`` is below 2 or above 8.

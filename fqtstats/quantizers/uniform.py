@@ -89,7 +89,10 @@ class PTQ(_Grouped):
 
 @dataclass(frozen=True)
 class PSQ(_Grouped):
-    """Per-sample quantizer: one affine grid per row; bound ``D / (4 B^2) sum_i R_i^2``."""
+    """Per-sample quantizer: one affine grid per row.
+
+    Bound ``D / (4 B^2) sum_i R_i^2``.
+    """
 
     name: ClassVar[str] = "psq"
 

@@ -133,9 +133,10 @@ def householder(n: int) -> Matrix:
 
 
 def bhq_t(n: int, largest: float, second: float) -> float:
-    """``((n - 1) lambda_1 / (sqrt n kappa lambda_2))^(1/3)`` with ``kappa = max |H|``."""
+    """``((n - 1) lambda_1 / (sqrt n kappa lambda_2))^(1/3)`` with ``kappa = max |H|``, to 24 significant bits."""
     kappa = max(abs(h) for row in householder(n) for h in row)
-    return ((n - 1) * largest / (math.sqrt(n) * kappa * second)) ** (1 / 3)
+    mantissa, exponent = math.frexp(((n - 1) * largest / (math.sqrt(n) * kappa * second)) ** (1 / 3))
+    return math.ldexp(round(mantissa * 2**24), exponent - 24)
 
 
 def bhq_matrices(groups: list[list[int]], ranges: list[Fraction]) -> tuple[Matrix, Matrix]:
