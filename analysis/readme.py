@@ -84,9 +84,9 @@ def _numbers() -> str:
     result = fqtstats.load(RUNS / "compare")
     five = {name: _relative(result, name, 5) for name in ("ptq", "psq", "bhq")}
     return (
-        f"Relative to PTQ at 8 bits, the input-gradient quantizer at 5 bits has {five['ptq']:.3g} times the variance with "
-        f"PTQ, {five['psq']:.3g} times\nwith PSQ and {five['bhq']:.3g} times with BHQ (median over the layers of this "
-        "network, exact variances).\n"
+        "Relative to PTQ at 8 bits, the input-gradient quantizer at 5 bits has "
+        f"{five['ptq']:.3g} times the variance with PTQ,\n{five['psq']:.3g} times with PSQ and {five['bhq']:.3g} times "
+        "with BHQ (median over the layers of this network, exact variances).\n"
     )
 
 

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -442,14 +443,16 @@ def run(arguments: Sequence[str]) -> int:
 
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        given = list(arguments)
         try:
-            given = list(arguments)
             status = app(given or ["--help"], prog_name="fqtstats", standalone_mode=False, obj=given)
         except InputError as error:
             return _fail(error)
         except _UsageError as error:
             command = getattr(getattr(error, "ctx", None), "command_path", "fqtstats")
-            return _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
+            options = getattr(getattr(error, "param", None), "opts", ())
+            got = [f", got {value!r}" for option, value in pairwise(given) if option in options]
+            return _fail(f"{error.format_message().rstrip('.')}{''.join(got[-1:])}; see {command} --help")
         except OutOfMemoryError as error:
             return _fail(f"the device is out of memory ({str(error).split('. ')[0]}); lower --batch-size")
         except (KeyboardInterrupt, typer.Abort):

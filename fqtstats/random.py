@@ -90,7 +90,9 @@ class Stream:
         if dtype not in (torch.int64, torch.int32) or (dtype == torch.int32 and n == 32):
             raise InputError(f"dtype must be torch.int64, or torch.int32 for n <= 31; got {dtype} with n={n}")
         size = (shape,) if isinstance(shape, int) else tuple(shape)
-        return ops.philox_bits(*self.words(), math.prod(size), n, dtype=dtype, device=torch.device(device or "cpu")).view(size)
+        return ops.philox_bits(
+            *self.words(), math.prod(size), n, dtype=dtype, device=torch.device(device or "cpu")
+        ).view(size)
 
     def uniform(self, shape: int | Sequence[int], *, device: torch.device | str | None = None) -> torch.Tensor:
         """float32 multiples of 2^-24, uniform on [0, 1). Asked twice, it gives the same numbers."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fqtstats import benchmarks
 from fqtstats.benchmarks import Row, measure, pairs
+from fqtstats.determinism import single_thread
 
 __all__ = ["run"]  # the fixture
 
@@ -49,9 +50,10 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
-def test_the_naive_replicate_computes_the_same_gradient(per_sample: bool) -> None:
-    """Mean over repetitions against the plain gradient: what remains is the forward pass's 8-bit rounding and noise."""
-    with torch.random.fork_rng(devices=[]):
+def test_the_naive_replicate_computes_the_same_gradient(monkeypatch: pytest.MonkeyPatch, per_sample: bool) -> None:
+    """Mean over repetitions against the plain gradient, both in full precision forwards: what remains is noise."""
+    monkeypatch.setattr(measure, "_forward", lambda x: x)
+    with single_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model, batch = Small(), (torch.randn(16, 3, 8, 8), torch.randint(0, 10, (16,)))
         naive = copy.deepcopy(model)

@@ -206,7 +206,7 @@ BAD_INPUT: list[tuple[list[str], list[str]]] = [
     (["--model", "mine:detached"], ["does not depend on any trainable parameter"]),
     (["--model", "mine:wrong_shape"], ["logits of shape (128, 'classes')", "(128, 1, 8, 10)"]),
     (["--model", "mine:misfit"], ["'mine:misfit' failed: RuntimeError: ", "shapes cannot be multiplied"]),
-    (["--model", "mine:infinite_loss"], ["finite loss", "got nan"]),
+    (["--model", "mine:infinite_loss"], ["layer '3', activation", "2048 NaN or Inf among 2048"]),
     (["--model", "mine:nan_gradient"], ["layer '1', grad_", "NaN or Inf among 2048"]),
     (["--data", "nowhere:make"], ["no module named 'nowhere'"]),
     (["--data", "mine:not_data"], ["'mine:not_data' returned a int", "Dataset"]),

@@ -32,9 +32,11 @@ def test_a_model_that_this_project_did_not_write(tmp_path: Path) -> None:
     assert "net.backbone.blocks.0.attention.W_q" in done.stdout
     table = fqtstats.load(run).table
     quantized = table[table["quantized"] & (table["layer"] != "total") & (table["parameter"] == "weight")]
-    assert {"net.backbone.blocks.0.attention.W_v", "net.backbone.blocks.0.ffn.linear1", "net.backbone.output.linear"} <= set(
-        quantized["layer"]
-    )
+    assert {
+        "net.backbone.blocks.0.attention.W_v",
+        "net.backbone.blocks.0.ffn.linear1",
+        "net.backbone.output.linear",
+    } <= set(quantized["layer"])
     # What is not an nn.Linear keeps its full-precision products and is listed.
     assert not table.set_index("layer")["quantized"].get("net.cont_embeddings").any()
     total = table[table["layer"] == "total"].iloc[0]

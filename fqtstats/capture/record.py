@@ -18,7 +18,7 @@ class LayerLaw:
     """Exact summed variance of one layer's quantizer at one site, and its bound; added up over the layer's calls.
 
     Attributes:
-        variance: sum over elements of Var[Q(g)] on the incoming QAT gradient; NaN for a quantizer that does not know it.
+        variance: sum over elements of Var[Q(g)] on the incoming QAT gradient; NaN if the quantizer does not know it.
         bound: upper bound on ``variance``; NaN for a quantizer that has none.
         grad_norm_sq: squared norm of the incoming QAT gradient.
     """

@@ -26,8 +26,8 @@ LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients by qualified name, tied ones once (under their first name)."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters with elements that require gradients, by qualified name; tied ones once, under their first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel() > 0}
 
 
 class Session:
@@ -126,7 +126,9 @@ class Session:
             loss = self._loss_fn(self.model, self._batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise InputError(f"expected loss_fn(model, batch) to return a scalar tensor, got {got}; reduce it with .mean()")
+            raise InputError(
+                f"expected loss_fn(model, batch) to return a scalar tensor, got {got}; reduce it with .mean()"
+            )
         if not loss.requires_grad:
             raise InputError("the loss does not depend on any trainable parameter; was the model called under no_grad?")
         if not bool(torch.isfinite(loss)):
@@ -139,9 +141,7 @@ class Session:
             gradients = self._gradients(loss, parameters)
         if all(g is None for g in gradients):
             raise InputError("the loss does not depend on any trainable parameter of the model")
-        return [
-            torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)
-        ]
+        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradients, strict=True)]
 
     def _gradients(self, loss: torch.Tensor, parameters: list[nn.Parameter]) -> list[torch.Tensor | None]:
         if not self._through_grad_fields:

@@ -33,7 +33,9 @@ _CHUNK = 1 << 20  # elements converted at a time, so that temporaries stay small
 
 def squared_norm(x: torch.Tensor) -> float:
     """``||x||^2`` accumulated in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64).square())
+    # In pieces: a norm in another dtype converts the whole tensor first.
+    pieces = x.reshape(-1).split(_CHUNK)
+    return math.fsum(float(torch.linalg.vector_norm(piece, dtype=torch.float64).square()) for piece in pieces)
 
 
 class ErrorMoments:

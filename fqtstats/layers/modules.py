@@ -48,8 +48,8 @@ class _Quantized(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Quantized input and weight, and bias, in the dtype that the products are computed in.
 
-        Low-bit hardware computes the products exactly and rounds only the result, so half-precision operands are lifted to
-        float32 first; under autocast only the output is in the low-precision dtype.
+        Low-bit hardware computes the products exactly and rounds only the result, so half-precision operands are lifted
+        to float32 first; under autocast only the output is in the low-precision dtype.
         """
         if not torch.is_autocast_enabled(x.device.type) and x.dtype != weight.dtype:
             raise InputError(
@@ -113,7 +113,9 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
                 pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
                 x, padding = F.pad(x, pads), (0,) * len(total)
         else:
-            padding = (0,) * (x.dim() - 2) if isinstance(self.padding, str) else tuple(self.padding)  # "valid" or numbers
+            padding = (
+                (0,) * (x.dim() - 2) if isinstance(self.padding, str) else tuple(self.padding)
+            )  # "valid" or numbers
         return x, ConvProduct(tuple(self.stride), padding, tuple(self.dilation), self.groups)
 
 

@@ -90,8 +90,8 @@ class ConvProduct:
 
 
 class _Multiply(torch.autograd.Function):
-    # The two backward products are always computed separately, also without gradient quantizers: the QAT gradient and an
-    # FQT draw whose quantizer happens to be exact are then equal bit for bit.
+    # The two backward products are always computed separately, also without gradient quantizers: the QAT gradient and
+    # an FQT draw whose quantizer happens to be exact are then equal bit for bit.
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call
@@ -121,9 +121,7 @@ class _Multiply(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, None, None
 
 
-def multiply(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call
-) -> torch.Tensor:
+def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call) -> torch.Tensor:
     """``product.forward`` whose backward products see the gradient through ``call``'s quantizers."""
     out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)  # type: ignore[no-untyped-call]
     return out

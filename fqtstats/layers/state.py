@@ -169,7 +169,8 @@ class Call:
         if not isinstance(out, torch.Tensor) or out.shape != x.shape or out.dtype != x.dtype:
             got = f"{list(out.shape)} {out.dtype}" if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(
-                f"layer {self.layer.name!r}, {site}: expected the quantizer to return {list(x.shape)} {x.dtype}, got {got}"
+                f"layer {self.layer.name!r}, {site}: expected the quantizer to return {list(x.shape)} {x.dtype}, "
+                f"got {got}"
             )
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             out = out.contiguous(memory_format=torch.channels_last)

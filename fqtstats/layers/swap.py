@@ -82,8 +82,10 @@ def prepare_(
 ) -> Handle:
     """Quantize the linear and convolution layers of a model, in place.
 
-    Modules of exactly the types ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` change their class and keep everything else:
-    parameters, hooks, state_dict keys. Every other module with parameters is listed in ``Handle.unquantized``.
+    Modules of exactly the types ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` change their class and keep everything
+    else: parameters, hooks, state_dict keys. Every other module with parameters is listed in ``Handle.unquantized``.
+    (``nn.TransformerEncoderLayer`` in ``eval()`` under ``no_grad`` reads the weights of its layers without calling
+    them: such a forward pass is not quantized. Measuring and training call them.)
 
     Args:
         model: the model; a single layer is fine.
@@ -96,7 +98,8 @@ def prepare_(
         The handle; set ``handle.step`` in training, call ``handle.remove()`` to undo.
 
     Raises:
-        InputError: unknown backend, nothing to quantize, a model that is prepared already, or a pattern without a match.
+        InputError: unknown backend, nothing to quantize, a model that is prepared already, or a pattern without a
+            match.
         UnsupportedError: a compiled, scripted or data-parallel model.
     """
     if backend not in BACKENDS:
@@ -151,7 +154,9 @@ def _reason(name: str, module: nn.Module, policy: Policy, skipped: Callable[[str
         return "its projections are used as plain functions, never called as modules"
     if type(module) not in QUANTIZED_TYPES:
         base = next((b for b in QUANTIZED_TYPES if isinstance(module, b)), None)
-        return "no quantized counterpart" if base is None else f"subclass of {base.__name__}; only exact types are swapped"
+        return (
+            "no quantized counterpart" if base is None else f"subclass of {base.__name__}; only exact types are swapped"
+        )
     if skipped(name, module):
         return "skipped on request"
     return None if policy.for_layer(name).quantizes_anything else "its policy has no quantizer"
@@ -181,4 +186,6 @@ def _listing(unquantized: list[Unquantized]) -> str:
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return (
+        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    )

@@ -78,7 +78,8 @@ class Transform(ABC):
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
         """``(T^-1)^2 v`` with the entries of ``T^-1`` squared: how independent variances propagate.
 
-        float64; consumes its argument."""
+        float64; consumes its argument.
+        """
 
     @property
     @abstractmethod
