@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fqtstats.errors import InputError
 
@@ -195,27 +196,27 @@ def list_(
         _columns(table, "name", "role", "claim", "options", "what it is")
         for name, cls in quantizers.QUANTIZERS.items():
             options = ", ".join(f"{option}={value!r}" for option, value in quantizers.options_of(cls).items())
-            table.add_row(name, cls.role, cls().claim, options, _first_sentence(cls.__doc__))
+            _row(table, name, cls.role, cls().claim, options, _first_sentence(cls.__doc__))
     elif what == "policies":
         _columns(table, "name", "activation", "weight", "grad_input", "grad_weight")
         for name in policies.POLICIES:
             policy = policies.get(name)
             places = (policy.activation, policy.weight, policy.grad_input, policy.grad_weight)
             shown = ("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places)
-            table.add_row(name, *shown)
+            _row(table, name, *shown)
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
-            table.add_row(name, ", ".join(entry.kinds), entry.summary)
+            _row(table, name, ", ".join(entry.kinds), entry.summary)
     elif what == "data":
         _columns(table, "name", "what it is")
         for name, source in data.SOURCES.items():
-            table.add_row(name, source.summary)
+            _row(table, name, source.summary)
     elif what == "kernels":
         _columns(table, "operation", "variant", "here")
         for kernel in ops.kernels():
             here = "in use" if kernel.selected else "available" if kernel.available else "not available"
-            table.add_row(kernel.op, kernel.variant, here)
+            _row(table, kernel.op, kernel.variant, here)
     else:
         raise InputError(f"unknown list {what!r}; known: quantizers, policies, models, data, kernels")
     out.print(table)
@@ -241,7 +242,8 @@ def bench(
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     _columns(table, "name", "shape", "threads", "ratio", "must", "time / base")
     for row in rows:
-        table.add_row(
+        _row(
+            table,
             row.name,
             row.shape,
             str(row.threads),
@@ -250,12 +252,17 @@ def bench(
             f"{row.seconds * 1e3:.0f}/{row.baseline_seconds * 1e3:.0f} ms",
         )
     out.print(table)
-    out.print("ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False)
+    out.print(
+        "ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False, markup=False
+    )
     for baseline in dict.fromkeys(row.baseline for row in rows):
         names = ", ".join(row.name for row in rows if row.baseline == baseline)
         out.print(f"baseline of {names}: {baseline}", highlight=False, markup=False)
     if json_file is not None:
-        Path(json_file).write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+        try:
+            Path(json_file).write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {json_file!r}: {error.strerror}; choose another place") from error
 
 
 class _DirectoryStore:
@@ -396,6 +403,10 @@ def _say_where(path: Path, console: Console) -> None:
 def _columns(table: Table, *names: str) -> None:
     for name in names:
         table.add_column(name, overflow="fold")
+
+
+def _row(table: Table, *cells: str) -> None:
+    table.add_row(*map(Text, cells))  # a plain string is markup, which swallows what stands in brackets
 
 
 def _first_sentence(doc: str | None) -> str:

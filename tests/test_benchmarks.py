@@ -82,6 +82,7 @@ def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((row["threads"], row["must"]) == (1, 1.5) for row in rows)
     assert all(np.isfinite(row["ratio"]) and row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     lines = done.out.splitlines()
+    assert lines[-2].endswith("[quartiles]")
     assert max(map(len, lines)) <= 80
     assert f"{rows[0]['ratio']:.2f}x" in lines[1]
     assert lines[-1] == "baseline of one psq draw, one ptq draw: naive replicate (forward and backward)"

@@ -106,6 +106,17 @@ def test_layer_table_fits_and_keeps_the_essentials(width: int) -> None:
     assert set(lines[lines.index(row_of(text, "total")) - 1].strip()) == {"─"}
     assert "SNR" in text or width < 80
     assert width < 120 or all(header in text for header in ("Q1/Q2", "Q2/bound", "sampling", "margin"))
+    assert ("no room for: " in text) == (width < 120)
+    # The legend explains what is shown, and only that.
+    assert ("Q1/Q2: % of the variance" in " ".join(text.split())) == ("Q1/Q2" in row_of(text, "param"))
+
+
+def test_many_unquantized_layers_are_counted() -> None:
+    norms = [{"layer": f"norm{k}", "type": "BatchNorm2d", "reason": "no quantized counterpart"} for k in range(19)]
+    result = Result(make_result(("bhq", 5)).table, {"unquantized": [*norms, *UNQUANTIZED]})
+    told = "not quantized: 19 BatchNorm2d (no quantized counterpart); 1 Conv2d (first layer: stem); 1 Linear (skipped"
+    assert told in printed(tables.summary(result), 200)
+    assert "not quantized" not in printed(tables.summary(Result(result.table)), 200)
 
 
 def test_numbers_of_the_layer_table() -> None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ __all__ = ["run"]  # the fixture
 
 # Two configurations of at least 40 draws x 2 backward passes x 20 ms = 1.6 s each where SLOW is set.
 COMMAND = (
-    "measure", "--model", "mine:slow", "--quantizer", "bhq,psq", "--draws", "40", "--batches", "2", "--batch-size", "16",
+    "measure", "--model", "mine:slow", "--quantizer", "bhq,psq", "--draws", "40", "--batches", "2",
+    "--batch-size", "16",
 )  # fmt: skip
 SLOW = {"SLOW": "0.02"}
 OFTEN = "cli.SAVE_SECONDS = 0.1"
@@ -74,7 +76,7 @@ def assert_same_result(one: str, two: str) -> None:
     assert first == second
 
 
-def test_kill_and_resume(run: Run, started: Start) -> None:
+def test_kill_and_resume(run: Run, started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = Path("r/state/bhq%405.state"), Path("r/state/psq%405.state")
 
     process = started(*COMMAND, "--out", "r", **SLOW)
@@ -93,16 +95,16 @@ def test_kill_and_resume(run: Run, started: Start) -> None:
     assert not finished("r")
     assert second.exists()
 
-    # What is there is used: the rest is done without drawing a gradient again.
-    done = run(*COMMAND, "--out", "r", "--resume")
+    # Every draw is there already: none is made again.
+    with monkeypatch.context() as patch:
+        patch.setattr(measurement, "_draw", None)
+        done = run(*COMMAND, "--out", "r", "--resume")
     assert done.status == 0, done.err
     assert finished("r")
     assert not first.parent.exists()
     whole = run(*COMMAND, "--out", "whole")
     assert_same_result("r", "whole")
-    strip = len("saved in r:")
     assert done.out.rsplit("saved in", 1)[0] == whole.out.rsplit("saved in", 1)[0]
-    assert len(done.out) > strip
 
 
 def test_kill_in_training(run: Run, started: Start) -> None:
@@ -128,10 +130,9 @@ def test_ctrl_c_keeps_what_was_measured(run: Run, started: Start) -> None:
     assert process.returncode == 130
     assert out == ""
     assert len(err.splitlines()) == 1, err
-    assert err.startswith(
-        "fqtstats: interrupted; what was measured is in runs/measure-bhq@5-and-1-more, continue with: "
-    )
-    program, *words = shlex.split(err.partition("continue with: ")[2])
+    told, _, again = err.partition(", continue with: ")
+    assert told == "fqtstats: interrupted; what was measured is in runs/measure-bhq@5-and-1-more"
+    program, *words = shlex.split(again)
     assert program == "fqtstats"
     assert words == [*command, "--out", "runs/measure-bhq@5-and-1-more", "--resume"]
     done = run(*words)
@@ -171,6 +172,19 @@ def test_an_error_in_a_later_configuration_keeps_the_earlier_ones(run: Run, monk
     assert hint == f"fqtstats: stopped; what was measured is in r, continue with: {command}"
     assert error == "fqtstats: error: it does not work; mend it"
     monkeypatch.setattr(measurement, "measure", original)
+
+    # Meanwhile the user's model has changed: refused, and nothing is lost.
+    mine, before = Path("mine.py"), contents("r")
+    model = mine.read_text()
+    mine.write_text(model.replace("torch.relu(_Slow", "torch.sigmoid(_Slow"))
+    monkeypatch.delitem(sys.modules, "mine")
+    done = run(*COMMAND, "--out", "r", "--resume")
+    assert done.status == 2
+    assert "cannot resume" in done.err
+    assert contents("r") == before
+
+    mine.write_text(model)
+    monkeypatch.delitem(sys.modules, "mine")
     assert run(*COMMAND, "--out", "r", "--resume").status == 0
     assert run(*COMMAND, "--out", "whole").status == 0
     assert_same_result("r", "whole")
