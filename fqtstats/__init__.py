@@ -1,12 +1,18 @@
 """A measuring instrument for fully quantized training: bias and variance of quantized gradients."""
 
-from fqtstats import policies
-from fqtstats.layers import Handle, prepare_, quantized
-from fqtstats.measurement import measure
-from fqtstats.policy import Policy
-from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
-from fqtstats.random import Stream, stream
-from fqtstats.results import Result, load
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fqtstats import policies
+    from fqtstats.layers import Handle, prepare_, quantized
+    from fqtstats.measurement import measure
+    from fqtstats.policy import Policy
+    from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
+    from fqtstats.random import Stream, stream
+    from fqtstats.results import Result, load
 
 __version__ = "0.1.0"
 
@@ -26,3 +32,28 @@ __all__ = [
     "quantizer",
     "stream",
 ]
+
+# Imported when first asked for: torch takes seconds, which `fqtstats --help` and a mistyped option should not.
+_HOMES = {
+    "fqtstats.layers": ("Handle", "prepare_", "quantized"),
+    "fqtstats.measurement": ("measure",),
+    "fqtstats.policy": ("Policy",),
+    "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
+    "fqtstats.random": ("Stream", "stream"),
+    "fqtstats.results": ("Result", "load"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "policies":
+        return importlib.import_module("fqtstats.policies")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'fqtstats' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fqtstats.errors import InputError
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.quantizers import quantizer
+from fqtstats.quantizers import QUANTIZERS, quantizer
 
 __all__ = ["POLICIES", "get"]
 
@@ -17,8 +17,10 @@ def _forward() -> Policy:
     return Policy(activation=quantizer("minmax", bits=8), weight=quantizer("zero_on_grid", bits=8))
 
 
-def _statquant(grad_input: str, grad_weight: str) -> Callable[[int], Policy]:
+def _statquant(grad_input: str) -> Callable[[int], Policy]:
     # Section 3.1 (bifurcation): only the input gradient's bits vary, the weight gradient stays at 8.
+    grad_weight = "ptq" if grad_input == "ptq" else "pcq"
+
     def build(bits: int) -> Policy:
         return replace(
             _forward(), grad_input=quantizer(grad_input, bits=bits), grad_weight=quantizer(grad_weight, bits=8)
@@ -30,11 +32,9 @@ def _statquant(grad_input: str, grad_weight: str) -> Callable[[int], Policy]:
 POLICIES: dict[str, Callable[[int], Policy]] = {
     "exact": lambda bits: Policy(),
     "statquant-qat": lambda bits: _forward(),
-    "statquant-ptq": _statquant("ptq", "ptq"),
-    "statquant-psq": _statquant("psq", "pcq"),
-    "statquant-bhq": _statquant("bhq", "pcq"),
-    "statquant-pcq": _statquant("pcq", "pcq"),
+    **{f"statquant-{name}": _statquant(name) for name, cls in QUANTIZERS.items() if cls.role == "gradient"},
 }
+"""Name to what makes the policy from the bits of the input gradient; every gradient quantizer has one."""
 
 
 def get(name: str, bits: int = 5, grad_weight: QuantizerLike | None = None) -> Policy:

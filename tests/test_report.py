@@ -144,7 +144,7 @@ def test_flags_are_words() -> None:
 def test_bias_level_counts_the_rows_that_were_tested() -> None:
     result = make_result(("bhq", 5), layers=9)  # 9 weights and the total have a p-value, the bias has none
     level = tables.bias_level(result.table)
-    assert level == 0.05 / 10
+    assert level == 0.01 / 10
     row = result.table.iloc[0]
     assert tables.flags(pd.concat([row.drop("bias_p"), pd.Series({"bias_p": level})]), level) == ()
     assert tables.flags(pd.concat([row.drop("bias_p"), pd.Series({"bias_p": level * 0.99})]), level) == (tables.BIASED,)

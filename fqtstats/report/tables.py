@@ -21,7 +21,7 @@ from fqtstats.results import Configuration, Json, Result
 
 __all__ = ["Flag", "bias_level", "comparison_table", "flags", "layer_table", "summary", "to_dict"]
 
-FALSE_ALARM = 0.05
+FALSE_ALARM = 0.01
 """Chance that any row of one configuration is flagged as biased although none is."""
 
 _NAMED = 3
@@ -56,7 +56,7 @@ _MEANING_MARGIN = "‖g‖ / √(3 variance)"
 _MEANING_RATIO = "over a minibatch's variance"
 _MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own variance"
 
-BIASED = Flag("BIASED", "bold red", "bias p below 0.05 / number of rows tested")
+BIASED = Flag("BIASED", "bold red", "bias p below 0.01 / number of rows tested")
 ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance exceeds its bound")
 NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
 
