@@ -816,7 +816,7 @@ def provenance(isa: str | None = None) -> dict[str, Json]:
             versions[name] = None
     return {
         "versions": versions,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()}, {' '.join(platform.libc_ver()).strip() or 'libc unknown'}",
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
