@@ -256,7 +256,7 @@ def bench(
         "ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False, markup=False
     )
     for baseline in dict.fromkeys(row.baseline for row in rows):
-        names = ", ".join(row.name for row in rows if row.baseline == baseline)
+        names = ", ".join(dict.fromkeys(row.name for row in rows if row.baseline == baseline))
         out.print(f"baseline of {names}: {baseline}", highlight=False, markup=False)
     if json_file is not None:
         try:

@@ -87,9 +87,18 @@ _LANES = 16  # blocks per tile
 
 
 def philox_bits(
-    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, *, dtype: torch.dtype, device: torch.device
+    k0: int,
+    k1: int,
+    c2: int,
+    c3: int,
+    numel: int,
+    n: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    first_tile: int = 0,
 ) -> torch.Tensor:
-    """The first ``numel`` integers of a stream, uniform on ``[0, 2^n)``.
+    """``numel`` consecutive integers of a stream, uniform on ``[0, 2^n)``.
 
     Args:
         k0: first word of the Philox key.
@@ -100,6 +109,7 @@ def philox_bits(
         n: bits per element, 1 to 32; 1 to 31 for ``torch.int32``.
         dtype: ``torch.int64`` or ``torch.int32``.
         device: where the result lives; the numbers are the same everywhere.
+        first_tile: tile that element 0 of the result is the first one of.
 
     Returns:
         ``[numel]`` tensor.
@@ -109,9 +119,9 @@ def philox_bits(
     """
     # Tracers must see the operation itself; otherwise its dispatch costs several times a small draw.
     if device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode(include_infra_modes=True):
-        result: torch.Tensor = torch.ops.fqtstats.philox_bits(k0, k1, c2, c3, numel, n, dtype, device)
+        result: torch.Tensor = torch.ops.fqtstats.philox_bits(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
         return result
-    return _philox_bits_cpu(k0, k1, c2, c3, numel, n, dtype, device)
+    return _philox_bits_cpu(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
 
 
 def philox_bits_torch(
@@ -123,10 +133,9 @@ def philox_bits_torch(
     n: int,
     dtype: torch.dtype,
     device: torch.device,
-    *,
     first_tile: int = 0,
 ) -> torch.Tensor:
-    """:func:`philox_bits` in torch operations; element 0 of the result is the first one of tile ``first_tile``."""
+    """:func:`philox_bits` in torch operations."""
     _check(n, dtype)
     per_tile = _LANES * (4 if n > 16 else 8)
     tiles = -(-numel // per_tile)
@@ -163,14 +172,22 @@ def _philox_words(block: torch.Tensor, k0: int, k1: int, c2: int, c3: int) -> tu
 
 
 def _philox_bits_cpu(
-    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+    k0: int,
+    k1: int,
+    c2: int,
+    c3: int,
+    numel: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    first_tile: int = 0,
 ) -> torch.Tensor:
     native = _extension()
     if native is None:
-        return philox_bits_torch(k0, k1, c2, c3, numel, n, dtype, device)
+        return philox_bits_torch(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
     _check(n, dtype)
     out = torch.empty(numel, dtype=dtype, device=device)
-    native.philox_bits(k0, k1, c2, c3, n, torch.get_num_threads(), out.numpy())
+    native.philox_bits(k0, k1, c2, c3, n, torch.get_num_threads(), out.numpy(), first_tile)
     return out
 
 
@@ -182,20 +199,37 @@ def _check(n: int, dtype: torch.dtype) -> None:
 # No argument is a tensor, so the dispatcher has no device to go by: one kernel for all of them looks at `device`.
 torch.library.define(
     "fqtstats::philox_bits",
-    "(int k0, int k1, int c2, int c3, SymInt numel, int n, ScalarType dtype, Device device) -> Tensor",
+    "(int k0, int k1, int c2, int c3, SymInt numel, int n, ScalarType dtype, Device device, "
+    "int first_tile=0) -> Tensor",
 )
 
 
 @torch.library.impl("fqtstats::philox_bits", "default")
 def _philox_bits_kernel(
-    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+    k0: int,
+    k1: int,
+    c2: int,
+    c3: int,
+    numel: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    first_tile: int = 0,
 ) -> torch.Tensor:
     draw = _philox_bits_cpu if device.type == "cpu" else philox_bits_torch
-    return draw(k0, k1, c2, c3, numel, n, dtype, device)
+    return draw(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
 
 
 @torch.library.register_fake("fqtstats::philox_bits")  # type: ignore[untyped-decorator]
 def _philox_bits_fake(
-    k0: int, k1: int, c2: int, c3: int, numel: int, n: int, dtype: torch.dtype, device: torch.device
+    k0: int,
+    k1: int,
+    c2: int,
+    c3: int,
+    numel: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    first_tile: int = 0,
 ) -> torch.Tensor:
     return torch.empty(numel, dtype=dtype, device=device)

@@ -30,6 +30,9 @@ from fqtstats.errors import InputError
 
 __all__ = ["Stream", "stream"]
 
+_TILE = 128
+"""Elements of half a word in a tile, and twice those of a whole word."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stream:
@@ -70,6 +73,7 @@ class Stream:
         *,
         dtype: torch.dtype = torch.int64,
         device: torch.device | str | None = None,
+        start: int = 0,
     ) -> torch.Tensor:
         """Integers uniform on ``[0, 2^n)``.
 
@@ -78,21 +82,25 @@ class Stream:
             n: bits per element, 1 to 32.
             dtype: ``torch.int64``, or ``torch.int32`` (``n <= 31``) to halve the traffic.
             device: where the result lives; the numbers are the same everywhere.
+            start: index of the first element, a multiple of 128, to make a long sequence in pieces.
 
         Returns:
             Contiguous integer tensor of ``shape``.
 
         Raises:
-            InputError: ``n`` or ``dtype`` is out of range.
+            InputError: ``n``, ``dtype`` or ``start`` is out of range.
         """
         if not 1 <= n <= 32:
             raise InputError(f"bits per element must be 1 to 32, got n={n}")
         if dtype not in (torch.int64, torch.int32) or (dtype == torch.int32 and n == 32):
             raise InputError(f"dtype must be torch.int64, or torch.int32 for n <= 31; got {dtype} with n={n}")
+        if start % _TILE or start < 0:
+            raise InputError(f"start must be a multiple of {_TILE}, at least 0; got {start}")
         size = (shape,) if isinstance(shape, int) else tuple(shape)
-        return ops.philox_bits(
-            *self.words(), math.prod(size), n, dtype=dtype, device=torch.device(device or "cpu")
-        ).view(size)
+        first_tile = start // (_TILE // 2 if n > 16 else _TILE)
+        place = torch.device(device or "cpu")
+        numbers = ops.philox_bits(*self.words(), math.prod(size), n, dtype=dtype, device=place, first_tile=first_tile)
+        return numbers.view(size)
 
     def uniform(self, shape: int | Sequence[int], *, device: torch.device | str | None = None) -> torch.Tensor:
         """float32 multiples of 2^-24, uniform on [0, 1). Asked twice, it gives the same numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,16 @@ def test_one_bit_codes_are_numpys_little_endian_packbits(numel):
     codes = np.random.default_rng(numel).integers(0, 2, numel, dtype=np.uint8)
     expected = np.packbits(codes, bitorder="little")
     assert np.array_equal(pack(torch.from_numpy(codes), uint(1)).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["uint1", "uint2", "uint4"])
+def test_narrow_formats_are_those_of_ml_dtypes(name):
+    foreign = ml_dtypes.iinfo(getattr(ml_dtypes, name))
+    (ours,) = (fmt for fmt in INTEGER_FORMATS if fmt.name == name)
+    assert (ours.bits, ours.levels) == (foreign.bits, foreign.max)
+    # A value outside the format wraps in the foreign one; all of ours are inside.
+    codes = np.arange(ours.levels + 1)
+    assert np.array_equal(codes.astype(getattr(ml_dtypes, name)).astype(int), codes)
 
 
 @pytest.mark.parametrize("fmt", INTEGER_FORMATS, ids=lambda fmt: fmt.name)

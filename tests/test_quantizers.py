@@ -353,18 +353,21 @@ class Shared:
     def __init__(self, s):
         self.s = s
 
-    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None, start=0):
         return self.s.bits((1,), n, dtype=dtype).expand(tuple(shape))
 
 
 class SharedByRows:
     """Control: every row gets the same numbers."""
 
+    width = 64
+
     def __init__(self, s):
         self.s = s
 
-    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
-        return self.s.bits(tuple(shape)[1:], n, dtype=dtype).expand(tuple(shape))
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None, start=0):
+        column = (start + torch.arange(math.prod(shape))) % self.width
+        return self.s.bits(self.width, n, dtype=dtype)[column].view(tuple(shape))
 
 
 @pytest.mark.parametrize("case", GRADIENT, ids=label)

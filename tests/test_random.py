@@ -422,3 +422,14 @@ def test_neighbouring_streams_are_uncorrelated():
     assert p_correlation(base, reused) < FALSE_ALARM / pairs
     mixed = np.where(np.arange(numel) % 50 == 0, base, neighbours[0])  # correlation 0.02
     assert p_correlation(base, mixed) < FALSE_ALARM / pairs
+
+
+@pytest.mark.parametrize("n", [1, 16, 17, 24, 32])
+def test_a_sequence_can_be_made_in_pieces(n: int) -> None:
+    s = random.stream(seed=9)
+    whole = s.bits(1000, n)
+    for start in (0, 128, 640, 896):
+        assert torch.equal(s.bits(1000 - start, n, start=start), whole[start:])
+    for start in (-128, 1, 64, 127):
+        with pytest.raises(InputError, match="multiple of 128"):
+            s.bits(8, n, start=start)

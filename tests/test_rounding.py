@@ -14,7 +14,7 @@ from oracles import quantizers as oracle
 from words import Word
 
 from fqtstats.random import stream
-from fqtstats.rounding import nearest, stochastic, up_probability
+from fqtstats.rounding import _PIECE, nearest, stochastic, up_probability
 
 FRACTIONS = [0.0, 2**-24, 2**-12, 2**-5, 0.1, 0.25, 0.3, 0.5, 0.7, 1 - 2**-5, 1 - 2**-12]
 COORDINATES = [base + f for base in (-3.0, -1.0, 0.0, 1.0, 7.0) for f in FRACTIONS]
@@ -83,3 +83,19 @@ def test_coupled_to_the_stream_element_by_element():
         ]
         assert stochastic(y, s, random_bits).flatten().tolist() == expected
         assert stochastic(y.flatten(), s, random_bits).tolist() == expected
+
+
+@pytest.mark.parametrize("random_bits", [8, 16, 17, 24, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_join(random_bits, dtype):
+    """Rounded in pieces, in place or not, element i uses number i: checked on sizes around a piece's."""
+    for numel in (_PIECE - 1, _PIECE, 2 * _PIECE + 77):
+        s = stream(seed=4, draw=numel)
+        y = torch.linspace(0, 15, numel, dtype=dtype)
+        bits = s.bits(numel, random_bits)
+        low = y.floor()
+        expected = low + (bits < ((y - low) * 2.0**random_bits).floor().long())
+        assert torch.equal(stochastic(y, s, random_bits), expected)
+        assert torch.equal(stochastic(y.view(1, -1), s, random_bits), expected.view(1, -1))
+        assert stochastic(y, s, random_bits, out=y) is not None
+        assert torch.equal(y, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -14,7 +16,7 @@ class Word:
     def child(self, name: str) -> Word:
         return self
 
-    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None, start=0):
         if not 0 <= self.word < 2**n:
             raise ValueError(f"a word of {n} bits was asked for, got {self.word}")
         return torch.full(tuple(shape), self.word, dtype=dtype, device=device)
@@ -29,7 +31,8 @@ class Words:
     def child(self, name: str) -> Words:
         return self
 
-    def bits(self, shape, n=24, *, dtype=torch.int64, device=None):
+    def bits(self, shape, n=24, *, dtype=torch.int64, device=None, start=0):
         if not bool(((self.words >= 0) & (self.words < 2**n)).all()):
             raise ValueError(f"words of {n} bits were asked for")
-        return self.words.to(dtype).view(tuple(shape))
+        count = math.prod(shape)
+        return self.words.view(-1)[start : start + count].to(dtype).view(tuple(shape))

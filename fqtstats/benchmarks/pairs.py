@@ -19,7 +19,7 @@ class Row:
     Attributes:
         name: what is timed.
         shape: problem size.
-        threads: intra-op threads of both sides.
+        threads: intra-op threads of the baseline.
         baseline: what it is compared with.
         ratio: baseline's time / ours, median over interleaved pairs.
         ratio_low: lower quartile.

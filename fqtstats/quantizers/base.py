@@ -165,7 +165,7 @@ class UniformQuantizer(Quantizer):
 
     @abstractmethod
     def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
-        """Integer-valued coordinates."""
+        """Integer-valued coordinates; consumes ``y``."""
 
     @abstractmethod
     def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +231,7 @@ class StochasticQuantizer(UniformQuantizer):
         return "unbiased" if self.random_bits >= 24 else "biased"
 
     def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
-        return stochastic(y, stream, self.random_bits)
+        return stochastic(y, stream, self.random_bits, out=y)
 
     def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return up_probability(y, self.random_bits)

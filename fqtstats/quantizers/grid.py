@@ -43,13 +43,16 @@ class Grid:
     prescale: torch.Tensor | None
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
-        """Position of ``x`` on the grid in steps, relative to ``zero``: ``((x - offset) * prescale) * scale``."""
+        """Position of ``x`` on the grid in steps, relative to ``zero``: ``((x - offset) * prescale) * scale``.
+
+        Fresh memory, ``x``'s shape.
+        """
         # Distances are taken from `offset`, not from the lowest point, so that a grid with zero on it resolves numbers
         # near zero to 2^-24 of a step however large its range is.
         y = x if self.offset is None else x - self.offset
         if self.prescale is not None:
             y = y * self.prescale
-        return y * self.scale
+        return torch.mul(y, self.scale, out=None if y is x else y)
 
     def codes(self, rounded: torch.Tensor) -> torch.Tensor:
         """Codes (integer-valued, ``0 .. levels``) of rounded coordinates; consumes its argument."""
