@@ -51,7 +51,6 @@ def measure(name: str, command: str) -> None:
     folder = RUNS / name
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([*shlex.split(command), "--out", str(folder)], check=True, stdout=sys.stderr)
-    (folder / ".lock").unlink(missing_ok=True)
 
 
 def render(text: str) -> str:

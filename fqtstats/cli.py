@@ -1,6 +1,7 @@
 """The command line: ``fqtstats measure | bench | list``.
 
-Exit status: 0; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a benchmark misses its target; 2 for bad usage or input (one line that says what to do); 130 after
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fqtstats import __version__
 from fqtstats.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,8 +44,18 @@ SAVE_SECONDS = 2.0
 """An unfinished measurement is saved at most this often."""
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fqtstats {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _main() -> None:
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Bias and variance of quantized gradients: a measuring instrument for fully quantized training."""
 
 
@@ -228,7 +240,7 @@ def bench(
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved pairs per row.")] = 9,
 ) -> None:
-    """Speed ratios against named baselines, measured side by side."""
+    """Speed ratios against named baselines, measured side by side; exit status 1 if one misses what it must reach."""
     from fqtstats import benchmarks
 
     _check_counts(rounds=(rounds, 1))
@@ -256,13 +268,14 @@ def bench(
         "ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False, markup=False
     )
     for baseline in dict.fromkeys(row.baseline for row in rows):
-        names = ", ".join(dict.fromkeys(row.name for row in rows if row.baseline == baseline))
-        out.print(f"baseline of {names}: {baseline}", highlight=False, markup=False)
+        out.print(f"baseline: {baseline}", highlight=False, markup=False)
     if json_file is not None:
         try:
             Path(json_file).write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {json_file!r}: {error.strerror}; choose another place") from error
+    if any(row.must is not None and row.ratio < row.must for row in rows):
+        raise typer.Exit(1)
 
 
 class _DirectoryStore:
@@ -275,9 +288,11 @@ class _DirectoryStore:
         state = self._run.load_state(self._key)
         return None if state is None else dict(state[0])
 
-    def save(self, arrays: Arrays, *, force: bool = False) -> None:
-        # Nothing to keep before the first draw.
-        if len(arrays["draws"]) and (force or time.monotonic() - self._saved > SAVE_SECONDS):
+    def save(self, state: Callable[[], Arrays], *, force: bool = False) -> None:
+        if not force and time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        arrays = state()
+        if len(arrays["draws"]):  # nothing to keep before the first draw
             self._run.save_state(self._key, arrays, {})
             self._saved = time.monotonic()
 
@@ -450,8 +465,6 @@ def run(arguments: Sequence[str]) -> int:
         The exit status. A mistake in what was asked for is one line on stderr and status 2; anything else that is
         raised is a defect, and is not caught.
     """
-    from torch import OutOfMemoryError
-
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         given = list(arguments)
@@ -464,7 +477,10 @@ def run(arguments: Sequence[str]) -> int:
             options = getattr(getattr(error, "param", None), "opts", ())
             got = [f", got {value!r}" for option, value in pairwise(given) if option in options]
             return _fail(f"{error.format_message().rstrip('.')}{''.join(got[-1:])}; see {command} --help")
-        except OutOfMemoryError as error:
+        except RuntimeError as error:
+            torch = sys.modules.get("torch")  # not imported for this: --help should be immediate
+            if torch is None or not isinstance(error, torch.OutOfMemoryError):
+                raise
             return _fail(f"the device is out of memory ({str(error).split('. ')[0]}); lower --batch-size")
         except (KeyboardInterrupt, typer.Abort):
             return 130

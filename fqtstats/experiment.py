@@ -107,7 +107,10 @@ def prepare(
         about["test_accuracy"] = info.history.test_accuracy
     else:
         about["weights"] = "as initialized"
-    model.to(place).train()
+    if model_name in models.MODELS:
+        model.train()  # the user's own model keeps the mode that its function gave it
+    about["training_mode"] = model.training
+    model.to(place)
     return Experiment(model, _on(first, place), [_on(batch, place) for batch in others], about, own)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,11 @@ from fqtstats.estimators import bias, intervals
 from fqtstats.estimators.moments import ErrorMoments, squared_norm
 from fqtstats.estimators.sampling import sampling_variance
 from fqtstats.estimators.sketch import Sketch
+from fqtstats.hashing import tensor_digest
 from fqtstats.layers.state import SITES, Site
 from fqtstats.layers.swap import Handle, Skip, quantized
-from fqtstats.policy import Policy
+from fqtstats.policy import PLACES, Policy
+from fqtstats.random import stream
 from fqtstats.results import TOTAL, Result, provenance
 
 __all__ = ["Progress", "Store", "measure"]
@@ -50,8 +51,8 @@ class Store(Protocol):
     def load(self) -> Arrays | None:
         """The last saved state, or None."""
 
-    def save(self, arrays: Arrays, *, force: bool = False) -> None:
-        """Keep a state; may skip it unless ``force``."""
+    def save(self, state: Callable[[], Arrays], *, force: bool = False) -> None:
+        """Keep what ``state()`` gives; may skip it (and not even call it) unless ``force``."""
 
 
 def measure(
@@ -187,9 +188,15 @@ def _gradients(
     tell: Callable[[int], None],
 ) -> Iterator[list[torch.Tensor]]:
     for index, batch in enumerate(batches, start=1):
-        with Session(model, handle, batch, loss_fn, seed) as session:
+        # Masks of dropout are part of what changes from batch to batch.
+        own, *_ = stream(seed=seed, site="forward", draw=index).words()
+        with Session(model, handle, batch, loss_fn, own) as session:
             yield [_wide(g) for g in session.qat()]
         tell(index)
+
+
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    return tensor_digest({str(index): tensor for index, tensor in enumerate(tensors)})
 
 
 class _Keeper:
@@ -208,14 +215,7 @@ class _Keeper:
 
     def save(self, *, force: bool = False) -> None:
         if self._store is not None:
-            self._store.save({"gradient_digest": np.array(self._digest), **self._moments.state()}, force=force)
-
-
-def _digest(tensors: Sequence[torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
+            self._store.save(lambda: {"gradient_digest": np.array(self._digest), **self._moments.state()}, force=force)
 
 
 @dataclass(frozen=True)
@@ -255,10 +255,12 @@ class _Facts:
             # Some units in the last place of the products, and half a unit of the dtype that the gradient is cast to.
             rounding = max(8 * torch.finfo(g.dtype).eps, torch.finfo(p.dtype).eps / 2)
             rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of, rounding))
+        tensors = list(session.tensors())
+        batch = {"batch": _digest(tensors)} if tensors else {}
         metadata: dict[str, object] = {
             "loss": session.loss,
             "unquantized": [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
-            "hashes": {"model": _digest(list(session.model.parameters())), "batch": _digest(list(session.tensors()))},
+            "hashes": {"model": tensor_digest(session.model.state_dict()), **batch},
             "gradient_sha256": _digest(gradient),
         }
         return _Facts(rows, incoming, metadata)
@@ -370,6 +372,9 @@ def _estimates(
         # (||sum e||^2 - sum ||e||^2) / (n (n - 1)): every pair of different draws, hence unbiased.
         "bias_norm_sq": float((n**2 * mean_norm_sq - norms.sum()) / (n * (n - 1))),
         "bias_p": test.p_value,
+        "bias_p_directed": test.directed,
+        "bias_p_cross_fit": test.cross_fit,
+        "bias_p_sign_flip": test.sign_flip,
         "variance": variance,
         "variance_low": low,
         "variance_high": high,
@@ -391,6 +396,7 @@ def _laws(facts: _Facts, layers: Sequence[str]) -> dict[str, float]:
         "q_input_bound": facts.law(layers, "grad_input", "bound"),
         "q_weight_variance": facts.law(layers, "grad_weight", "variance"),
         "q_weight_bound": facts.law(layers, "grad_weight", "bound"),
+        "q_input_grad_norm_sq": facts.law(layers, "grad_input", "grad_norm_sq"),
     }
 
 
@@ -404,7 +410,7 @@ def _claims_unbiased(policy: Policy) -> bool:
 
 
 def _label(policy: Policy) -> tuple[str, int | None]:
-    q = policy.grad_input if policy.grad_input is not None else policy.grad_weight
+    q = policy.grad_input
     if q is None:
         return policy.name, None
     return getattr(q, "name", "custom"), getattr(q, "bits", None)
@@ -413,6 +419,6 @@ def _label(policy: Policy) -> tuple[str, int | None]:
 def _describe(policy: Policy) -> dict[str, object]:
     return {
         "name": policy.name,
-        **{place: repr(getattr(policy, place)) for place in ("activation", "weight", *SITES)},
+        **{place: repr(getattr(policy, place)) for place in PLACES},
         "overrides": {pattern: _describe(own) for pattern, own in policy.overrides.items()},
     }

@@ -11,7 +11,10 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.random import Stream
 
-__all__ = ["Policy", "QuantizerLike"]
+__all__ = ["PLACES", "Policy", "QuantizerLike"]
+
+PLACES = ("activation", "weight", "grad_input", "grad_weight")
+"""Where a policy's quantizers act."""
 
 QuantizerLike = Callable[[torch.Tensor, Stream], torch.Tensor]
 """Anything called as ``f(x, stream)`` that returns a tensor of ``x``'s shape and dtype."""
@@ -31,7 +34,8 @@ class Policy:
             replaces this policy whole.
         name: how results call this policy.
 
-    A quantizer here is a prototype: every layer gets its own copy. None leaves that place in full precision.
+    A quantizer here is a prototype: every layer gets its own copy. One that is an ``nn.Module`` becomes a submodule of
+    the layer (``fqt_activation``, ...), which adds keys to the state_dict. None leaves that place in full precision.
 
     Raises:
         InputError: a quantizer cannot be called, or an override has overrides of its own.
@@ -45,7 +49,7 @@ class Policy:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        for place in ("activation", "weight", "grad_input", "grad_weight"):
+        for place in PLACES:
             q = getattr(self, place)
             if q is not None and not callable(q):
                 raise InputError(
@@ -62,6 +66,7 @@ class Policy:
         """The same forward pass with full-precision gradients."""
         return replace(
             self,
+            name=f"{self.name}-qat",
             grad_input=None,
             grad_weight=None,
             overrides={pattern: policy.qat() for pattern, policy in self.overrides.items()},

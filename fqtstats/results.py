@@ -85,15 +85,19 @@ COLUMNS: tuple[Column, ...] = (
     Column("grad_norm_sq", "float64", _SQUARE, "squared norm of the gradient before gradient quantization (QAT)"),
     Column("bias_norm_sq", "float64", _SQUARE, "unbiased estimate of the squared bias; below zero by chance"),
     Column("bias_p", "float64", "1", "p-value of no bias, corrected for the families of tests but not for the rows"),
+    Column("bias_p_directed", "float64", "1", "p-value of the t tests on fixed directions"),
+    Column("bias_p_cross_fit", "float64", "1", "p-value of the t test of half the draws on the other half's mean"),
+    Column("bias_p_sign_flip", "float64", "1", "p-value of the squared bias against random sign flips"),
     Column("variance", "float64", _SQUARE, "variance of the quantized gradient, summed over the elements"),
     Column("variance_low", "float64", _SQUARE, "lower end of the 95 % interval of variance"),
     Column("variance_high", "float64", _SQUARE, "upper end of the 95 % interval of variance"),
-    Column("variance_weight", "float64", _SQUARE, "part of variance from the weight-gradient quantizers (Q1)"),
-    Column("variance_input", "float64", _SQUARE, "part of variance from the input-gradient quantizers (Q2)"),
+    Column("variance_weight", "float64", _SQUARE, "mean squared error from the weight-gradient quantizers (Q1)"),
+    Column("variance_input", "float64", _SQUARE, "mean squared error from the input-gradient quantizers (Q2)"),
     Column("q_input_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q2 on its QAT gradient"),
     Column("q_input_bound", "float64", _INPUT_SQUARE, "upper bound of q_input_variance"),
     Column("q_weight_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q1 on its QAT gradient"),
     Column("q_weight_bound", "float64", _INPUT_SQUARE, "upper bound of q_weight_variance"),
+    Column("q_input_grad_norm_sq", "float64", _INPUT_SQUARE, "squared norm of the QAT gradient that Q2 quantizes"),
     Column("sampling_variance", "float64", _SQUARE, "trace of the covariance of one minibatch's gradient"),
     Column("snr", "float64", "1", "grad_norm_sq / variance"),
     Column("sqrt3_margin", "float64", "1", "||g|| / sqrt(3 variance); below 1 the noise dominates"),
@@ -580,9 +584,13 @@ class RunDirectory:
         try:
             place.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise RunDirectoryError(f"cannot make the run directory {place}: a file is in the way") from error
+            raise RunDirectoryError(
+                f"cannot make the run directory {place}: a file is in the way; choose another --out"
+            ) from error
         except OSError as error:
-            raise RunDirectoryError(f"cannot make the run directory {place}: {_reason(error)}") from error
+            raise RunDirectoryError(
+                f"cannot make the run directory {place}: {_reason(error)}; choose another --out"
+            ) from error
         cls._stored(place, plain, resume)  # before the lock file is made: nothing is put into a directory in use
         lock = cls._acquire(place)
         try:
@@ -654,6 +662,9 @@ class RunDirectory:
     def close(self) -> None:
         """Give the lock back; the run can be resumed. A second call does nothing."""
         if self._lock is not None:
+            if self.finished:
+                with suppress(OSError):
+                    (self.path / ".lock").unlink()
             os.close(self._lock)
             self._lock = None
 
@@ -790,7 +801,7 @@ def _shown(arguments: Mapping[str, Json], name: str) -> str:
 
 # --- provenance ------------------------------------------------------------------------------------------------------
 
-_PACKAGES = ("fqtstats", "torch", "numpy", "scipy", "pandas", "pyarrow", "statsmodels", "matplotlib")
+_PACKAGES = ("fqtstats", "torch", "numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "matplotlib")
 
 
 def _cpu_model() -> str:

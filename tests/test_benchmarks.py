@@ -77,19 +77,25 @@ def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert done.status == 0, done.err
+    # Two samples are no benchmark: whether the targets are met is open, but the status has to say it.
+    assert done.err == ""
     assert torch.equal(torch.get_rng_state(), state)
     rows = json.loads(Path("rows.json").read_text())
-    assert [row["name"] for row in rows] == ["one psq draw", "one ptq draw"] * 2
+    assert [row["name"] for row in rows] == [
+        *["one psq draw", "one ptq draw"] * 2,
+        "one psq draw, split",
+        "one ptq draw, split",
+    ]
+    assert done.status == int(any(row["must"] is not None and row["ratio"] < row["must"] for row in rows))
     fields = {"name", "shape", "threads", "baseline", "ratio", "must", "aim"}
     assert all(fields <= row.keys() for row in rows)
-    assert [(row["threads"], row["must"]) for row in rows] == [(1, 1.5), (1, 1.5), (2, None), (2, None)]
+    assert [(row["threads"], row["must"]) for row in rows] == [*[(1, 1.5)] * 2, *[(2, None)] * 2, *[(1, None)] * 2]
     assert all(np.isfinite(row["ratio"]) and row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     lines = done.out.splitlines()
     assert lines[-2].endswith("[quartiles]")
     assert max(map(len, lines)) <= 80
     assert f"{rows[0]['ratio']:.2f}x" in lines[1]
-    assert lines[-1] == "baseline of one psq draw, one ptq draw: naive replicate (forward and backward)"
+    assert lines[-1] == "baseline: naive replicate (forward and backward)"
 
 
 def test_every_benchmark_is_listed_by_its_error(run: Run) -> None:

@@ -427,3 +427,8 @@ def test_main_reads_the_process_arguments(monkeypatch: pytest.MonkeyPatch, capsy
         cli.main()
     assert caught.value.code == 2
     assert_one_line(capsys.readouterr().err, ["unknown list 'nope'"])
+
+
+def test_version(run: Run) -> None:
+    done = run("--version")
+    assert (done.status, done.out.strip()) == (0, f"fqtstats {fqtstats.__version__}")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fqtstats
 from fqtstats import Policy, quantizer
 from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
-from fqtstats.layers import QuantLinear
+from fqtstats.layers import QuantLinear, recomputation
 
 ULPS = 8
 
@@ -696,3 +696,13 @@ def test_reparametrized_weights_are_used():
     y.sum().backward()
     assert layer.weight_g.grad is not None
     assert layer.weight_v.grad is not None
+
+
+def test_a_torch_that_keeps_checkpoints_otherwise_is_refused_only_with_checkpoints(monkeypatch):
+    monkeypatch.setattr(recomputation, "_AGAIN", None)
+    layer = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(3, 4, requires_grad=True)
+    with fqtstats.quantized(layer, fqtstats.policies.get("statquant-psq")):
+        layer(x).sum().backward()
+        with pytest.raises(UnsupportedError, match="activation checkpointing"):
+            checkpoint(layer, x, use_reentrant=False).sum().backward()

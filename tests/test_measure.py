@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,8 @@ from oracles import moments as oracle
 from torch import nn
 
 import fqtstats
-from fqtstats.errors import InputError
+from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.estimators import bias
 from fqtstats.layers.state import Draw
 from fqtstats.results import COLUMNS
 
@@ -338,8 +340,8 @@ class Memory:
     def load(self):
         return None if self.arrays is None else {name: array.copy() for name, array in self.arrays.items()}
 
-    def save(self, arrays, *, force=False):
-        self.arrays = {name: array.copy() for name, array in arrays.items()}
+    def save(self, state, *, force=False):
+        self.arrays = {name: array.copy() for name, array in state().items()}
         self.forced += force
 
 
@@ -432,3 +434,59 @@ def test_the_model_is_left_as_it_was(training, interrupted):
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.get_num_threads() == threads
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = small.mlp()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.net(self.drop(x))
+
+
+def test_dropout_masks_count_as_sampling():
+    batch = small.batch()
+    result = fqtstats.measure(Dropped(), batch, small.loss, POLICY, draws=2, batches=[batch] * 3)
+    total = result.table.iloc[-1]
+    assert total["sampling_variance"] > 1e-3 * total["grad_norm_sq"]
+    # Without dropout the same batch four times has none, to the last bit.
+    result = fqtstats.measure(small.mlp(), batch, small.loss, POLICY, draws=2, batches=[batch] * 3)
+    assert result.table.iloc[-1]["sampling_variance"] == 0
+
+
+def test_a_nan_in_an_unquantized_parameter_is_named():
+    model = nn.Sequential(small.mlp(), nn.LayerNorm(10))
+    model[1].bias.register_hook(lambda g: g * torch.tensor([float("nan")] * 3 + [1.0] * 7))
+    with pytest.raises(NonFiniteError, match=r"3 NaN or Inf among the 10 elements of '1.bias'") as error:
+        fqtstats.measure(model, small.batch(), small.loss, POLICY, draws=2)
+    assert (error.value.count, error.value.numel) == (3, 10)
+
+
+def test_hashes_cover_buffers_and_batches_of_any_kind():
+    def hashes(scale=1.0, shift=0.0):
+        norm = nn.BatchNorm1d(12)
+        norm.running_var.fill_(scale)
+        model = nn.Sequential(norm, small.mlp()).eval()
+        x, y = small.batch()
+        batch = types.SimpleNamespace(x=x + shift, y=y)
+        policy = fqtstats.policies.get("statquant-psq")
+        run = fqtstats.measure(model, batch, lambda m, b: small.loss(m, (b.x, b.y)), policy, draws=2)
+        return run.metadata["hashes"]
+
+    assert hashes() == hashes()
+    assert hashes(scale=2.0)["model"] != hashes()["model"]
+    assert hashes(shift=1.0)["batch"] != hashes()["batch"]
+
+
+def test_many_draws_keep_the_size_of_the_sign_flips():
+    """Blocks of draws: 200 runs of 600 draws; more than 18 rejections at .02 have a probability below 1e-6."""
+    rng = np.random.default_rng(0)
+    rejected = 0
+    for run in range(200):
+        e = rng.standard_normal((600, 8))
+        rejected += bias.sign_flip_p(e @ e.T, seed=run, flips=199) <= 0.02
+    assert rejected <= 18
+    shifted = e + 0.3
+    assert bias.sign_flip_p(shifted @ shifted.T) == 1e-4

@@ -360,3 +360,39 @@ def test_copies_and_pickles_of_a_prepared_model_work_alike():
     handle.remove()
     assert type(model[4]) is nn.Linear
     assert type(duplicate[4]) is QuantLinear, "a copy stays prepared"
+
+
+class Learned(nn.Module):
+    """A quantizer with state of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, stream: fqtstats.Stream) -> torch.Tensor:
+        return (x / self.scale).round() * self.scale
+
+
+def test_stateful_quantizers_add_keys_and_leave_with_the_handle() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    keys = list(model.state_dict())
+    with fqtstats.quantized(model, fqtstats.Policy(activation=Learned())):
+        added = [f"{layer}.fqt_activation.{name}" for layer in (0, 1) for name in ("scale", "seen")]
+        assert sorted(model.state_dict()) == sorted([*keys, *added])
+        # The layer's own copy is what acts, moves and trains.
+        own = model[0].fqt_activation
+        assert own is model[0].fqt_state.policy.activation
+        assert own is not model[1].fqt_activation
+        assert any(p is own.scale for p in model.parameters())
+        with torch.no_grad():
+            own.scale.fill_(100.0)
+            assert torch.equal(model[0](torch.ones(1, 4)), model[0].bias.view(1, 4))
+        assert model.double()[0].fqt_state.policy.activation.scale.dtype == torch.float64
+        clone = copy.deepcopy(model)
+        assert clone[0].fqt_state.policy.activation is clone[0].fqt_activation
+    assert list(model.state_dict()) == keys
+
+
+def test_the_qat_policy_has_its_own_name() -> None:
+    assert fqtstats.policies.get("statquant-psq").qat().name == "statquant-psq-qat"

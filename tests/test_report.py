@@ -52,6 +52,7 @@ def make_table(quantizer: str, bits: int | None, layers: int) -> pd.DataFrame:
                 "q_input_bound": 2 * variance,
                 "q_weight_variance": variance / 10,
                 "q_weight_bound": variance / 5,
+                "q_input_grad_norm_sq": 50 * variance,
                 "sampling_variance": norm / 2,
                 "snr": norm / variance,
                 "sqrt3_margin": math.sqrt(norm / variance / 3),
@@ -224,7 +225,7 @@ def test_every_layer_is_drawn_and_labels_do_not_collide(layers: int) -> None:
     assert len(bars.patches) == 2 * (layers + 1)
     labels = [label.get_text() for label in dots.get_yticklabels()]
     assert labels[0] == "layer1.0.conv1"
-    assert labels[-1] == "total"
+    assert labels[-1] == "total (all parameters)"
     assert len(labels) == layers + 1 or layers > 64
     assert_labels_apart(figure, dots)
     width, height = figure.get_size_inches()
@@ -277,7 +278,10 @@ def test_many_configurations_are_reduced_to_one_width() -> None:
 
 def test_without_quantized_layers_all_are_drawn() -> None:
     result = Result(make_result(("bhq", 5)).table.assign(quantized=False))
-    assert [label.get_text() for label in result.plot_variance().axes[0].get_yticklabels()][-2:] == ["bn1", "total"]
+    assert [label.get_text() for label in result.plot_variance().axes[0].get_yticklabels()][-2:] == [
+        "bn1",
+        "total (all parameters)",
+    ]
 
 
 def test_variance_against_bits() -> None:

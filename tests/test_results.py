@@ -188,7 +188,7 @@ def test_round_trip(tmp_path: Path) -> None:
         assert loaded.metadata == result.metadata
     names = sorted(str(path.relative_to(tmp_path / "a/run")) for path in (tmp_path / "a/run").rglob("*"))
     assert names == [
-        ".lock", "figures", "figures/variance.png", "figures/variance_vs_bits.png", "results.parquet", "run.json",
+        "figures", "figures/variance.png", "figures/variance_vs_bits.png", "results.parquet", "run.json",
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fqtstats.determinism import seeded, single_thread
-from fqtstats.errors import InputError
+from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers.state import SITES, Draw, Observer, Site
 from fqtstats.layers.swap import Handle
 
@@ -100,8 +100,21 @@ class Session:
 
         Args:
             observe: is told every incoming gradient that a quantizer is meant for.
+
+        Raises:
+            NonFiniteError: a gradient holds NaN or Inf; names the parameter (or layer) and the count.
         """
-        return self._backward(Draw(sites=frozenset(), observe=observe))
+        gradients = self._backward(Draw(sites=frozenset(), observe=observe))
+        for name, g in zip(self.parameters, gradients, strict=True):
+            count = int((~torch.isfinite(g)).sum())
+            if count:
+                raise NonFiniteError(
+                    f"expected a finite gradient, got {count} NaN or Inf among the {g.numel()} elements of {name!r}; "
+                    "check the loss at this checkpoint, or rescale it",
+                    count=count,
+                    numel=g.numel(),
+                )
+        return gradients
 
     def draw(self, index: int, sites: Sequence[Site] = SITES) -> list[torch.Tensor]:
         """One draw of the quantized gradient.
@@ -197,12 +210,16 @@ def _restore_grads(saved: list[tuple[torch.Tensor, torch.Tensor | None]]) -> Non
         tensor.grad = grad
 
 
-def _tensors(batch: object) -> Iterator[torch.Tensor]:
+def _tensors(batch: object, depth: int = 8) -> Iterator[torch.Tensor]:
+    if depth == 0:  # an object that holds itself, or is no batch
+        return
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from _tensors(value, depth - 1)
     elif isinstance(batch, (list, tuple)):
         for value in batch:
-            yield from _tensors(value)
+            yield from _tensors(value, depth - 1)
+    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
+        yield from _tensors(vars(batch), depth - 1)  # a dataclass, or a batch object of some library

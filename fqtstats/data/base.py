@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from fqtstats.determinism import isolated
 from fqtstats.errors import InputError
+from fqtstats.hashing import tensor_digest
 from fqtstats.random import stream
 
-__all__ = ["Batch", "Data", "InMemory", "Kind", "order", "root_directory", "tensor_digest"]
+__all__ = ["Batch", "Data", "InMemory", "Kind", "order", "root_directory"]
 
 Batch = tuple[Tensor, Tensor]
 Kind = Literal["image", "tokens", "features"]
@@ -98,15 +98,6 @@ class Data(ABC):
 def order(n: int, *, seed: int, epoch: int, split: str) -> Tensor:
     """The keyed permutation of 0..n-1 (int64 [n]): indices sorted by the stream's bits, ties broken by index."""
     return torch.argsort(stream(seed=seed, step=epoch, layer="data", site=f"order/{split}").bits(n, 32), stable=True)
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and contents, in the mapping's order."""
-    h = hashlib.sha256()
-    for name, tensor in tensors.items():
-        h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def root_directory(name: str, root: str | Path | None, holds: str) -> Path:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from fqtstats.data.base import Batch, Data, InMemory, Kind, tensor_digest
+from fqtstats.data.base import Batch, Data, InMemory, Kind
 from fqtstats.determinism import seeded
 from fqtstats.errors import InputError
+from fqtstats.hashing import tensor_digest
 
 __all__ = ["wrap"]
 

@@ -34,7 +34,8 @@ class Slots:
         rows: sums over groups of rows; empty where the elements themselves are kept.
         columns: sums over groups of columns; empty where the elements themselves are kept.
         buckets: sums of the error times random signs over consecutive elements (or the elements themselves, where there
-            are few): their inner products estimate those of the errors without bias.
+            are few): their inner products estimate those of the errors without bias. All buckets of a parameter share
+            one pattern of signs, so a bias that repeats with the bucket's length may cancel in all of them.
     """
 
     directions: slice

@@ -16,7 +16,7 @@ from fqtstats.errors import InputError
 from fqtstats.layers import guards
 from fqtstats.layers.product import ConvProduct, LinearProduct, Product, multiply
 from fqtstats.layers.state import Call, LayerState
-from fqtstats.policy import QuantizerLike
+from fqtstats.policy import PLACES, QuantizerLike
 
 __all__ = ["QuantConv1d", "QuantConv2d", "QuantLinear"]
 
@@ -71,8 +71,7 @@ class _Quantized(nn.Module):
     def extra_repr(self) -> str:
         """The original's, and the quantizers."""
         policy = self.fqt_state.policy
-        places = ("activation", "weight", "grad_input", "grad_weight")
-        quantizers = ", ".join(f"{place}={getattr(policy, place)}" for place in places)
+        quantizers = ", ".join(f"{place}={getattr(policy, place)}" for place in PLACES)
         return f"{super().extra_repr()}, {quantizers}"
 
 

@@ -20,7 +20,14 @@ import torch
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointFunction
 
+from fqtstats.errors import UnsupportedError
+
 __all__ = ["call_index"]
+
+_UNKNOWN = (
+    f"activation checkpointing cannot be followed in torch {torch.__version__}, so a recomputation might draw other "
+    "numbers; measure without it, or use the torch version in constraints.txt"
+)
 
 
 def _inner_code(function: Callable[..., Any], name: str) -> CodeType:
@@ -32,7 +39,11 @@ def _inner_code(function: Callable[..., Any], name: str) -> CodeType:
 _REENTRANT_FIRST = CheckpointFunction.forward.__code__
 _REENTRANT_AGAIN = CheckpointFunction.backward.__code__
 _FIRST = inspect.unwrap(checkpoint.checkpoint).__code__
-_AGAIN = _inner_code(checkpoint._checkpoint_hook.__init__, "unpack_hook")
+_AGAIN: CodeType | None
+try:
+    _AGAIN = _inner_code(checkpoint._checkpoint_hook.__init__, "unpack_hook")
+except (AttributeError, StopIteration):  # a torch that is built otherwise: only checkpoints cannot be used then
+    _AGAIN = None
 
 
 @dataclass
@@ -56,9 +67,17 @@ def call_index(layer: str, count: Callable[[str], int]) -> int:
     """Index of this call of ``layer``: the next of ``count``, or the original's if this is a recomputation.
 
     A forward pass without gradients and outside a checkpoint (evaluation) neither needs an index nor advances it: 0.
+
+    Raises:
+        UnsupportedError: a checkpoint is in use, and this version of torch keeps its records in a way not known here.
     """
     task = torch._C._current_graph_task_id()
-    records = list(_checkpoints(sys._getframe(1)))
+    try:
+        records = list(_checkpoints(sys._getframe(1)))
+    except (AttributeError, KeyError) as error:
+        raise UnsupportedError(_UNKNOWN) from error
+    if task != -1 and _AGAIN is None:
+        raise UnsupportedError(_UNKNOWN)
     repeated = (record.fqt_calls for first, record in records if not first and hasattr(record, "fqt_calls"))
     original: _Noted | None = next(repeated, None)
     if original is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +50,6 @@ class Shared:
     _step: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _draw: Draw = field(default_factory=Draw)
-    _thread_draws: dict[int, Draw] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -84,18 +82,16 @@ class Shared:
 
     @property
     def draw(self) -> Draw:
-        """The draw that the current thread makes; on CUDA, where autograd runs in its own threads, the last one set."""
-        return self._thread_draws.get(threading.get_ident(), self._draw)
+        """The draw that backward passes make."""
+        return self._draw
 
     @contextmanager
     def drawing(self, draw: Draw) -> Iterator[None]:
-        """Make ``draw`` in backward passes of this thread."""
-        thread, before = threading.get_ident(), self._draw
-        self._thread_draws[thread] = self._draw = draw
+        """Make ``draw`` in backward passes."""
+        before, self._draw = self._draw, draw
         try:
             yield
         finally:
-            del self._thread_draws[thread]
             self._draw = before
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:

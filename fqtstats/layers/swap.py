@@ -15,7 +15,7 @@ from fqtstats.errors import InputError
 from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.state import LayerState, Shared
-from fqtstats.policy import Policy
+from fqtstats.policy import PLACES, Policy
 from fqtstats.random import stream
 
 __all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
@@ -27,6 +27,9 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 BACKENDS = ("simulated",)
+
+_PREFIX = "fqt_"
+"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers to leave alone: a shell-style pattern of names, several, or a predicate ``(name, module) -> bool``."""
@@ -74,6 +77,8 @@ class Handle:
             original = next(base for base, quantized in QUANTIZED_TYPES.items() if type(layer) is quantized)
             layer.__class__ = original
             del layer.fqt_state
+            for name in [name for name in layer._modules if name.startswith(_PREFIX)]:
+                delattr(layer, name)
         self.layers = {}
 
 
@@ -133,6 +138,10 @@ def prepare_(
     for name, module in chosen.items():
         module.__class__ = QUANTIZED_TYPES[type(module)]
         module.fqt_state = LayerState(name, own[name], shared)  # type: ignore[assignment]
+        for place in PLACES:
+            q = getattr(own[name], place)
+            if isinstance(q, nn.Module):  # its state moves, saves and trains with the layer
+                module.add_module(_PREFIX + place, q)
     return Handle(chosen, tuple(unquantized), policy, shared)
 
 

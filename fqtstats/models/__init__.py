@@ -129,6 +129,6 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(
             f"cross entropy expected logits of shape {(*targets.shape, 'classes')} for integer targets, got {got} and "
-            f"{targets.dtype} targets; pass your own loss function"
+            f"{targets.dtype} targets; use fqtstats.measure with your own loss_fn"
         )
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten())

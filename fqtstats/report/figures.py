@@ -83,7 +83,8 @@ def plot_variance_vs_bits(result: Result, ax: Axes | None = None, *, width: floa
 
     The upper panel has the total ``variance`` with its 95 % interval, and one minibatch's sampling variance as a line;
     the lower one the median over layers, with quartiles, of ``q_input_variance``: relative to PTQ at 8 bits where that
-    was measured, else to the layer's squared gradient norm. With one bit width the quantizers stand side by side.
+    was measured, else to the squared norm of the gradient that it quantizes. With one bit width the quantizers stand
+    side by side.
 
     Args:
         result: at least two configurations.
@@ -234,6 +235,7 @@ def _label_rows(ax: Axes, keys: Sequence[tuple[str, str]], every: int) -> None:
     layers = [layer for layer, _ in keys]
     names = [layer if layers.count(layer) == 1 and layer else f"{layer}.{name}".strip(".") for layer, name in keys]
     last = len(keys) - 1
+    names[last] = "total (all parameters)"  # also those that have no row here, because they are not quantized
     labelled = [index for index in range(0, last, every) if last - index >= every] + [last]
     ax.set_yticks(labelled, [name if len(name) <= 24 else "…" + name[-23:] for name in (names[i] for i in labelled)])
     ax.get_yticklabels()[-1].set_fontweight("bold")
@@ -338,7 +340,7 @@ def _draw_input_variance(ax: Axes, result: Result) -> list[Artist]:
         quartiles = np.array([_quartiles(result, item, relative) for item in items])
         low, middle, high = quartiles.T
         _draw_series(ax, places, middle, low, high, mark, band=_has_widths(result))
-    unit = "PTQ at 8 bits" if relative else r"$\|g\|^2$ of the layer"
+    unit = "PTQ at 8 bits" if relative else r"$\|\partial L/\partial Y\|^2$"
     ax.set_ylabel(f"Q2 variance / {unit}\n(median and quartiles of layers)")
     if not relative:
         return []
@@ -347,12 +349,12 @@ def _draw_input_variance(ax: Axes, result: Result) -> list[Artist]:
 
 
 def _quartiles(result: Result, configuration: Configuration, relative: bool) -> Floats:
-    """Quartiles over layers of q_input_variance, relative to PTQ at 8 bits or to the squared gradient norm."""
+    """Quartiles over layers of q_input_variance, relative to PTQ at 8 bits or to what it quantizes."""
     if relative:
         ratios = result.relative_input_variance(configuration, Configuration("ptq", 8))
     else:
         rows = result.rows(configuration)
-        ratios = rows["q_input_variance"].to_numpy(dtype=np.float64) / _positive(rows["grad_norm_sq"])
+        ratios = rows["q_input_variance"].to_numpy(dtype=np.float64) / _positive(rows["q_input_grad_norm_sq"])
     ratios = ratios[np.isfinite(ratios) & (ratios > 0)]
     return np.quantile(ratios, [0.25, 0.5, 0.75]) if ratios.size else np.full(3, np.nan)
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import fqtstats
 from fqtstats import models
-from fqtstats.data.base import Data, tensor_digest
+from fqtstats.data.base import Data
 from fqtstats.determinism import seeded, single_thread
 from fqtstats.errors import InputError
+from fqtstats.hashing import tensor_digest
 
 __all__ = [
     "CacheWarning",
@@ -264,7 +265,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     file = Path(path)
     if not file.is_file():
         raise InputError(
-            f"expected a checkpoint at {str(file)!r}, found {'a directory' if file.is_dir() else 'nothing'}"
+            f"expected a checkpoint at {str(file)!r}, found {'a directory' if file.is_dir() else 'nothing'}; "
+            "name a file made by torch.save(model.state_dict(), path)"
         )
     try:
         loaded = torch.load(file, map_location="cpu", weights_only=True)
