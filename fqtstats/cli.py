@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from fqtstats.measurement import Arrays
     from fqtstats.policy import Policy
     from fqtstats.quantizers import Quantizer
-    from fqtstats.results import Result, RunDirectory
+    from fqtstats.results import Result
+    from fqtstats.run_directory import RunDirectory
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 out = Console()
@@ -86,9 +87,10 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure how biased and how noisy the quantized gradient of a network is, per layer."""
-    from fqtstats import experiment, results
+    from fqtstats import experiment
     from fqtstats.random import stream
     from fqtstats.report import tables
+    from fqtstats.run_directory import RunDirectory
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
     if resume and output is None:
@@ -118,7 +120,7 @@ def measure(
     experiment.device(device)
     _check_backend(backend)
     path = _folder(output, list(policies))
-    with results.RunDirectory.create(path, arguments, resume) as run:
+    with RunDirectory.create(path, arguments, resume) as run:
         try:
             result = run.load() if run.finished else _measure_all(run, policies, arguments)
         except BaseException as error:

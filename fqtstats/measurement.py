@@ -25,8 +25,9 @@ from fqtstats.hashing import tensor_digest
 from fqtstats.layers.state import SITES, Site
 from fqtstats.layers.swap import Handle, Skip, quantized
 from fqtstats.policy import PLACES, Policy
+from fqtstats.provenance import provenance
 from fqtstats.random import stream
-from fqtstats.results import TOTAL, Result, provenance
+from fqtstats.results import TOTAL, Result
 
 __all__ = ["Progress", "Store", "measure"]
 

@@ -14,26 +14,15 @@ killed at any moment leaves the previous version intact.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import shutil
-import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,12 +31,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fqtstats.errors import InputError, RunDirectoryError
+from fqtstats.files import read_bytes, reason
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLUMNS", "Column", "Configuration", "Result", "RunDirectory", "load", "merge", "provenance"]
+__all__ = ["COLUMNS", "Column", "Configuration", "Result", "load", "merge"]
 
 FORMAT_VERSION = 1
 """Version of the table's schema and of the run directory; readers refuse a newer one."""
@@ -144,7 +134,7 @@ def _plain_json(value: object, where: str) -> Json:
     raise InputError(f"{where} must be plain JSON (numbers, strings, lists, dicts), but is a {type(value).__name__}")
 
 
-def _json_dict(value: Mapping[str, object], where: str) -> dict[str, Json]:
+def json_dict(value: Mapping[str, object], where: str) -> dict[str, Json]:
     return {key: _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
 
 
@@ -211,7 +201,7 @@ class Result:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _normalised(self.table))
-        object.__setattr__(self, "metadata", _json_dict(self.metadata, "metadata"))
+        object.__setattr__(self, "metadata", json_dict(self.metadata, "metadata"))
 
     @property
     def configurations(self) -> tuple[Configuration, ...]:
@@ -272,6 +262,8 @@ class Result:
         Raises:
             RunDirectoryError: ``path`` is in use or cannot be written.
         """
+        from fqtstats.run_directory import RunDirectory  # which writes results, and so stands on this module
+
         arguments = self.metadata.get("arguments")
         with RunDirectory.create(path, arguments if isinstance(arguments, dict) else {}) as run:
             run.finish(self)
@@ -340,49 +332,7 @@ def merge(results: Iterable[Result]) -> Result:
     return Result(pd.concat([part.table for part in parts], ignore_index=True), metadata)
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _reason(error: BaseException) -> str:
-    """An error's message on one line."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
-
-
-def _synchronise_directory(path: Path) -> None:
-    """Make a rename in ``path`` durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot synchronise a directory
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill ``path``: afterwards the file is the new one, or, on any failure, still the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _synchronise_directory(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RunDirectoryError(
-                f"cannot write {path}: {_reason(error)}; what was saved before is intact, so make room or repair the "
-                "disk and continue with --resume"
-            ) from error
-        raise
-
-
-def _parquet_bytes(table: pd.DataFrame) -> bytes:
+def parquet_bytes(table: pd.DataFrame) -> bytes:
     """The table as a Parquet file. Nothing but the table goes in, so identical tables give identical bytes."""
     known = {column.name: column for column in COLUMNS}
     arrow = {"bool": pa.bool_(), "str": pa.string(), "Int64": pa.int64(), "int64": pa.int64(), "float64": pa.float64()}
@@ -410,7 +360,7 @@ def _read_table(data: bytes, path: Path) -> pd.DataFrame:
     try:
         table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
     except (pa.ArrowException, OSError) as error:
-        raise RunDirectoryError(f"{path} is corrupted or not a Parquet file: {_reason(error)}") from error
+        raise RunDirectoryError(f"{path} is corrupted or not a Parquet file: {reason(error)}") from error
     stored = (table.schema.metadata or {}).get(b"fqtstats.format")
     if stored is None or not stored.isdigit():
         raise RunDirectoryError(f"{path} is a Parquet file, but not a results table of fqtstats")
@@ -426,22 +376,15 @@ def _check_version(version: int, path: Path) -> None:
         )
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RunDirectoryError(f"cannot read {path}: {_reason(error)}") from error
-
-
-def _read_document(directory: Path) -> dict[str, Json]:
+def read_document(directory: Path) -> dict[str, Json]:
     """``run.json``, checked as far as every reader needs it."""
     path = directory / "run.json"
     if not path.is_file():
         raise RunDirectoryError(f"{directory} is not a run directory: it has no run.json")
     try:
-        document = json.loads(_read_bytes(path))
+        document = json.loads(read_bytes(path))
     except ValueError as error:
-        raise RunDirectoryError(f"{path} is corrupted: {_reason(error)}") from error
+        raise RunDirectoryError(f"{path} is corrupted: {reason(error)}") from error
     if not isinstance(document, dict) or document.get("format") != "fqtstats-run":
         raise RunDirectoryError(f"{path} was not written by fqtstats")
     version = document.get("version")
@@ -466,13 +409,13 @@ def load(path: str | os.PathLike[str]) -> Result:
         raise RunDirectoryError(f"no run directory or Parquet file at {place}")
     if place.is_file():
         if place.name != "results.parquet" or not (place.parent / "run.json").is_file():
-            return _checked_result(_read_table(_read_bytes(place), place), {}, place)
+            return _checked_result(_read_table(read_bytes(place), place), {}, place)
         place = place.parent
-    document = _read_document(place)
+    document = read_document(place)
     if not document["finished"]:
         raise RunDirectoryError(f"the run in {place} is not finished; continue it with --resume")
     parquet = place / "results.parquet"
-    data = _read_bytes(parquet)
+    data = read_bytes(parquet)
     if hashlib.sha256(data).hexdigest() != document.get("results_sha256"):
         raise RunDirectoryError(f"{parquet} is corrupted: its SHA-256 is not the one in run.json")
     metadata = document.get("metadata")
@@ -484,352 +427,3 @@ def _checked_result(table: pd.DataFrame, metadata: dict[str, Json], path: Path) 
         return Result(table, metadata)
     except InputError as error:
         raise RunDirectoryError(f"{path} is not a valid results table: {error}") from error
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
-
-_STATE_MAGIC = b"fqtstats-state-1\n"
-_DIGEST_SIZE = hashlib.sha256().digest_size
-
-
-class _HashingWriter:
-    """Passes bytes on to a file and hashes them, so that a large state is not copied in memory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def digest(self) -> bytes:
-        return self._hash.digest()
-
-
-def _write_state(
-    file: BinaryIO, key: str, arrays: Mapping[str, npt.NDArray[np.generic]], info: dict[str, Json]
-) -> None:
-    """Magic, one line of JSON, the arrays as consecutive .npy blocks, and the SHA-256 of all that."""
-    writer = _HashingWriter(file)
-    writer.write(_STATE_MAGIC)
-    writer.write(json.dumps({"key": key, "info": info, "arrays": list(arrays)}).encode() + b"\n")
-    for array in arrays.values():
-        np.lib.format.write_array(writer, np.asarray(array), allow_pickle=False)
-    file.write(writer.digest())
-
-
-def _parse_state(data: bytes, key: str) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, Json]]:
-    """The inverse of :func:`_write_state`; ValueError on anything that is not exactly such a file."""
-    body, digest = data[:-_DIGEST_SIZE], data[-_DIGEST_SIZE:]
-    if not body.startswith(_STATE_MAGIC):
-        raise ValueError("it is not a state file of this version")
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError("its checksum does not match")
-    stream = io.BytesIO(body)
-    stream.seek(len(_STATE_MAGIC))
-    header = json.loads(stream.readline())
-    if header["key"] != key:
-        raise ValueError(f"it belongs to {header['key']!r}")
-    return {name: np.lib.format.read_array(stream, allow_pickle=False) for name in header["arrays"]}, header["info"]
-
-
-# --- run directory ---------------------------------------------------------------------------------------------------
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class RunDirectory:
-    """A run on disk while it is written; make it with :meth:`create` and use it in a ``with`` statement.
-
-    One process at a time holds it, through an advisory lock that the system drops when the process ends, however it
-    ends. Concurrent threads may save states under different keys only.
-
-    Attributes:
-        path: the directory.
-        arguments: the run's arguments, as plain JSON.
-        finished: whether the result is there, from this process or from the one that is resumed.
-    """
-
-    def __init__(self, path: Path, arguments: dict[str, Json], finished: bool, created: str, lock: int) -> None:
-        self.path = path
-        self.arguments = arguments
-        self.finished = finished
-        self._created = created
-        self._lock: int | None = lock
-        self._began = time.monotonic()
-        self._made: list[Path] = []
-
-    @classmethod
-    def create(
-        cls, path: str | os.PathLike[str], arguments: Mapping[str, object], resume: bool = False
-    ) -> RunDirectory:
-        """Open ``path`` for a run: a new or empty directory, or, with ``resume``, one that holds the same run.
-
-        Args:
-            path: the directory; it and its parents are made.
-            arguments: what defines the run, as JSON; a resumed run must have the same ones.
-            resume: continue a run that is there. Without one there, a new run starts.
-
-        Raises:
-            RunDirectoryError: the place cannot be written, is a file, holds something else or a run (without
-                ``resume``), holds a run with other arguments, or is being written by another process.
-            InputError: the arguments are not JSON.
-        """
-        place = Path(path)
-        plain = _json_dict(arguments, "arguments")
-        made = [folder for folder in (place, *place.parents) if not os.path.lexists(folder)]
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise RunDirectoryError(
-                f"cannot make the run directory {place}: a file is in the way; choose another --out"
-            ) from error
-        except OSError as error:
-            raise RunDirectoryError(
-                f"cannot make the run directory {place}: {_reason(error)}; choose another --out"
-            ) from error
-        cls._stored(place, plain, resume)  # before the lock file is made: nothing is put into a directory in use
-        lock = cls._acquire(place)
-        try:
-            document = cls._stored(place, plain, resume)
-            run = cls(place, plain, bool(document["finished"]), str(document.get("created")), lock)
-            run._made = made
-            if not run.finished:
-                run._make(place / "state")
-                run._write_document(finished=False)
-            else:
-                run._remove_state()
-        except BaseException:
-            os.close(lock)
-            raise
-        return run
-
-    @staticmethod
-    def _stored(place: Path, arguments: dict[str, Json], resume: bool) -> dict[str, Json]:
-        """The run that is in ``place``, or a new one, if these arguments may go there."""
-        try:
-            entries = {entry.name for entry in place.iterdir()}
-        except OSError as error:
-            raise RunDirectoryError(f"cannot read {place}: {_reason(error)}") from error
-        if "run.json" not in entries:
-            # What a process killed right at the start may leave behind is not a run.
-            if entries - {".lock", "run.json.tmp", "state"}:
-                raise RunDirectoryError(f"{place} is not empty and not a run; choose another directory (--out)")
-            return {"finished": False, "created": _now()}
-        if not resume:
-            raise RunDirectoryError(
-                f"{place} already holds a run; choose another directory (--out) or continue this one with --resume"
-            )
-        document = _read_document(place)
-        stored = document["arguments"]
-        assert isinstance(stored, dict)  # _read_document has checked it
-        names = sorted(
-            name for name in stored.keys() | arguments.keys() if stored.get(name, ...) != arguments.get(name, ...)
-        )
-        if names:
-            differences = ", ".join(
-                f"{name} was {_shown(stored, name)} and is now {_shown(arguments, name)}" for name in names
-            )
-            raise RunDirectoryError(
-                f"{place} holds a run with other arguments ({differences}); give the same ones or choose another --out"
-            )
-        return document
-
-    @staticmethod
-    def _acquire(place: Path) -> int:
-        """The file descriptor that holds the lock. The file stays: the lock is on it, not in it."""
-        try:
-            descriptor = os.open(place / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RunDirectoryError(f"cannot write in {place}: {_reason(error)}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise RunDirectoryError(
-                f"another process is writing the run in {place}; wait for it or choose another directory (--out)"
-            ) from error
-        except OSError as error:
-            os.close(descriptor)
-            raise RunDirectoryError(
-                f"cannot lock {place}: {_reason(error)}; choose a directory on a local disk (--out)"
-            ) from error
-        return descriptor
-
-    def close(self) -> None:
-        """Give the lock back; the run can be resumed. A second call does nothing."""
-        if self._lock is not None:
-            if self.finished:
-                with suppress(OSError):
-                    (self.path / ".lock").unlink()
-            os.close(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> RunDirectory:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def save_state(self, key: str, arrays: Mapping[str, npt.NDArray[np.generic]], info: Mapping[str, object]) -> None:
-        """Keep ``arrays`` and ``info`` under ``key``, replacing the previous ones in one step.
-
-        Args:
-            key: any name, for instance ``"bhq@5"``.
-            arrays: numeric arrays; dtype, shape and bits come back unchanged.
-            info: JSON, for instance the number of draws done.
-
-        Raises:
-            RunDirectoryError: the disk is full or cannot be written; the previous state is intact.
-            InputError: ``info`` is not JSON or an array holds Python objects.
-        """
-        self._require_open()
-        plain = _json_dict(info, "info")
-        objects = [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]
-        if objects:
-            raise InputError(f"a state holds numeric arrays only, but {', '.join(objects)} hold Python objects")
-        _write_atomically(self._state_path(key), lambda file: _write_state(file, key, arrays, plain))
-
-    def load_state(self, key: str) -> tuple[dict[str, npt.NDArray[np.generic]], dict[str, Json]] | None:
-        """What was last saved under ``key``; None if nothing was.
-
-        A file that is not exactly what was written is not trusted: a RuntimeWarning says so and the answer is None.
-
-        Raises:
-            RunDirectoryError: the file is there but cannot be read.
-        """
-        path = self._state_path(key)
-        if not path.exists():
-            return None
-        data = _read_bytes(path)
-        try:
-            return _parse_state(data, key)
-        except ValueError as error:
-            warnings.warn(f"ignoring the state {path}: {_reason(error)}; its part starts over", RuntimeWarning, 2)
-            return None
-
-    def finish(self, result: Result) -> None:
-        """Write the table and the figures, then mark the run as finished and drop its state.
-
-        Raises:
-            RunDirectoryError: something cannot be written; the run stays unfinished and can be resumed.
-        """
-        self._require_open()
-        from fqtstats.report import figures  # the report stage is above this one: it is loaded only when needed
-
-        data = _parquet_bytes(result.table)
-        _write_atomically(self.path / "results.parquet", lambda file: file.write(data))
-        self._make(self.path / "figures")
-        for name, png in figures.render_all(result).items():
-            _write_atomically(self.path / "figures" / f"{name}.png", lambda file, png=png: file.write(png))  # type: ignore[misc]
-        self._write_document(
-            finished=True,
-            finished_at=_now(),
-            wall_seconds=round(time.monotonic() - self._began, 3),
-            results_sha256=hashlib.sha256(data).hexdigest(),
-            metadata=result.metadata,
-        )
-        self.finished = True
-        self._remove_state()
-
-    def discard(self) -> bool:
-        """Remove an unfinished run that holds no state, so that its place is free again; call it when the run failed.
-
-        Directories are removed only if :meth:`create` made them and nothing else is in them.
-
-        Returns:
-            Whether it was such a run.
-        """
-        state = self.path / "state"
-        if self.finished or any(state.glob("*.state")):
-            return False
-        with suppress(OSError):  # what cannot be removed does no harm
-            shutil.rmtree(state, ignore_errors=True)
-            for name in ("run.json", ".lock"):
-                (self.path / name).unlink(missing_ok=True)
-            for folder in self._made:
-                folder.rmdir()
-        return True
-
-    def load(self) -> Result:
-        """The result of the finished run; see :func:`load`."""
-        return load(self.path)
-
-    def _require_open(self) -> None:
-        if self._lock is None:
-            raise RunDirectoryError(f"the run in {self.path} was closed; open it again with resume=True")
-
-    def _state_path(self, key: str) -> Path:
-        return self.path / "state" / f"{quote(key, safe='')}.state"
-
-    @staticmethod
-    def _make(path: Path) -> None:
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise RunDirectoryError(f"cannot write {path}: {_reason(error)}") from error
-
-    def _remove_state(self) -> None:
-        state = self.path / "state"
-        if state.exists():
-            try:
-                shutil.rmtree(state)
-            except OSError as error:
-                raise RunDirectoryError(f"the run is done, but {state} cannot be removed: {_reason(error)}") from error
-
-    def _write_document(self, *, finished: bool, **more: Json) -> None:
-        document: dict[str, Json] = {
-            "format": "fqtstats-run",
-            "version": FORMAT_VERSION,
-            "finished": finished,
-            "created": self._created,
-            "arguments": self.arguments,
-            **more,
-        }
-        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        _write_atomically(self.path / "run.json", lambda file: file.write(text.encode()))
-
-
-def _shown(arguments: Mapping[str, Json], name: str) -> str:
-    return repr(arguments[name]) if name in arguments else "not given"
-
-
-# --- provenance ------------------------------------------------------------------------------------------------------
-
-_PACKAGES = ("fqtstats", "torch", "numpy", "scipy", "pandas", "pyarrow", "scikit-learn", "matplotlib")
-
-
-def _cpu_model() -> str:
-    """The processor's name as the system gives it; "" where it gives none."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def provenance(isa: str | None = None) -> dict[str, Json]:
-    """Where a number was made: versions (None for a package that is not installed), system and processor.
-
-    Args:
-        isa: the instruction set that the kernels used, for instance ``"avx2"``; None where none was used.
-    """
-    versions: dict[str, Json] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "versions": versions,
-        "platform": f"{platform.system()}, {' '.join(platform.libc_ver()).strip() or 'libc unknown'}",
-        "machine": platform.machine(),
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "isa": isa,
-    }

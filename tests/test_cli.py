@@ -226,7 +226,7 @@ def assert_one_line(err: str, told: list[str]) -> None:
 @pytest.mark.parametrize(("words", "told"), BAD_USAGE, ids=lambda value: " ".join(value)[:30])
 def test_bad_usage(run: Run, monkeypatch: pytest.MonkeyPatch, words: list[str], told: list[str]) -> None:
     # Nothing is read or built for it.
-    monkeypatch.setattr("fqtstats.results.RunDirectory.create", None)
+    monkeypatch.setattr("fqtstats.run_directory.RunDirectory.create", None)
     place = [] if {"--resume", "--out"} & set(words) else ["--out", "new"]
     done = run("measure", *place, *words)
     assert (done.status, done.out) == (2, "")

@@ -22,7 +22,9 @@ import pytest
 
 from fqtstats import results
 from fqtstats.errors import InputError, RunDirectoryError
-from fqtstats.results import COLUMNS, Configuration, Result, RunDirectory, load, merge, provenance
+from fqtstats.provenance import provenance
+from fqtstats.results import COLUMNS, Configuration, Result, load, merge
+from fqtstats.run_directory import RunDirectory
 
 PACKAGE_ROOT = str(Path(results.__file__).resolve().parents[1])
 
@@ -335,7 +337,7 @@ def test_what_a_kill_at_the_start_leaves_is_no_obstacle(tmp_path: Path) -> None:
 def test_one_process_at_a_time_and_no_stale_lock(tmp_path: Path) -> None:
     code = """
         import sys, time
-        from fqtstats.results import RunDirectory
+        from fqtstats.run_directory import RunDirectory
         run = RunDirectory.create(sys.argv[1], {})
         print("ready", flush=True)
         time.sleep(60)
@@ -471,7 +473,7 @@ def test_kill_while_saving_leaves_a_whole_state(tmp_path: Path) -> None:
     code = """
         import sys
         import numpy as np
-        from fqtstats.results import RunDirectory
+        from fqtstats.run_directory import RunDirectory
         run = RunDirectory.create(sys.argv[1], {}, resume=True)
         draws = 0
         while True:
