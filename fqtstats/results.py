@@ -8,8 +8,7 @@ is a run directory::
     figures/*.png      drawn from the table
     state/             only while the run is going: what ``--resume`` continues from
 
-Every file appears under its name only when it is complete (written beside it, synchronised, renamed), so a process
-killed at any moment leaves the previous version intact.
+:mod:`fqtstats.run_directory` writes it.
 """
 
 from __future__ import annotations
