@@ -9,8 +9,10 @@
 
 namespace fqtstats::bind {
 
-// Per operation: add its functions to the module; list its variants.
-void philox(nanobind::module_& m);
-std::vector<Variant> philox_variants();
+#define FQTSTATS_OP(op)          \
+  void op(nanobind::module_& m); \
+  std::vector<Variant> op##_variants();
+#include "bind/ops.inc"
+#undef FQTSTATS_OP
 
 }  // namespace fqtstats::bind

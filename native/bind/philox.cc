@@ -1,16 +1,15 @@
 #include "kernels/philox/philox.h"
 
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <array>
 #include <cstdint>
-#include <iterator>
 #include <optional>
 #include <string>
 
+#include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
 
@@ -20,31 +19,17 @@ namespace {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-// Unconstrained, so that the checks below can say what is wrong with it.
-using Output = nb::ndarray<>;
-
-std::string describe(const Output& a) {
-  constexpr const char* kKinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
-  const nb::dlpack::dtype type = a.dtype();
-  const std::string kind = type.code < std::size(kKinds) ? kKinds[type.code] : "unknown";
-  return std::to_string(a.ndim()) + "-D " + kind + std::to_string(type.bits) +
-         (a.device_type() == nb::device::cpu::value ? " on the CPU" : " on another device");
-}
-
-void philox_bits(std::uint32_t k0, std::uint32_t k1, std::uint32_t c2, std::uint32_t c3, int n, int threads, Output out,
+void philox_bits(std::uint32_t k0, std::uint32_t k1, std::uint32_t c2, std::uint32_t c3, int n, int threads, Array out,
                  std::uint64_t first_tile, const std::optional<std::string>& variant) {
   const bool is32 = out.dtype() == nb::dtype<std::int32_t>(), is64 = out.dtype() == nb::dtype<std::int64_t>();
   if (out.device_type() != nb::device::cpu::value || !(is32 || is64))
-    throw nb::type_error(("out must be an int32 or int64 tensor on the CPU, got " + describe(out)).c_str());
-  if (out.ndim() != 1 || (out.shape(0) > 1 && out.stride(0) != 1))
-    throw nb::value_error(("out must be 1-D and contiguous, got " + describe(out) +
-                           (out.ndim() == 1 ? " with stride " + std::to_string(out.stride(0)) : ""))
-                              .c_str());
+    bad_type("out", "an int32 or int64 tensor on the CPU", out);
+  if (out.ndim() != 1 || (out.shape(0) > 1 && out.stride(0) != 1)) bad_value("out", "1-D and contiguous", out);
   if (n < 1 || n > (is32 ? 31 : 32))
     throw nb::value_error(("n must be 1 to 32 for int64 and 1 to 31 for int32 output, got " + std::to_string(n) +
                            " with out " + describe(out))
                               .c_str());
-  if (threads < 1) throw nb::value_error(("threads must be at least 1, got " + std::to_string(threads)).c_str());
+  check_range("threads", threads, 1, kMaxThreads);
   const philox::Kernel& kernel = find_variant(philox::kernels(), variant);
   const philox::Stream key{k0, k1, c2, c3};
   const auto count = static_cast<std::int64_t>(out.shape(0));

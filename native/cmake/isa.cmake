@@ -5,6 +5,14 @@
 
 set(FQTSTATS_ISA_FLAGS_avx2 -mavx2)
 set(FQTSTATS_ISA_FLAGS_avx512 -mavx2 -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+set(FQTSTATS_ISA_FLAGS_avx512vnni ${FQTSTATS_ISA_FLAGS_avx512} -mavx512vnni)
+set(FQTSTATS_ISA_FLAGS_avx512vbmi ${FQTSTATS_ISA_FLAGS_avx512vnni} -mavx512vbmi -mavx512vpopcntdq)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # Its own intrinsics start from a value that they read uninitialized on purpose (GCC bug 105593).
+  foreach(isa avx512 avx512vnni avx512vbmi)
+    list(APPEND FQTSTATS_ISA_FLAGS_${isa} -Wno-uninitialized -Wno-maybe-uninitialized)
+  endforeach()
+endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(FQTSTATS_X86 ON)

@@ -8,8 +8,8 @@
 namespace fqtstats::cpu {
 namespace {
 
-constexpr Isa kLevels[] = {Isa::scalar, Isa::avx2, Isa::avx512};
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr Isa kLevels[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512vbmi};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi"};
 static_assert(std::size(kLevels) == std::size(kNames));
 
 Isa highest() {
@@ -40,15 +40,22 @@ bool supported(Isa isa) {
 #if defined(__x86_64__)
   // These builtins also check that the operating system saves the wide registers.
   __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool vbmi = vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vpopcntdq");
   switch (isa) {
     case Isa::scalar:
       return true;
     case Isa::avx2:
-      return __builtin_cpu_supports("avx2");
+      return avx2;
     case Isa::avx512:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl");
+      return avx512;
+    case Isa::avx512vnni:
+      return vnni;
+    case Isa::avx512vbmi:
+      return vbmi;
   }
   return false;
 #else

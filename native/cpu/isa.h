@@ -6,8 +6,9 @@
 
 namespace fqtstats::cpu {
 
-// Ordered: each level includes the ones before it.
-enum class Isa : std::uint8_t { scalar, avx2, avx512 };
+// Ordered: each level includes the ones before it. avx512 is F, BW, DQ and VL; avx512vnni adds VNNI; avx512vbmi adds
+// VBMI and VPOPCNTDQ.
+enum class Isa : std::uint8_t { scalar, avx2, avx512, avx512vnni, avx512vbmi };
 
 const char* name(Isa isa);
 

@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef _OPENMP
+#if defined(FQTSTATS_STD_THREADS)  // for the thread sanitizer, which cannot see into an OpenMP runtime
+#include <thread>
+#include <vector>
+#elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
@@ -15,8 +18,16 @@ namespace fqtstats::cpu {
 // does not survive a fork. body must not throw.
 template <typename Body>
 void split(std::int64_t total, std::int64_t grain, int threads, const Body& body) {
-#ifdef _OPENMP
   threads = static_cast<int>(std::min<std::int64_t>(threads, total / grain));
+#if defined(FQTSTATS_STD_THREADS)
+  if (threads > 1) {
+    std::vector<std::thread> team;
+    for (std::int64_t t = 0; t < threads; ++t)
+      team.emplace_back([&, t] { body(total * t / threads, total * (t + 1) / threads); });
+    for (std::thread& thread : team) thread.join();
+    return;
+  }
+#elif defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
@@ -27,7 +38,6 @@ void split(std::int64_t total, std::int64_t grain, int threads, const Body& body
     return;
   }
 #endif
-  (void)grain, (void)threads;
   body(std::int64_t{0}, total);
 }
 

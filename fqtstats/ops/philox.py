@@ -1,85 +1,16 @@
-"""Native operations: schemas, fake kernels, CPU kernels, and pure-torch fallbacks that give identical numbers.
-
-This module alone imports the compiled extension. The fallbacks run on other devices, where the extension is not built,
-and where the environment variable ``FQTSTATS_NATIVE=0`` turns it off. ``FQTSTATS_ISA=scalar|avx2|avx512`` limits the
-instruction set of the native kernels. Both are read once per process.
-"""
+"""Philox4x32-10 random bits: schema, fake kernel, CPU kernel, and a pure-torch fallback with identical numbers."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
-import warnings
-from dataclasses import dataclass
-from typing import Any
-
-import torch  # before the extension, which then shares torch's OpenMP thread pool
+import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fqtstats.errors import InputError
+from fqtstats.ops.extension import native_module
 
-__all__ = ["Kernel", "isa", "kernels", "philox_bits", "philox_bits_torch"]
+__all__ = ["philox_bits", "philox_bits_torch"]
 
-
-@functools.cache
-def _extension() -> Any:
-    """The compiled extension, or None where it is not in use.
-
-    Raises:
-        InputError: ``FQTSTATS_ISA`` names an instruction set that this machine does not have.
-    """
-    if os.environ.get("FQTSTATS_NATIVE", "1") == "0":
-        return None
-    try:
-        native = importlib.import_module("fqtstats._native")
-    except ImportError as error:
-        warnings.warn(
-            f"the compiled extension fqtstats._native cannot be imported ({error}); the slower pure-torch kernels give "
-            "the same numbers. Install fqtstats with pip to build it, or set FQTSTATS_NATIVE=0 to silence this.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return None
-    try:
-        native.isa()
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return native
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One variant of one operation.
-
-    Attributes:
-        op: the operation.
-        variant: an instruction set, or ``"torch"`` for the fallback.
-        available: whether it runs on this machine.
-        selected: whether calls on CPU tensors use it.
-    """
-
-    op: str
-    variant: str
-    available: bool
-    selected: bool
-
-
-def isa() -> str:
-    """The instruction set that the native kernels may use, or ``"torch"`` where the extension is not in use."""
-    native = _extension()
-    return "torch" if native is None else str(native.isa())
-
-
-def kernels() -> list[Kernel]:
-    """Every variant of every operation, fastest first."""
-    native = _extension()
-    rows = [] if native is None else [Kernel(*row) for row in native.kernels()]
-    return [*rows, Kernel("philox_bits", "torch", True, native is None)]
-
-
-# --- philox_bits: the layout is fqtstats.random's ---------------------------------------------------------------------
-
+# The layout is fqtstats.random's.
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
@@ -182,7 +113,7 @@ def _philox_bits_cpu(
     device: torch.device,
     first_tile: int = 0,
 ) -> torch.Tensor:
-    native = _extension()
+    native = native_module()
     if native is None:
         return philox_bits_torch(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
     _check(n, dtype)

@@ -1,0 +1,124 @@
+"""Integer codes in the storage layout that the native products read.
+
+Shape legend: a tensor of codes is ``[N, C]`` (rows of a matrix) or ``[N, C, H, W]`` (images, or the weights ``[O, I,
+kh, kw]`` of a convolution). In memory the channel axis is innermost, and the channels of one row or pixel start at a
+multiple of 4 bytes (8 bytes for 1 bit): the products read whole words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fqtstats.errors import InputError
+
+__all__ = ["STORAGE_BITS", "Affine", "Codes", "row_bytes"]
+
+STORAGE_BITS = (1, 2, 4, 8)
+
+
+def row_bytes(channels: int, bits: int) -> int:
+    """Bytes of the codes of one row or pixel: whole words of 4 bytes, of 8 bytes for 1 bit."""
+    word = 8 if bits == 1 else 4
+    return -(-channels * bits // (8 * word)) * word
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """What codes mean: ``(code - zero) * step + offset``, one entry per group or one for the whole tensor.
+
+    Attributes:
+        step: ``[G]`` float32.
+        zero: ``[G]`` int32, or None where it is 0 everywhere.
+        offset: ``[G]`` float32, or None where it is 0 everywhere.
+        axis: the axis of the logical shape that the G groups run along (0 or 1), or None for one group (G = 1).
+    """
+
+    step: torch.Tensor
+    zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    axis: int | None = None
+
+    def along(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """``values [G]`` shaped to broadcast against a tensor of ``dim`` axes."""
+        shape = [1] * dim
+        if self.axis is not None:
+            shape[self.axis] = -1
+        return values.view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A tensor of codes.
+
+    Attributes:
+        data: uint8, contiguous: ``[N, row_bytes]`` for a matrix, ``[N, H + 2 ph, W + 2 pw, row_bytes]`` for images. A
+            row's codes are packed, the first in the lowest bits of the first byte; what is left of the last word is 0.
+        bits: width of a code in memory: 1, 2, 4 or 8.
+        shape: logical shape, ``(N, C)`` or ``(N, C, H, W)``.
+        pad: ``(ph, pw)`` pixels around every image, with the code ``zero`` (of their group); ``(0, 0)`` for a matrix.
+        affine: what the codes mean.
+    """
+
+    data: torch.Tensor
+    bits: int
+    shape: tuple[int, ...]
+    pad: tuple[int, int]
+    affine: Affine
+
+    @staticmethod
+    def pack(codes: torch.Tensor, bits: int, affine: Affine, pad: tuple[int, int] = (0, 0)) -> Codes:
+        """Codes from a uint8 tensor of the logical shape.
+
+        Raises:
+            InputError: not uint8, or neither 2-D nor 4-D.
+        """
+        if codes.dtype != torch.uint8 or codes.dim() not in (2, 4):
+            raise InputError(f"expected uint8 codes [N, C] or [N, C, H, W], got {list(codes.shape)} {codes.dtype}")
+        shape = tuple(codes.shape)
+        inner = codes.movedim(1, -1)
+        if any(pad):
+            ph, pw = pad
+            padded = codes.new_zeros(shape[0], shape[2] + 2 * ph, shape[3] + 2 * pw, shape[1])
+            if affine.zero is not None:
+                padded += affine.along(affine.zero, 4).movedim(1, -1).to(torch.uint8)
+            padded[:, ph : ph + shape[2], pw : pw + shape[3]] = inner
+            inner = padded
+        per_byte = 8 // bits
+        total = row_bytes(shape[1], bits)
+        inner = torch.nn.functional.pad(inner, (0, total * per_byte - shape[1])).unflatten(-1, (total, per_byte))
+        data = inner[..., 0].contiguous()
+        for position in range(1, per_byte):
+            data |= inner[..., position] << (position * bits)
+        return Codes(data, bits, shape, pad, affine)
+
+    def unpack(self) -> torch.Tensor:
+        """The codes, uint8, logical shape, contiguous."""
+        mask = (1 << self.bits) - 1
+        columns = [(self.data >> shift) & mask for shift in range(0, 8, self.bits)]
+        inner = torch.stack(columns, dim=-1).flatten(-2)[..., : self.shape[1]]
+        if len(self.shape) == 4:
+            (ph, pw), (height, width) = self.pad, self.shape[2:]
+            inner = inner[:, ph : ph + height, pw : pw + width]
+        return inner.movedim(-1, 1).contiguous()
+
+    def centered(self) -> torch.Tensor:
+        """``code - zero``, float64 (exact), logical shape."""
+        codes = self.unpack().double()
+        zero = self.affine.zero
+        return codes if zero is None else codes - self.affine.along(zero, len(self.shape))
+
+    def decode(self) -> torch.Tensor:
+        """The numbers they stand for, float32, logical shape: one multiplication and one addition, each rounded."""
+        affine, dim = self.affine, len(self.shape)
+        x = self.centered().float() * affine.along(affine.step, dim)
+        return x if affine.offset is None else x + affine.along(affine.offset, dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of what they mean."""
+        affine = self.affine
+        return sum(
+            t.numel() * t.element_size() for t in (self.data, affine.step, affine.zero, affine.offset) if t is not None
+        )
