@@ -1,0 +1,80 @@
+"""Quantizing into the storage layout that products of codes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fqtstats.ops.codes import Affine, Codes
+from fqtstats.policy import QuantizerLike
+from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
+from fqtstats.random import Stream
+
+__all__ = ["Stored", "store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A quantized matrix or batch of images, ready for a product.
+
+    Attributes:
+        codes: of the transformed rows, where there is a transform.
+        transform: what was applied to the rows (axis 0) before rounding, or None.
+    """
+
+    codes: Codes
+    transform: Transform | None
+
+    def decode(self) -> torch.Tensor:
+        """The numbers that the codes stand for, float32: what the quantizer gives when it is called."""
+        x = self.codes.decode()
+        if self.transform is None:
+            return x
+        n, c = x.shape[:2]
+        return self.transform.inverse(x.reshape(n, c, -1)).view(x.shape)
+
+
+def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int] = (0, 0)) -> Stored | None:
+    """``q`` of ``x`` as codes: the same codes, bit for bit, as ``q.encode(x, stream)``.
+
+    Args:
+        q: a quantizer.
+        x: ``[N, C]`` or ``[N, C, H, W]``, float32, any strides.
+        stream: where its random numbers come from.
+        pad: pixels around every image.
+
+    Returns:
+        None where ``q`` has no codes, or none with a scale per tensor, row or channel in float32: then there is no
+        integer product.
+
+    Raises:
+        NonFiniteError: ``x`` holds NaN or Inf.
+    """
+    if not isinstance(q, UniformQuantizer) or x.dtype == torch.float64 or x.dim() not in (2, 4):
+        return None
+    quantized = q.encode(x, stream)
+    affine = _affine(quantized)
+    if affine is None:
+        return None
+    codes = quantized.codes().view(x.shape)
+    return Stored(Codes.pack(codes, q.format.storage_bits, affine, pad), quantized.frame.transform)
+
+
+def _affine(quantized: Quantized) -> Affine | None:
+    grid, shape = quantized.frame.grid, quantized.frame.shape
+    n, c, *_ = grid.step.shape
+    if grid.step.numel() == 1:
+        axis = None
+    elif (n, c) == (shape[0], 1):
+        axis = 0
+    elif (n, c) == (1, shape[1]):
+        axis = 1
+    else:
+        return None
+    return Affine(
+        step=grid.step.flatten(),
+        zero=None if grid.zero is None else grid.zero.flatten().to(torch.int32),
+        offset=None if grid.offset is None else grid.offset.flatten(),
+        axis=axis,
+    )
