@@ -13,7 +13,7 @@ import torch
 
 from fqtstats.errors import InputError
 
-__all__ = ["STORAGE_BITS", "Affine", "Codes", "row_bytes"]
+__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "row_bytes"]
 
 STORAGE_BITS = (1, 2, 4, 8)
 
@@ -22,6 +22,16 @@ def row_bytes(channels: int, bits: int) -> int:
     """Bytes of the codes of one row or pixel: whole words of 4 bytes, of 8 bytes for 1 bit."""
     word = 8 if bits == 1 else 4
     return -(-channels * bits // (8 * word)) * word
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a 2-D convolution slides; each pair is (height, width)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,16 +21,16 @@ at most ``6 * 2^-24 * (|I sa sb| + |u ob| + |oa v| + |bias|)``: see ``tests/test
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
 from fqtstats.errors import InputError
-from fqtstats.ops.codes import Codes
+from fqtstats.ops.codes import Codes, Geometry
+from fqtstats.ops.extension import native_module
 
 __all__ = [
-    "Geometry",
     "convolution",
     "convolution_grad_input",
     "convolution_grad_weight",
@@ -42,14 +42,12 @@ __all__ = [
 Bilinear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How a 2-D convolution slides; each pair is (height, width)."""
+KERNELS: tuple[ModuleType, ...] = ()
+"""Modules of native kernels, the first that can is used.
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+Each has functions of the names below, for arguments that were checked; one returns None where it has no kernel for
+those widths of codes.
+"""
 
 
 def linear(x: Codes, w: Codes, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,18 +62,27 @@ def linear(x: Codes, w: Codes, bias: torch.Tensor | None = None) -> torch.Tensor
         InputError: shapes do not fit, or a scale varies along a contracted axis.
     """
     _check("linear", x, w, "x", "w", 0, 0)
+    native = _native("linear", x, w, bias)
+    if native is not None:
+        return native
     return _affine(lambda a, b: a @ b.t(), x, w, bias)
 
 
 def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
     """``dx = g w``: ``[R, I]`` float32, for ``g [R, O]`` (groups along axis 0) and ``w [O, I]`` (axis 1), or none."""
     _check("linear_grad_input", g, w, "g", "w", 0, 1)
+    native = _native("linear_grad_input", g, w)
+    if native is not None:
+        return native
     return _affine(torch.mm, g, w, None)
 
 
 def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor:
     """``dw = g^T x``: ``[O, I]`` float32, for ``g [R, O]`` and ``x [R, I]``, groups along axis 1 or none."""
     _check("linear_grad_weight", g, x, "g", "x", 1, 1)
+    native = _native("linear_grad_weight", g, x)
+    if native is not None:
+        return native
     return _affine(lambda a, b: a.t() @ b, g, x, None)
 
 
@@ -89,6 +96,9 @@ def convolution(x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | Non
         bias: ``[O]`` float32.
     """
     _check("convolution", x, w, "x", "w", 0, 0)
+    native = _native("convolution", x, w, geometry, bias)
+    if native is not None:
+        return native
     y = _affine(lambda a, b: _conv(a, b, geometry), x, w, bias)
     return y.contiguous(memory_format=torch.channels_last)
 
@@ -103,6 +113,9 @@ def convolution_grad_input(g: Codes, w: Codes, geometry: Geometry, size: tuple[i
         size: ``(H, W)`` of the input.
     """
     _check("convolution_grad_input", g, w, "g", "w", 0, 1)
+    native = _native("convolution_grad_input", g, w, geometry, size)
+    if native is not None:
+        return native
     channels = w.shape[1] * geometry.groups
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -122,6 +135,9 @@ def convolution_grad_weight(g: Codes, x: Codes, geometry: Geometry, kernel: tupl
         kernel: ``(kh, kw)``.
     """
     _check("convolution_grad_weight", g, x, "g", "x", 1, 1)
+    native = _native("convolution_grad_weight", g, x, geometry, kernel)
+    if native is not None:
+        return native
 
     def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         w = a.new_empty(1).expand(a.shape[1], b.shape[1] // geometry.groups, *kernel)
@@ -137,6 +153,17 @@ def _check(name: str, a: Codes, b: Codes, first: str, second: str, axis_a: int, 
                 f"{name}: the scales of {label} vary along axis {codes.affine.axis}, which the product contracts; an "
                 f"integer product needs one scale, or scales along axis {axis}"
             )
+
+
+def _native(name: str, a: Codes, b: Codes, *others: object) -> torch.Tensor | None:
+    if a.data.device.type != "cpu" or native_module() is None:
+        return None
+    for module in KERNELS:
+        function = getattr(module, name, None)
+        result: torch.Tensor | None = None if function is None else function(a, b, *others)
+        if result is not None:
+            return result
+    return None
 
 
 def _conv(x: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
