@@ -56,9 +56,7 @@ def householder_inverse(y: torch.Tensor, groups: Groups) -> torch.Tensor | None:
         return None
     y = _dense(y)
     out = torch.empty_like(y)
-    native.householder_inverse(
-        _matrix(y).numpy(), *_arguments(groups), torch.get_num_threads(), _matrix(out).numpy()
-    )
+    native.householder_inverse(_matrix(y).numpy(), *_arguments(groups), torch.get_num_threads(), _matrix(out).numpy())
     return out
 
 

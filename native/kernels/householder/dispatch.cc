@@ -2,6 +2,10 @@
 #include <cmath>
 #include <limits>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "kernels/householder/householder.h"
@@ -24,15 +28,18 @@ std::span<const Kernel> kernels() {
 namespace {
 
 constexpr std::int64_t kUnit = 16;         // columns of a cache line
-constexpr std::int64_t kCache = 1 << 16;   // elements that stay in the second-level cache
-constexpr std::int64_t kWidest = 1 << 11;  // columns of a strip: u and the partial sums stay in the first-level cache
+constexpr std::int64_t kCache = 1 << 15;   // elements of a strip: it and the next one stay in the second-level cache
+constexpr std::int64_t kWidest = 1 << 9;   // columns of a strip: u and the partial sums stay in the first-level cache
 constexpr std::int64_t kGrain = 1 << 16;   // elements: about 10 us, several times a thread's wake-up
+constexpr std::int64_t kStream = 1 << 21;  // elements, from which on the result would not stay in a cache
 
 std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
 
 // Columns [begin, end) of every row. low and high are this call's own.
 void transform(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns,
                std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
+  const bool stream = t.rows * columns >= kStream && columns % kUnit == 0 &&
+                      reinterpret_cast<std::uintptr_t>(out) % (kUnit * sizeof(float)) == 0;
   const auto rows = [&](std::int64_t first, std::int64_t n) {
     Block block{.in = in,
                 .out = out,
@@ -47,7 +54,8 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
                 .low = low + first,
                 .high = high + first,
                 .memory = memory,
-                .width = width_of(n)};
+                .width = width_of(n),
+                .stream = stream};
     for (std::int64_t c = begin; c < end; c += block.width) {
       block.in = in + c;
       block.out = out + c;
@@ -62,6 +70,9 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
     position += static_cast<std::int64_t>(t.sizes[g]);
   }
   for (; position < t.rows; ++position) rows(position, 1);
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // orders such writes before whatever tells another thread of them
+#endif
 }
 
 struct Memory {};
@@ -70,8 +81,7 @@ struct Partial {};
 void run(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns, int threads,
          float* out, float* low, float* high) {
   const std::int64_t units = (columns + kUnit - 1) / kUnit;
-  const std::int64_t parts =
-      std::clamp<std::int64_t>(t.rows * columns / kGrain, 1, std::min<std::int64_t>(threads, units));
+  const std::int64_t parts = std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
   std::int64_t size = workspace(1) * width_of(1);
   for (std::int64_t g = 0; g < t.groups; ++g) {
     const auto n = static_cast<std::int64_t>(t.sizes[g]);

@@ -32,6 +32,7 @@ struct Block {
   float *low, *high;  // [n] extremes of every row so far; NaN once there was one
   float* memory;      // workspace(n) rows of `width` elements
   std::int64_t width;
+  bool stream;  // write past the caches; then `out` and the stride are whole cache lines
 };
 
 // Rows of working memory: z, then u, then the partial sums of the tree.

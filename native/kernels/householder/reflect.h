@@ -2,7 +2,8 @@
 //
 // Two passes over a strip that the second-level cache holds. The first reads four rows side by side, keeps them scaled,
 // and adds them to the tree as a binary counter does: partial sum l stands for 2^l runs of four rows. The second
-// subtracts, and writes each row once.
+// subtracts, and writes each row once. Each asks for what comes next before it is needed: the first for the next four
+// rows, the second for the next strip, so that memory is read while it is written.
 #pragma once
 
 #include <bit>
@@ -44,6 +45,11 @@ FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge)
   const float* in1 = source<kInverse>(b, i + (kRows > 1 ? 1 : 0));
   const float* in2 = source<kInverse>(b, i + (kRows > 2 ? 2 : 0));
   const float* in3 = source<kInverse>(b, i + (kRows > 3 ? 3 : 0));
+  const auto later = [&](std::int64_t j) __attribute__((always_inline)) {
+    const std::int64_t row = i + kRun + j;
+    return source<kInverse>(b, row < b.n ? row : b.n - 1);
+  };
+  const float *later0 = later(0), *later1 = later(1), *later2 = later(2), *later3 = later(3);
   const Reg scale0 = V::fill(b.scale[i]), scale1 = V::fill(b.scale[i + (kRows > 1 ? 1 : 0)]);
   const Reg scale2 = V::fill(b.scale[i + (kRows > 2 ? 2 : 0)]), scale3 = V::fill(b.scale[i + (kRows > 3 ? 3 : 0)]);
   const Reg root = V::fill(b.root), spread = V::fill(b.spread);
@@ -58,6 +64,12 @@ FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge)
       V::store(out + c, x);
       return x;
     };
+    if constexpr (!kLast) {
+      V::prefetch(later0 + c);
+      V::prefetch(later1 + c);
+      V::prefetch(later2 + c);
+      V::prefetch(later3 + c);
+    }
     Reg sum = row(in0, scale0, z);
     if constexpr (kRows > 1) sum = V::add(sum, row(in1, scale1, z + b.width));
     if constexpr (kRows > 2) {
@@ -77,52 +89,70 @@ FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge)
   });
 }
 
-// Position i to its place: from `in`, less `u` where kShift.
-template <typename V, bool kInverse, bool kShift>
-FQTSTATS_INLINE void finish(const Block& b, std::int64_t i, const float* in, bool scaled) {
+enum class Row { alone, leader, member };
+
+// The row at position i to its place.
+template <typename V, bool kInverse, Row kRow, bool kStream>
+FQTSTATS_INLINE void finish(const Block& b, std::int64_t i) {
   using Reg = typename V::Reg;
+  const float* in = kRow == Row::alone ? source<kInverse>(b, i) : b.memory + i * b.width;
   const float* u = b.memory + b.n * b.width;
+  const float* next_strip = source<kInverse>(b, i) + b.width;
   float* out = target<kInverse>(b, i);
   const Reg scale = V::fill(b.scale[i]);
   typename V::Extremes extremes;
   columns<V>(b.columns, [&](std::int64_t c, auto mask) __attribute__((always_inline)) {
+    V::prefetch(next_strip + c);
     Reg y = V::load(in + c, mask);
-    if constexpr (kShift) y = V::sub(y, V::load(u + c));
+    if constexpr (kRow == Row::member) y = V::sub(y, V::load(u + c));
     if constexpr (kInverse) y = V::div(y, scale);
-    if (!kInverse && !scaled) y = V::mul(y, scale);
-    V::store(out + c, y, mask);
+    if constexpr (!kInverse && kRow == Row::alone) y = V::mul(y, scale);
+    if constexpr (kStream)
+      V::stream(out + c, y, mask);
+    else
+      V::store(out + c, y, mask);
     if constexpr (!kInverse) extremes.add(y, mask);
   });
   if constexpr (!kInverse) extremes.update(b.low[i], b.high[i]);
 }
 
+template <typename V, bool kInverse, bool kStream>
+FQTSTATS_INLINE void finish_all(const Block& b) {
+  if (b.n == 1) {
+    finish<V, kInverse, Row::alone, kStream>(b, 0);
+  } else {
+    finish<V, kInverse, Row::leader, kStream>(b, 0);
+    for (std::int64_t i = 1; i < b.n; ++i) finish<V, kInverse, Row::member, kStream>(b, i);
+  }
+}
+
 template <typename V, bool kInverse>
 static void transform(const Block& b) {
-  if (b.n == 1) {
-    finish<V, kInverse, false>(b, 0, source<kInverse>(b, 0), false);
-    return;
+  if (b.n > 1) {
+    const std::int64_t last = (b.n - 1) / kRun;
+    for (std::int64_t run = 0; run < last; ++run) {
+      const auto bits = static_cast<std::uint64_t>(run);
+      gather<V, kInverse, 4, false>(b, run * kRun, (bits ^ (bits + 1)) >> 1);
+    }
+    const auto all = static_cast<std::uint64_t>(last);
+    switch (b.n - last * kRun) {
+      case 1:
+        gather<V, kInverse, 1, true>(b, last * kRun, all);
+        break;
+      case 2:
+        gather<V, kInverse, 2, true>(b, last * kRun, all);
+        break;
+      case 3:
+        gather<V, kInverse, 3, true>(b, last * kRun, all);
+        break;
+      default:
+        gather<V, kInverse, 4, true>(b, last * kRun, all);
+    }
   }
-  const std::int64_t last = (b.n - 1) / kRun;
-  for (std::int64_t run = 0; run < last; ++run) {
-    const auto bits = static_cast<std::uint64_t>(run);
-    gather<V, kInverse, 4, false>(b, run * kRun, (bits ^ (bits + 1)) >> 1);
-  }
-  const auto all = static_cast<std::uint64_t>(last);
-  switch (b.n - last * kRun) {
-    case 1:
-      gather<V, kInverse, 1, true>(b, last * kRun, all);
-      break;
-    case 2:
-      gather<V, kInverse, 2, true>(b, last * kRun, all);
-      break;
-    case 3:
-      gather<V, kInverse, 3, true>(b, last * kRun, all);
-      break;
-    default:
-      gather<V, kInverse, 4, true>(b, last * kRun, all);
-  }
-  finish<V, kInverse, false>(b, 0, b.memory, true);
-  for (std::int64_t i = 1; i < b.n; ++i) finish<V, kInverse, true>(b, i, b.memory + i * b.width, true);
+  if (b.stream)
+    finish_all<V, kInverse, true>(b);
+  else
+    finish_all<V, kInverse, false>(b);
 }
 
 }  // namespace

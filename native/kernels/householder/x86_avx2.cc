@@ -23,6 +23,9 @@ struct Avx2 {
   FQTSTATS_INLINE Reg load(const float* p, First mask) { return _mm256_maskload_ps(p, mask.lanes); }
   FQTSTATS_INLINE void store(float* p, Reg v, All = {}) { _mm256_storeu_ps(p, v); }
   FQTSTATS_INLINE void store(float* p, Reg v, First mask) { _mm256_maskstore_ps(p, mask.lanes, v); }
+  FQTSTATS_INLINE void stream(float* p, Reg v, All) { _mm256_stream_ps(p, v); }
+  FQTSTATS_INLINE void stream(float* p, Reg v, First mask) { store(p, v, mask); }
+  FQTSTATS_INLINE void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T1); }
   FQTSTATS_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   FQTSTATS_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   FQTSTATS_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }

@@ -20,6 +20,9 @@ struct Avx512 {
   FQTSTATS_INLINE Reg load(const float* p, First mask) { return _mm512_maskz_loadu_ps(mask.lanes, p); }
   FQTSTATS_INLINE void store(float* p, Reg v, All = {}) { _mm512_storeu_ps(p, v); }
   FQTSTATS_INLINE void store(float* p, Reg v, First mask) { _mm512_mask_storeu_ps(p, mask.lanes, v); }
+  FQTSTATS_INLINE void stream(float* p, Reg v, All) { _mm512_stream_ps(p, v); }
+  FQTSTATS_INLINE void stream(float* p, Reg v, First mask) { store(p, v, mask); }
+  FQTSTATS_INLINE void prefetch(const float* p) { _mm_prefetch(p, _MM_HINT_T1); }
   FQTSTATS_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   FQTSTATS_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
   FQTSTATS_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
