@@ -81,7 +81,8 @@ struct Partial {};
 void run(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns, int threads,
          float* out, float* low, float* high) {
   const std::int64_t units = (columns + kUnit - 1) / kUnit;
-  const std::int64_t parts = std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
+  const std::int64_t parts =
+      std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
   std::int64_t size = workspace(1) * width_of(1);
   for (std::int64_t g = 0; g < t.groups; ++g) {
     const auto n = static_cast<std::int64_t>(t.sizes[g]);
