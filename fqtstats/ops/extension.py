@@ -82,5 +82,5 @@ def kernels() -> list[Kernel]:
     return listed
 
 
-FALLBACKS = ("philox_bits",)
+FALLBACKS = ("philox_bits", "convolution1")
 """Operations, each of which can be had in torch operations, too."""
