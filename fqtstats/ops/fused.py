@@ -14,7 +14,7 @@ other, then one block after the other, whatever the number of threads. The nativ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ import torch.nn.functional as F
 from fqtstats.errors import InputError
 from fqtstats.ops.codes import Affine, Codes, row_bytes
 from fqtstats.ops.extension import native_module
+
+if TYPE_CHECKING:
+    from fqtstats.quantizers.grid import Grid
 
 __all__ = ["Adjoint", "Map", "Moments", "apply", "encode", "extremes", "gradient", "gradient_sums", "moments"]
 
@@ -121,37 +124,32 @@ def extremes(y: torch.Tensor, m: Moments, map: Map, *, variant: str | None = Non
     return first, second
 
 
-def encode(
-    y: torch.Tensor,
-    map: Map,
-    affine: Affine,
-    scale: float,
-    prescale: float,
-    levels: int,
-    pad: tuple[int, int],
-    *,
-    variant: str | None = None,
-) -> Codes:
+def encode(y: torch.Tensor, map: Map, grid: Grid, pad: tuple[int, int], *, variant: str | None = None) -> Codes:
     """8-bit codes of ``x`` on a grid of one group: ``clamp(round(((x - offset) * prescale) * scale) + zero)``.
 
     Args:
         y: finite.
         map: from ``y`` to ``x``.
-        affine: step, offset and zero of the grid.
-        scale, prescale: of the grid (:class:`fqtstats.quantizers.grid.Grid`).
-        levels: the largest code.
+        grid: of one group, float32; it covers ``x``.
         pad: pixels around every image.
         variant: of the kernel.
     """
     inner = _inner("y", y)
     n, c, *space = y.shape
     height, width = map.size(*space)
-    offset = 0.0 if affine.offset is None else float(affine.offset)
-    zero = 0 if affine.zero is None else int(affine.zero)
+    offset, prescale, zero = (
+        default if t is None else float(t)
+        for t, default in ((grid.offset, 0.0), (grid.prescale, 1.0), (grid.zero, 0.0))
+    )
+    affine = Affine(
+        step=grid.step.flatten(),
+        zero=None if grid.zero is None else grid.zero.flatten().to(torch.int32),
+        offset=None if grid.offset is None else grid.offset.flatten(),
+    )
     native = _native(y)
     if native is None:
-        coordinates = apply(y, map).sub_(offset).mul_(prescale).mul_(scale)
-        codes = coordinates.round_().add_(zero).clamp_(0, levels).to(torch.uint8)
+        coordinates = apply(y, map).sub_(offset).mul_(prescale).mul_(float(grid.scale))
+        codes = coordinates.round_().add_(zero).clamp_(0, grid.levels).to(torch.uint8)
         return Codes.pack(codes, 8, affine, pad)
     data = torch.empty(n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, 8), dtype=torch.uint8)
     native.fused_encode(
@@ -159,9 +157,9 @@ def encode(
         *_map(map),
         offset,
         prescale,
-        scale,
-        zero,
-        levels,
+        float(grid.scale),
+        int(zero),
+        grid.levels,
         *pad,
         data.numpy(),
         torch.get_num_threads(),

@@ -55,9 +55,10 @@ FQTSTATS_INLINE typename V::F value(const Run& run, const Map& map, std::int64_t
   } else {
     const Window w = window(run, i);
     t = affine<V>(V::template load<kTail>(w.y0 + c, tail), a, b);
-    t = V::max(t, affine<V>(V::template load<kTail>(w.y1 + c, tail), a, b));
-    t = V::max(t, affine<V>(V::template load<kTail>(w.y2 + c, tail), a, b));
-    t = V::max(t, affine<V>(V::template load<kTail>(w.y3 + c, tail), a, b));
+    for (const float* pixel : {w.y1, w.y2, w.y3}) {
+      const auto next = affine<V>(V::template load<kTail>(pixel + c, tail), a, b);
+      t = V::pick(V::unordered(t), t, V::max(t, next));  // a NaN stays
+    }
   }
   return V::max(V::set(map.floor), t);
 }

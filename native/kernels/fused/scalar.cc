@@ -29,7 +29,7 @@ float window_maximum(const Run& run, const Map& map, std::int64_t i, std::int64_
   for (int k = 0; k < count; ++k) {
     const float pixel = (k < 2 ? run.y : run.below)[at[k] + c];
     const float t = map.a[c] * pixel + map.b[c];
-    if (k == 0 || t > best) best = t, *which = k, *y = pixel;
+    if (k == 0 || t > best || t != t) best = t, *which = k, *y = pixel;
   }
   return best;
 }
