@@ -83,7 +83,7 @@ def measure(
         policy: the quantizers.
         draws: number of draws of the quantized gradient, at least 2.
         seed: seed of all random numbers.
-        backend: ``"simulated"``.
+        backend: how products are computed, see :func:`fqtstats.prepare_`.
         batches: further minibatches, for the sampling variance.
         skip: layers to leave in full precision: a name pattern, several, or a predicate.
         progress: called with (done, total).
