@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fqtstats import policies
-    from fqtstats.layers import Handle, prepare_, quantized
+    from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
@@ -24,6 +24,7 @@ __all__ = [
     "Quantizer",
     "Result",
     "Stream",
+    "fuse_",
     "load",
     "measure",
     "policies",
@@ -35,7 +36,7 @@ __all__ = [
 
 # Imported when first asked for: torch takes seconds, which `fqtstats --help` and a mistyped option should not.
 _HOMES = {
-    "fqtstats.layers": ("Handle", "prepare_", "quantized"),
+    "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),

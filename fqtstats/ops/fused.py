@@ -1,4 +1,6 @@
-"""What lies between two convolutions in one pass: batch normalization, ReLU, 2x2 max pooling, quantization; its adjoint.
+"""What lies between two convolutions, in one pass: batch normalization, ReLU, 2x2 max pooling, quantization.
+
+And the adjoint, in two.
 
 Shape legend: ``y [N, C, H, W]`` float32 in channels-last memory is a convolution's output, R = N H W its pixels per
 channel; ``[N, C, OH, OW]`` is the shape after pooling, H and W without it.
@@ -106,37 +108,37 @@ def moments(y: torch.Tensor, *, variant: str | None = None) -> Moments:
     return Moments(rows[0] + mean, square - total * mean, low, high)
 
 
-def extremes(y: torch.Tensor, m: Moments, map: Map, *, variant: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def extremes(y: torch.Tensor, m: Moments, f: Map, *, variant: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest ``x`` of every channel, ``[C]`` float32, exactly; NaN where ``y`` holds NaN or Inf.
 
     Per channel ``x`` is monotone in ``y``, also after rounding: without pooling the moments know the extremes of ``y``
     already, with it one more pass finds those of the windows' largest (for ``a < 0``: smallest) ``y``.
     """
     low, high = m.low, m.high
-    if map.pool:
-        sign = torch.where(map.a < 0, -1.0, 1.0)
-        low, high = (t * sign for t in _window_extremes(y, map.a < 0, variant))
+    if f.pool:
+        sign = torch.where(f.a < 0, -1.0, 1.0)
+        low, high = (t * sign for t in _window_extremes(y, f.a < 0, variant))
         low, high = (torch.where(torch.isnan(m.low), m.low, t) for t in (low, high))
-    ends = torch.stack([low, high]).mul_(map.a).add_(map.b)
-    if map.relu:
+    ends = torch.stack([low, high]).mul_(f.a).add_(f.b)
+    if f.relu:
         ends = ends.clamp_(min=0)
     first, second = torch.aminmax(ends, dim=0)
     return first, second
 
 
-def encode(y: torch.Tensor, map: Map, grid: Grid, pad: tuple[int, int], *, variant: str | None = None) -> Codes:
+def encode(y: torch.Tensor, f: Map, grid: Grid, pad: tuple[int, int], *, variant: str | None = None) -> Codes:
     """8-bit codes of ``x`` on a grid of one group: ``clamp(round(((x - offset) * prescale) * scale) + zero)``.
 
     Args:
         y: finite.
-        map: from ``y`` to ``x``.
+        f: from ``y`` to ``x``.
         grid: of one group, float32; it covers ``x``.
         pad: pixels around every image.
         variant: of the kernel.
     """
     inner = _inner("y", y)
     n, c, *space = y.shape
-    height, width = map.size(*space)
+    height, width = f.size(*space)
     offset, prescale, zero = (
         default if t is None else float(t)
         for t, default in ((grid.offset, 0.0), (grid.prescale, 1.0), (grid.zero, 0.0))
@@ -148,13 +150,13 @@ def encode(y: torch.Tensor, map: Map, grid: Grid, pad: tuple[int, int], *, varia
     )
     native = _native(y)
     if native is None:
-        coordinates = apply(y, map).sub_(offset).mul_(prescale).mul_(float(grid.scale))
+        coordinates = apply(y, f).sub_(offset).mul_(prescale).mul_(float(grid.scale))
         codes = coordinates.round_().add_(zero).clamp_(0, grid.levels).to(torch.uint8)
         return Codes.pack(codes, 8, affine, pad)
     data = torch.empty(n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, 8), dtype=torch.uint8)
     native.fused_encode(
         inner.numpy(),
-        *_map(map),
+        *_map(f),
         offset,
         prescale,
         float(grid.scale),
@@ -168,44 +170,44 @@ def encode(y: torch.Tensor, map: Map, grid: Grid, pad: tuple[int, int], *, varia
     return Codes(data, 8, (n, c, height, width), pad, affine)
 
 
-def apply(y: torch.Tensor, map: Map, *, variant: str | None = None) -> torch.Tensor:
+def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tensor:
     """``x [N, C, OH, OW]`` float32 in channels-last memory."""
     inner = _inner("y", y)
     native = _native(y)
     if native is None:
-        t = y * _columns(map.a) + _columns(map.b)
-        x = t.clamp_(min=0) if map.relu else t
-        x = F.max_pool2d(x, 2) if map.pool else x
+        t = y * _columns(f.a) + _columns(f.b)
+        x = t.clamp_(min=0) if f.relu else t
+        x = F.max_pool2d(x, 2) if f.pool else x
         return x.contiguous(memory_format=torch.channels_last)
     n, c, *space = y.shape
-    out = y.new_empty(n, *map.size(*space), c)
-    native.fused_apply(inner.numpy(), *_map(map), out.numpy(), torch.get_num_threads(), variant)
+    out = y.new_empty(n, *f.size(*space), c)
+    native.fused_apply(inner.numpy(), *_map(f), out.numpy(), torch.get_num_threads(), variant)
     return out.permute(0, 3, 1, 2)
 
 
 def gradient_sums(
-    g: torch.Tensor, y: torch.Tensor, map: Map, mean: torch.Tensor, *, variant: str | None = None
+    g: torch.Tensor, y: torch.Tensor, f: Map, mean: torch.Tensor, *, variant: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``sum h`` and ``sum h (y - mean)`` of every channel: ``[C]`` float64 each.
 
     Args:
         g: ``dL/dx [N, C, OH, OW]`` in channels-last memory.
         y: finite.
-        map: from ``y`` to ``x``.
+        f: from ``y`` to ``x``.
         mean: ``[C]`` float32.
         variant: of the kernel.
     """
-    inner, incoming = _inner("y", y), _incoming(g, y, map)
+    inner, incoming = _inner("y", y), _incoming(g, y, f)
     native = _native(y)
     if native is None:
-        h, at = _selected(g, y, map)
+        h, at = _selected(g, y, f)
         d = (at - mean).double()
         return _block_sums(h.double()), _block_sums(h.double() * d)
     total, dot = y.new_empty(2, y.shape[1], dtype=torch.float64)
     native.fused_gradient_sums(
         incoming.numpy(),
         inner.numpy(),
-        *_map(map),
+        *_map(f),
         mean.numpy(),
         total.numpy(),
         dot.numpy(),
@@ -218,7 +220,7 @@ def gradient_sums(
 def gradient(
     g: torch.Tensor,
     y: torch.Tensor,
-    map: Map,
+    f: Map,
     adjoint: Adjoint,
     *,
     out: torch.Tensor | None = None,
@@ -229,7 +231,7 @@ def gradient(
     Args:
         g: ``dL/dx [N, C, OH, OW]`` in channels-last memory.
         y: finite.
-        map: from ``y`` to ``x``.
+        f: from ``y`` to ``x``.
         adjoint: coefficients.
         out: memory for the result, ``y``'s shape, channels last; by default new.
         variant: of the kernel.
@@ -237,12 +239,12 @@ def gradient(
     Returns:
         ``dL/dy`` (``y``'s shape, channels last), and minimum and maximum ``[N, C]``, NaN where it holds NaN.
     """
-    inner, incoming = _inner("y", y), _incoming(g, y, map)
+    inner, incoming = _inner("y", y), _incoming(g, y, f)
     if out is None:
         out = torch.empty_like(y, memory_format=torch.channels_last)
     native = _native(y)
     if native is None:
-        h = _spread(g, y, map)
+        h = _spread(g, y, f)
         mean, p, q, r = (_columns(t) for t in (adjoint.mean, adjoint.p, adjoint.q, adjoint.r))
         out.copy_(((h - p) - (y - mean) * q) * r)
         return out, out.amin((2, 3)), out.amax((2, 3))
@@ -250,7 +252,7 @@ def gradient(
     native.fused_gradient(
         incoming.numpy(),
         inner.numpy(),
-        *_map(map),
+        *_map(f),
         adjoint.mean.numpy(),
         adjoint.p.numpy(),
         adjoint.q.numpy(),
@@ -278,15 +280,15 @@ def _inner(name: str, x: torch.Tensor) -> torch.Tensor:
     return inner
 
 
-def _incoming(g: torch.Tensor, y: torch.Tensor, map: Map) -> torch.Tensor:
-    expected = (*y.shape[:2], *map.size(y.shape[2], y.shape[3]))
+def _incoming(g: torch.Tensor, y: torch.Tensor, f: Map) -> torch.Tensor:
+    expected = (*y.shape[:2], *f.size(y.shape[2], y.shape[3]))
     if g.shape != expected:
         raise InputError(f"expected g of shape {list(expected)}, got {list(g.shape)}")
     return _inner("g", g)
 
 
-def _map(map: Map) -> tuple[Any, Any, float, bool]:
-    return map.a.numpy(), map.b.numpy(), map.floor, map.pool
+def _map(f: Map) -> tuple[Any, Any, float, bool]:
+    return f.a.numpy(), f.b.numpy(), f.floor, f.pool
 
 
 def _columns(values: torch.Tensor) -> torch.Tensor:
@@ -326,30 +328,30 @@ def _window_extremes(y: torch.Tensor, flip: torch.Tensor, variant: str | None) -
     return low, high
 
 
-def _open(t: torch.Tensor, map: Map) -> torch.Tensor:
-    return t > map.floor
+def _open(t: torch.Tensor, f: Map) -> torch.Tensor:
+    return t > f.floor
 
 
-def _selected(g: torch.Tensor, y: torch.Tensor, map: Map) -> tuple[torch.Tensor, torch.Tensor]:
+def _selected(g: torch.Tensor, y: torch.Tensor, f: Map) -> tuple[torch.Tensor, torch.Tensor]:
     """``h`` and ``y`` at the pixels that ``x`` comes from, ``[N OH OW, C]`` each."""
-    t = y * _columns(map.a) + _columns(map.b)
+    t = y * _columns(f.a) + _columns(f.b)
     h = g.permute(0, 2, 3, 1)
-    if map.pool:
+    if f.pool:
         windows = _windows(t)
         which = windows.argmax(-1, keepdim=True)
         t, at = windows.gather(-1, which).squeeze(-1), _windows(y).gather(-1, which).squeeze(-1)
     else:
         t, at = t.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
-    h = torch.where(_open(t, map), h, 0.0)
+    h = torch.where(_open(t, f), h, 0.0)
     return h.flatten(0, 2), at.flatten(0, 2)
 
 
-def _spread(g: torch.Tensor, y: torch.Tensor, map: Map) -> torch.Tensor:
+def _spread(g: torch.Tensor, y: torch.Tensor, f: Map) -> torch.Tensor:
     """``h [N, C, H, W]``: ``g`` at the pixels that ``x`` comes from, 0 elsewhere."""
-    t = y * _columns(map.a) + _columns(map.b)
-    if not map.pool:
-        return torch.where(_open(t, map), g, 0.0)
+    t = y * _columns(f.a) + _columns(f.b)
+    if not f.pool:
+        return torch.where(_open(t, f), g, 0.0)
     largest, which = F.max_pool2d(t, 2, return_indices=True)
-    h = torch.where(_open(largest, map), g, 0.0)
+    h = torch.where(_open(largest, f), g, 0.0)
     flat = torch.zeros_like(t, memory_format=torch.contiguous_format).flatten(2)
     return flat.scatter_(2, which.flatten(2), h.flatten(2)).view(t.shape)
