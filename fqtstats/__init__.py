@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fqtstats import policies
+    from fqtstats.backends import Parity, parity
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QUANTIZERS",
     "Handle",
+    "Parity",
     "Policy",
     "Quantized",
     "Quantizer",
@@ -27,6 +29,7 @@ __all__ = [
     "fuse_",
     "load",
     "measure",
+    "parity",
     "policies",
     "prepare_",
     "quantized",
@@ -36,6 +39,7 @@ __all__ = [
 
 # Imported when first asked for: torch takes seconds, which `fqtstats --help` and a mistyped option should not.
 _HOMES = {
+    "fqtstats.backends": ("Parity", "parity"),
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),

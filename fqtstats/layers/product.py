@@ -23,7 +23,7 @@ from fqtstats.ops import products
 from fqtstats.ops.codes import Codes, Geometry
 from fqtstats.quantizers.base import Transform
 
-__all__ = ["PRODUCTS", "Border", "ConvProduct", "LinearProduct", "Product", "ProductName", "compute", "obstacle"]
+__all__ = ["PRODUCTS", "Border", "ConvProduct", "LinearProduct", "Product", "ProductName", "compute", "how", "integer"]
 
 ProductName = Literal["forward", "grad_input", "grad_weight"]
 PRODUCTS: tuple[ProductName, ...] = ("forward", "grad_input", "grad_weight")
@@ -49,6 +49,9 @@ class Product(Protocol):
     def free_axes(self) -> dict[ProductName, tuple[int | None, int | None]]:
         """The axis along which the scales of a product's two operands may vary."""
 
+    def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+        """Terms in the longest sum of a product, from the shapes of its operands."""
+
     def pad(self, place: str, kernel: tuple[int, ...]) -> tuple[int, int]:
         """Pixels around images of codes at ``place`` of a policy, for a weight of the shape ``[.., *kernel]``."""
 
@@ -72,6 +75,9 @@ class LinearProduct:
     @property
     def free_axes(self) -> dict[ProductName, tuple[int | None, int | None]]:
         return {"forward": (0, 0), "grad_input": (0, 1), "grad_weight": (1, 1)}
+
+    def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+        return a[0] if name == "grad_weight" else a[1]
 
     def pad(self, place: str, kernel: tuple[int, ...]) -> tuple[int, int]:
         return (0, 0)
@@ -172,6 +178,17 @@ class ConvProduct:
         whole = 1 if self.geometry.groups == 1 else None
         return {"forward": (0, 0), "grad_input": (0, None), "grad_weight": (1, whole)}
 
+    def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
+        if name == "grad_weight":
+            return a[0] * a[2] * a[3]
+        if name == "forward":
+            return math.prod(b[1:])
+        terms = b[0] // self.geometry.groups * b[2] * b[3]
+        if self.border is None:
+            return terms
+        left, right, top, bottom = self.border.sides  # a pixel and its copies are added up afterwards
+        return terms + (1 + left + right) * (1 + top + bottom)
+
     def pad(self, place: str, kernel: tuple[int, ...]) -> tuple[int, int]:
         if place == "activation":
             return (0, 0) if self.border is not None else self._widened.padding
@@ -201,7 +218,7 @@ _LABELS: dict[ProductName, tuple[str, str]] = {
 }
 
 
-def obstacle(product: Product, name: ProductName, a: Operand, b: Operand) -> str | None:
+def _obstacle(product: Product, name: ProductName, a: Operand, b: Operand) -> str | None:
     """Why a product of two operands cannot be computed on codes; None if it can."""
     for operand, label, free in zip((a, b), _LABELS[name], product.free_axes[name], strict=True):
         stored = operand.stored
@@ -224,6 +241,19 @@ def _axis(name: ProductName, label: str, axis: int) -> str:
     return f"contracted {kind}" if contracted else kind
 
 
+def integer(product: Product, name: ProductName, a: Operand, b: Operand) -> bool:
+    """Whether a product of two operands is computed on their codes."""
+    return _obstacle(product, name, a, b) is None
+
+
+def how(product: Product, name: ProductName, a: Operand, b: Operand, dtype: torch.dtype) -> str:
+    """How a product is computed: ``"integer 8x4"``, or the dtype of its result and why it is not on codes."""
+    obstacle = _obstacle(product, name, a, b)
+    if obstacle is None:
+        return f"integer {a.bits}x{b.bits}"
+    return f"{str(dtype).removeprefix('torch.')}: {obstacle}"
+
+
 def compute(product: Product, name: ProductName, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
     """A product of two operands: on codes if nothing stands in the way, else on what they decode to.
 
@@ -233,7 +263,7 @@ def compute(product: Product, name: ProductName, a: Operand, b: Operand, last: A
         a, b: input and weight, or gradient and weight, or gradient and input.
         last: the bias or None, or the shape of the result.
     """
-    if obstacle(product, name, a, b) is not None:
+    if not integer(product, name, a, b):
         result: torch.Tensor = getattr(product, name)(real, a.decode(), b.decode(), last)
         return result
     left, right = a.stored, b.stored

@@ -13,7 +13,7 @@ import torch
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers import recomputation
 from fqtstats.layers.operand import Operand, images
-from fqtstats.layers.product import Product, ProductName, compute, obstacle
+from fqtstats.layers.product import Product, ProductName, compute, how
 from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.quantizers.storage import store
 from fqtstats.random import Stream, stream
@@ -235,9 +235,8 @@ class Call:
         shared = self.layer.shared
         result = compute(product, name, a, b, last)
         if shared.backend == "native" and not a.undrawn:
-            why = obstacle(product, name, a, b)
-            how = f"integer {a.bits}x{b.bits}" if why is None else f"{str(result.dtype).removeprefix('torch.')}: {why}"
-            shared.arithmetic.setdefault((self.layer.name, name), set()).add(how)
+            known = shared.arithmetic.setdefault((self.layer.name, name), set())
+            known.add(how(product, name, a, b, result.dtype))
         if shared.inspector is not None:
             shared.inspector.product(self, name, product, a, b, last, result)
         return result

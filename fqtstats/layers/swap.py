@@ -81,8 +81,8 @@ class Handle:
     def arithmetic(self) -> dict[str, dict[ProductName, str]]:
         """How each product of each layer was computed so far on the native backend.
 
-        ``"integer 8x4"`` (width of the two operands' codes), or the dtype and why it could not be integers. Passes whose
-        gradient is not quantized (QAT) do not count.
+        ``"integer 8x4"`` (width of the two operands' codes), or the dtype and why it could not be integers. Passes in
+        which a gradient quantizer sits out (QAT) do not count.
         """
         return {
             name: {
