@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fqtstats import policies
-    from fqtstats.layers import Handle, prepare_, quantized
+    from fqtstats.backends import Parity, parity
+    from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
@@ -19,13 +20,16 @@ __version__ = "0.1.0"
 __all__ = [
     "QUANTIZERS",
     "Handle",
+    "Parity",
     "Policy",
     "Quantized",
     "Quantizer",
     "Result",
     "Stream",
+    "fuse_",
     "load",
     "measure",
+    "parity",
     "policies",
     "prepare_",
     "quantized",
@@ -35,7 +39,8 @@ __all__ = [
 
 # Imported when first asked for: torch takes seconds, which `fqtstats --help` and a mistyped option should not.
 _HOMES = {
-    "fqtstats.layers": ("Handle", "prepare_", "quantized"),
+    "fqtstats.backends": ("Parity", "parity"),
+    "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),

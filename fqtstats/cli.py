@@ -1,7 +1,7 @@
 """The command line: ``fqtstats measure | bench | list``.
 
-Exit status: 0; 1 if a benchmark misses its target; 2 for bad usage or input (one line that says what to do); 130 after
-Ctrl-C.
+Exit status: 0; 1 if a benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that says
+what to do); 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def measure(
     skip: Annotated[str | None, typer.Option(help="Layers to leave in full precision: name patterns.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="File with the model's state_dict.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    backend: Annotated[str, typer.Option(help="How the products are computed.")] = "simulated",
+    backend: Annotated[
+        str, typer.Option(help="How the products are computed: simulated, native, or both: native, and compared.")
+    ] = "simulated",
     output: Annotated[
         str | None, typer.Option("--out", help="Folder of the run.", show_default="a new one in runs/")
     ] = None,
@@ -131,16 +133,20 @@ def measure(
     else:
         out.print(tables.summary(result))
     _say_where(path, err if as_json else out)
+    if not tables.parity_ok(result):
+        raise typer.Exit(1)
 
 
 def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict[str, Any]) -> Result:
-    from fqtstats import experiment, layers, measurement, results
+    from fqtstats import backends, experiment, layers, measurement, results
 
+    both = arguments["backend"] == "both"
+    backend = "native" if both else arguments["backend"]
     skip = None if arguments["skip"] is None else [pattern.strip() for pattern in arguments["skip"].split(",")]
 
     def check(model: nn.Module) -> None:
         for policy in policies.values():
-            with layers.quantized(model, policy, skip, arguments["backend"], arguments["seed"]):
+            with layers.quantized(model, policy, skip, backend, arguments["seed"]):
                 pass
 
     with _progress() as bars:
@@ -159,21 +165,23 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
         )
         parts = []
         for label, policy in policies.items():
-            parts.append(
-                measurement.measure(
-                    setup.model,
-                    setup.batch,
-                    setup.loss,
-                    policy,
-                    draws=arguments["draws"],
-                    seed=arguments["seed"],
-                    backend=arguments["backend"],
-                    batches=setup.further or None,
-                    skip=skip,
-                    progress=_MeasuringBar(bars, f"measuring {label}"),
-                    store=_DirectoryStore(run, label),
-                )
+            part = measurement.measure(
+                setup.model,
+                setup.batch,
+                setup.loss,
+                policy,
+                draws=arguments["draws"],
+                seed=arguments["seed"],
+                backend=backend,
+                batches=setup.further or None,
+                skip=skip,
+                progress=_MeasuringBar(bars, f"measuring {label}"),
+                store=_DirectoryStore(run, label),
             )
+            if both:
+                report = backends.parity(setup.model, setup.batch, setup.loss, policy, arguments["seed"], skip=skip)
+                part.metadata["configurations"][0]["parity"] = report.as_rows()
+            parts.append(part)
     merged = results.merge(parts)
     result = results.Result(merged.table, {"arguments": arguments, **setup.about, **merged.metadata})
     run.finish(result)
@@ -382,8 +390,8 @@ def _check_counts(**limits: tuple[int, int]) -> None:
 def _check_backend(name: str) -> None:
     from fqtstats.layers import BACKENDS
 
-    if name not in BACKENDS:
-        raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if name not in (*BACKENDS, "both"):
+        raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}, both")
 
 
 def _check_writable(path: Path) -> None:

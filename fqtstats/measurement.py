@@ -83,7 +83,7 @@ def measure(
         policy: the quantizers.
         draws: number of draws of the quantized gradient, at least 2.
         seed: seed of all random numbers.
-        backend: ``"simulated"``.
+        backend: how products are computed, see :func:`fqtstats.prepare_`.
         batches: further minibatches, for the sampling variance.
         skip: layers to leave in full precision: a name pattern, several, or a predicate.
         progress: called with (done, total).
@@ -238,6 +238,7 @@ class _Facts:
 
     rows: list[_Row]
     incoming: IncomingGradients
+    handle: Handle
     metadata: dict[str, object]
 
     @staticmethod
@@ -260,16 +261,28 @@ class _Facts:
         batch = {"batch": _digest(tensors)} if tensors else {}
         metadata: dict[str, object] = {
             "loss": session.loss,
+            "backend": handle.backend,
+            "kept": _kept(handle),
             "unquantized": [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
             "hashes": {"model": tensor_digest(session.model.state_dict()), **batch},
             "gradient_sha256": _digest(gradient),
         }
-        return _Facts(rows, incoming, metadata)
+        return _Facts(rows, incoming, handle, metadata)
 
     def law(self, layers: Sequence[str], site: Site, quantity: str) -> float:
         """Sum of an exact quantity over the calls of some layers; NaN where no quantizer acts."""
         found = [self.incoming.laws[name, site] for name in layers if (name, site) in self.incoming.laws]
         return math.fsum(getattr(law, quantity) for law in found) if found else math.nan
+
+
+def _kept(handle: Handle) -> dict[str, object]:
+    """Bytes that the layers keep for the backward pass."""
+    layers = handle.kept
+    names = ("activation", "activation_float32", "weight")
+    return {
+        **{name: sum(getattr(kept, name) for kept in layers.values()) for name in names},
+        "layers": {layer: {name: getattr(kept, name) for name in names} for layer, kept in layers.items()},
+    }
 
 
 def _result(
@@ -342,6 +355,8 @@ def _result(
         "draws": len(norms),
         "loss": about.pop("loss"),
         "gradient_sha256": about.pop("gradient_sha256"),
+        "kept": about.pop("kept"),
+        "arithmetic": facts.handle.arithmetic,
     }
     metadata = {**about, "seeds": {"seed": seed}, "configurations": [configuration], **provenance(ops.isa())}
     return Result(table, metadata)

@@ -6,36 +6,18 @@ changes, so parameters, hooks, buffers and state_dict keys remain what they were
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fqtstats.errors import InputError
 from fqtstats.layers import guards
-from fqtstats.layers.product import ConvProduct, LinearProduct, Product, multiply
+from fqtstats.layers.multiply import multiply
+from fqtstats.layers.product import Border, ConvProduct, LinearProduct, Product
 from fqtstats.layers.state import Call, LayerState
-from fqtstats.policy import PLACES, QuantizerLike
+from fqtstats.ops.codes import Geometry
+from fqtstats.policy import PLACES
 
 __all__ = ["QuantConv1d", "QuantConv2d", "QuantLinear"]
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, q: QuantizerLike, site: str, call: Call) -> torch.Tensor:
-        return call.quantize(q, site, x)
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return g, None, None, None
-
-
-def _straight_through(q: QuantizerLike | None, site: str, x: torch.Tensor, call: Call) -> torch.Tensor:
-    if q is None:
-        return x
-    out: torch.Tensor = _StraightThrough.apply(x, q, site, call)  # type: ignore[no-untyped-call]
-    return out
 
 
 class _Quantized(nn.Module):
@@ -43,10 +25,10 @@ class _Quantized(nn.Module):
 
     fqt_state: LayerState
 
-    def _operands(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: Call
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Quantized input and weight, and bias, in the dtype that the products are computed in.
+    def _multiply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call
+    ) -> torch.Tensor:
+        """The layer's product in the dtype that it is computed in.
 
         Low-bit hardware computes the products exactly and rounds only the result, so half-precision operands are lifted
         to float32 first; under autocast only the output is in the low-precision dtype.
@@ -57,10 +39,7 @@ class _Quantized(nn.Module):
                 "cast it, or use torch.autocast"
             )
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        policy = call.layer.policy
-        xq = _straight_through(policy.activation, "activation", x.to(dtype), call)
-        wq = _straight_through(policy.weight, "weight", weight.to(dtype), call)
-        return xq, wq, None if bias is None else bias.to(dtype)
+        return multiply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), product, call)
 
     def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
         device = x.device.type
@@ -82,8 +61,7 @@ class QuantLinear(_Quantized, nn.Linear):
         """``[*, out_features]`` for ``x`` ``[*, in_features]``."""
         guards.check(self)
         call = self.fqt_state.call()
-        xq, wq, bias = self._operands(x.reshape(-1, x.shape[-1]), self.weight, self.bias, call)
-        y = multiply(xq, wq, bias, LinearProduct(), call)
+        y = self._multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, LinearProduct(), call)
         return y.view(*x.shape[:-1], self.out_features).to(self._output_dtype(x))
 
 
@@ -95,27 +73,28 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
         guards.check(self)
         call = self.fqt_state.call()
         batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
-        xq, wq, bias = self._operands(batched, self.weight, self.bias, call)
-        xq, product = self._padded(xq)
-        y = multiply(xq, wq, bias, product, call).to(self._output_dtype(x))
+        y = self._multiply(batched, self.weight, self.bias, self._product(), call).to(self._output_dtype(x))
         return y if batched is x else y.squeeze(0)
 
-    def _padded(self, x: torch.Tensor) -> tuple[torch.Tensor, Product]:
-        # Zero padding that is the same on both sides belongs to the product; any other is made beforehand. As in the
-        # original, zero padding follows the layer's attributes as they are now, other modes those it was made with.
+    def _product(self) -> ConvProduct:
+        # As in the original, zero padding follows the layer's attributes as they are now, other modes those it was made
+        # with.
+        border, padding, extra = None, (0,) * len(self.kernel_size), (0,) * len(self.kernel_size)
         if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0,) * (x.dim() - 2)
+            left, right, top, bottom = (*self._reversed_padding_repeated_twice, 0, 0)[:4]
+            border = Border(self.padding_mode, (left, right, top, bottom))
         elif self.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            padding = tuple(t // 2 for t in total)
-            if any(t % 2 for t in total):
-                pads = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-                x, padding = F.pad(x, pads), (0,) * len(total)
-        else:
-            padding = (
-                (0,) * (x.dim() - 2) if isinstance(self.padding, str) else tuple(self.padding)
-            )  # "valid" or numbers
-        return x, ConvProduct(tuple(self.stride), padding, tuple(self.dilation), self.groups)
+            padding, extra = tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+        elif not isinstance(self.padding, str):  # the other string is "valid"
+            padding = tuple(self.padding)
+        geometry = Geometry(_pair(self.stride, 1), _pair(padding, 0), _pair(self.dilation, 1), self.groups)
+        return ConvProduct(geometry, _pair(extra, 0), border)
+
+
+def _pair(values: tuple[int, ...], height: int) -> tuple[int, int]:
+    """Height and width; ``height`` for the images of a 1-D convolution."""
+    return (height, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

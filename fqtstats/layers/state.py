@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+from weakref import WeakSet
 
 import torch
 
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers import recomputation
+from fqtstats.layers.operand import Operand, images
+from fqtstats.layers.product import Product, ProductName, compute, how
 from fqtstats.policy import Policy, QuantizerLike
+from fqtstats.quantizers.storage import store
 from fqtstats.random import Stream, stream
 
-__all__ = ["SITES", "Call", "Draw", "LayerState", "Shared", "Site"]
+__all__ = ["BACKENDS", "SITES", "Call", "Draw", "Inspector", "Kept", "LayerState", "Shared", "Site"]
+
+BACKENDS = ("simulated", "native")
+"""How products are computed: on dequantized numbers in floating point, or on integer codes where that is possible."""
 
 Site = Literal["grad_input", "grad_weight"]
 SITES: tuple[Site, Site] = ("grad_input", "grad_weight")
@@ -37,16 +44,60 @@ class Draw:
     observe: Observer | None = None
 
 
+class Inspector(Protocol):
+    """Is shown what layers compute, as they compute it."""
+
+    def operand(self, call: Call, place: str, q: QuantizerLike, x: torch.Tensor, draw: int, operand: Operand) -> None:
+        """``operand`` is what ``q`` made of ``x`` at ``place`` of the policy."""
+
+    def product(
+        self, call: Call, name: ProductName, product: Product, a: Operand, b: Operand, last: Any, result: torch.Tensor
+    ) -> None:
+        """``result`` is what :func:`fqtstats.layers.product.compute` gave."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What calls of a layer keep for their backward pass. Lives as long as the graph does.
+
+    Attributes:
+        layer: its name.
+        activation, weight: bytes of the operands as they are kept.
+        activation_float32: bytes of the activations in float32.
+    """
+
+    layer: str
+    activation: int = 0
+    weight: int = 0
+    activation_float32: int = 0
+
+    def __add__(self, other: Kept) -> Kept:
+        return Kept(
+            self.layer,
+            self.activation + other.activation,
+            self.weight + other.weight,
+            self.activation_float32 + other.activation_float32,
+        )
+
+
 @dataclass
 class Shared:
     """State common to the layers of a prepared model.
 
     Attributes:
         seed, replica: parts of the random streams' key.
+        backend: one of :data:`BACKENDS`.
+        inspector: is shown every operand and product.
+        arithmetic: by layer and product, how it was computed (all the ways, if there were several).
+        kept: what the graphs that are alive keep.
     """
 
     seed: int = 0
     replica: int = 0
+    backend: str = "simulated"
+    inspector: Inspector | None = None
+    arithmetic: dict[tuple[str, ProductName], set[str]] = field(default_factory=dict)
+    kept: WeakSet[Kept] = field(default_factory=WeakSet)
     _step: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _draw: Draw = field(default_factory=Draw)
@@ -132,20 +183,63 @@ class Call:
         shared = self.layer.shared
         return Stream(shared.seed, self.step, self.layer.name, site, draw, self.index, shared.replica)
 
-    def gradient(self, site: Site, g: torch.Tensor) -> torch.Tensor:
-        """The incoming gradient as the product at ``site`` sees it in the current draw.
+    def operand(self, place: str, x: torch.Tensor, pad: tuple[int, int] = (0, 0), draw: int = 0) -> Operand:
+        """``x`` as a product takes it, through the quantizer at ``place`` of the policy.
+
+        Args:
+            place: where in the policy.
+            x: in the dtype that products are computed in.
+            pad: pixels around images of codes.
+            draw: index of the draw.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or Inf; names layer and place.
+            InputError: the quantizer returned another shape or dtype, or changed ``x``.
+        """
+        q: QuantizerLike | None = getattr(self.layer.policy, place)
+        if q is None:
+            return Operand.real(x, "no quantizer")
+        shared = self.layer.shared
+        operand = self._encoded(q, place, x, pad, draw) if shared.backend == "native" else None
+        if operand is None:
+            why = "float64" if x.dtype == torch.float64 else "a quantizer without codes for products"
+            operand = Operand.real(self.quantize(q, place, x, draw), why)
+        if shared.inspector is not None:
+            shared.inspector.operand(self, place, q, x, draw, operand)
+        return operand
+
+    def _encoded(
+        self, q: QuantizerLike, place: str, x: torch.Tensor, pad: tuple[int, int], draw: int
+    ) -> Operand | None:
+        with torch.no_grad(), self._named(place):
+            stored = store(q, images(x), self.stream(place, draw), pad)
+        return None if stored is None else Operand(stored)
+
+    def gradient(self, site: Site, g: torch.Tensor, pad: tuple[int, int] = (0, 0)) -> Operand:
+        """The incoming gradient as the product at ``site`` takes it in the current draw.
 
         Raises:
             NonFiniteError: the gradient holds NaN or Inf; names the layer and the count.
         """
         q: QuantizerLike | None = getattr(self.layer.policy, site)
-        if q is None:
-            return g
         draw = self.layer.shared.draw
-        if draw.observe is not None:
+        if q is not None and draw.observe is not None:
             with self._named(site):
                 draw.observe(self.layer, site, q, g)
-        return self.quantize(q, site, g, draw.index) if site in draw.sites else g
+        if q is not None and site not in draw.sites:
+            return Operand.real(g)
+        return self.operand(site, g, pad, draw.index)
+
+    def compute(self, name: ProductName, product: Product, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
+        """:func:`fqtstats.layers.product.compute`, noted and shown to the inspector."""
+        shared = self.layer.shared
+        result = compute(product, name, a, b, last)
+        if shared.backend == "native" and not a.undrawn:
+            known = shared.arithmetic.setdefault((self.layer.name, name), set())
+            known.add(how(product, name, a, b, result.dtype))
+        if shared.inspector is not None:
+            shared.inspector.product(self, name, product, a, b, last, result)
+        return result
 
     def quantize(self, q: QuantizerLike, site: str, x: torch.Tensor, draw: int = 0) -> torch.Tensor:
         """``q`` of ``x``, without autograd and in ``x``'s memory format.

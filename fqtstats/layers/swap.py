@@ -14,7 +14,8 @@ from torch import nn
 from fqtstats.errors import InputError
 from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
-from fqtstats.layers.state import LayerState, Shared
+from fqtstats.layers.product import PRODUCTS, ProductName
+from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
 from fqtstats.policy import PLACES, Policy
 from fqtstats.random import stream
 
@@ -25,8 +26,6 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
-
-BACKENDS = ("simulated",)
 
 _PREFIX = "fqt_"
 """Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
@@ -52,6 +51,7 @@ class Handle:
         unquantized: modules with parameters that stay in full precision.
         policy: the policy they were prepared with.
         shared: state common to the layers.
+        fused: the modules that :func:`fqtstats.fuse_` changed.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Handle:
         self.unquantized = unquantized
         self.policy = policy
         self.shared = shared
+        self.fused: list[nn.Sequential] = []
 
     @property
     def step(self) -> int:
@@ -71,6 +72,39 @@ class Handle:
     def step(self, value: int) -> None:
         self.shared.step = value
 
+    @property
+    def backend(self) -> str:
+        """How products are computed."""
+        return self.shared.backend
+
+    @property
+    def arithmetic(self) -> dict[str, dict[ProductName, str]]:
+        """How each product of each layer was computed so far on the native backend.
+
+        ``"integer 8x4"`` (width of the two operands' codes), or the dtype and why it could not be integers. Passes in
+        which a gradient quantizer sits out (QAT) do not count.
+        """
+        return {
+            name: {
+                product: "; ".join(sorted(self.shared.arithmetic[name, product]))
+                for product in PRODUCTS
+                if (name, product) in self.shared.arithmetic
+            }
+            for name in self.layers
+        }
+
+    @property
+    def kept(self) -> dict[str, Kept]:
+        """By layer, the bytes that the graphs that are now alive keep of the layers' operands, calls added up.
+
+        What a checkpoint keeps only while it recomputes is counted as if it were kept.
+        """
+        found: dict[str, Kept] = {}
+        for one in sorted(self.shared.kept, key=lambda kept: list(self.layers).index(kept.layer)):
+            before = found.get(one.layer, Kept(one.layer))
+            found[one.layer] = before + one
+        return found
+
     def remove(self) -> None:
         """Give every layer its original class back; nothing of the quantization stays on the model."""
         for layer in self.layers.values():
@@ -79,7 +113,9 @@ class Handle:
             del layer.fqt_state
             for name in [name for name in layer._modules if name.startswith(_PREFIX)]:
                 delattr(layer, name)
-        self.layers = {}
+        for module in self.fused:
+            module.__class__ = nn.Sequential
+        self.layers, self.fused = {}, []
 
 
 def prepare_(
@@ -96,7 +132,9 @@ def prepare_(
         model: the model; a single layer is fine.
         policy: quantizers per layer.
         skip: layers to leave in full precision.
-        backend: how the products are computed; ``"simulated"`` multiplies dequantized numbers in float32.
+        backend: how the products are computed: ``"simulated"`` multiplies dequantized numbers in float32; ``"native"``
+            multiplies integer codes where their scales allow it (see :attr:`Handle.arithmetic`), keeps codes instead of
+            numbers for the backward pass, and gives images in channels-last memory.
         seed: seed of the random streams.
 
     Returns:
@@ -113,7 +151,7 @@ def prepare_(
         raise InputError(f"expected a fqtstats.Policy, got {policy!r}; see fqtstats.policies.get")
     guards.check_model(model)
     stream(seed=seed)  # raises InputError for what is no integer
-    shared = Shared(seed=seed, replica=_rank())
+    shared = Shared(seed=seed, replica=_rank(), backend=backend)
     skipped = _skipper(skip)
     chosen: dict[str, nn.Module] = {}
     unquantized: list[Unquantized] = []

@@ -6,8 +6,10 @@ A renderable decides at print time how many columns fit: it drops those of lowes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,17 @@ from rich.text import Text
 
 from fqtstats.results import Configuration, Json, Result
 
-__all__ = ["Flag", "bias_level", "comparison_table", "flags", "layer_table", "summary", "to_dict"]
+__all__ = [
+    "Flag",
+    "bias_level",
+    "comparison_table",
+    "flags",
+    "layer_table",
+    "parity_ok",
+    "parity_table",
+    "summary",
+    "to_dict",
+]
 
 FALSE_ALARM = 0.01
 """Chance that any row of one configuration is flagged as biased although none is."""
@@ -54,6 +66,8 @@ _MEANING_SAMPLING = "a minibatch's variance"
 _MEANING_SNR = "‖g‖² / variance"
 _MEANING_MARGIN = "‖g‖ / √(3 variance)"
 _MEANING_RATIO = "over a minibatch's variance"
+_MEANING_ERROR = "largest difference over its bound"
+_MEANING_ULPS = "largest difference in ulps of the largest element"
 _MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own variance"
 
 BIASED = Flag("BIASED", "bold red", "bias p below 0.01 / number of rows tested")
@@ -230,6 +244,72 @@ def _unquantized(result: Result) -> list[Text]:
     return [Text(f"not quantized: {'; '.join(told)}")] if told else []
 
 
+def _entries(result: Result) -> list[dict[str, Any]]:
+    """What the metadata hold of each configuration that was measured natively."""
+    entries = result.metadata.get("configurations") if result.metadata.get("backend") == "native" else None
+    return [entry for entry in entries or [] if isinstance(entry, dict)]
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    return str(Configuration(str(entry["quantizer"]), entry["bits"]))
+
+
+def _native(result: Result) -> list[Text]:
+    """How the native backend computed, and what it kept for the backward pass; one line each if all agree."""
+    told: dict[str, list[str]] = {}
+    for entry in _entries(result):
+        for line in (_arithmetic_line(entry["arithmetic"]), _kept_line(entry["kept"])):
+            told.setdefault(line, []).append(_label(entry))
+    whole = len(_entries(result))
+    return [
+        Text(line if len(labels) == whole else f"{', '.join(labels)}: {line}") for line, labels in sorted(told.items())
+    ]
+
+
+def _arithmetic_line(arithmetic: Mapping[str, Mapping[str, str]]) -> str:
+    kinds = Counter((product, how) for products in arithmetic.values() for product, how in products.items())
+    told = [f"{product} {how} ({count} layers)" for (product, how), count in sorted(kinds.items())]
+    return f"products: {'; '.join(told)}"
+
+
+def _kept_line(kept: Mapping[str, Any]) -> str:
+    codes, numbers = int(kept["activation"]), int(kept["activation_float32"])
+    ratio = f", {numbers / codes:.2f} times less" if codes else ""
+    return f"kept for the backward pass: {codes / 1e6:.3g} MB of activations ({numbers / 1e6:.3g} MB in float32{ratio})"
+
+
+def _parity(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = entry.get("parity")
+    return rows if isinstance(rows, list) else []
+
+
+def parity_ok(result: Result) -> bool:
+    """Whether every comparison of the backends that the result holds is as it must be."""
+    return all(row["ok"] for entry in _entries(result) for row in _parity(entry))
+
+
+def parity_table(result: Result) -> RenderableType:
+    """One row per configuration, layer and product that were computed on both backends."""
+    rows = [(_label(entry), row) for entry in _entries(result) for row in _parity(entry)]
+    several = len({label for label, _ in rows}) > 1
+    columns = [
+        _Column("quantizer", [Text(label if several else "") for label, _ in rows], 60, names=True),
+        _Column("layer", [Text(str(row["layer"]) or "(model)") for _, row in rows], 100, names=True),
+        _Column("product", [Text(row["product"]) for _, row in rows], 95, names=True),
+        _Column("arithmetic", [Text(row["arithmetic"]) for _, row in rows], 40, names=True),
+        _Column("codes", [Text(str(row["codes"])) for _, row in rows], 50, meaning="codes compared"),
+        _Column("differing", [Text(str(row["differing"])) for _, row in rows], 80),
+        _Column("error", [Text(_plain(_number(row["error"]))) for _, row in rows], 90, meaning=_MEANING_ERROR),
+        _Column("ulps", [Text(_plain(_number(row["ulps"]))) for _, row in rows], 70, meaning=_MEANING_ULPS),
+        _Column("", [Text("") if row["ok"] else Text("DIFFERENT", style="bold red") for _, row in rows], 99),
+    ]
+    return _Fitted("native against simulated", columns, total=False)
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else float(value)  # JSON has no infinity
+
+
 def layer_table(result: Result, configuration: Configuration | None = None) -> RenderableType:
     """One row per parameter and the total, of one configuration (the first by default).
 
@@ -263,7 +343,7 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         _Column("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
-    return Group(_Fitted(title, columns, total=True), *_legend(found), *_unquantized(result))
+    return Group(_Fitted(title, columns, total=True), *_legend(found), *_unquantized(result), *_native(result))
 
 
 def comparison_table(result: Result) -> RenderableType:
@@ -292,12 +372,14 @@ def comparison_table(result: Result) -> RenderableType:
     ]
     notes = [Text("flags hold for any row of the configuration")] if any(found) else []
     table = _Fitted("gradient variance of the whole model", columns, total=False)
-    return Group(table, *_legend(found), *notes, *_unquantized(result))
+    return Group(table, *_legend(found), *notes, *_unquantized(result), *_native(result))
 
 
 def summary(result: Result) -> RenderableType:
-    """What the command line prints: the layers of a single configuration, or the comparison of several."""
-    return layer_table(result) if len(result.configurations) == 1 else comparison_table(result)
+    """What the command line prints: the layers of a single configuration, or the comparison of several; and parity."""
+    table = layer_table(result) if len(result.configurations) == 1 else comparison_table(result)
+    compared = any(_parity(entry) for entry in _entries(result))
+    return Group(table, Text(""), parity_table(result)) if compared else table
 
 
 def _median_input_ratio(result: Result, configuration: Configuration) -> float:
