@@ -348,7 +348,8 @@ def test_the_same_command_works_once_the_problem_is_gone(run: Run) -> None:
     [
         (["list", "nope"], ["unknown list 'nope'", "kernels"]),
         (["bench", "nope"], ["unknown benchmark 'nope'", "measure"]),
-        (["bench"], ["Missing argument"]),
+        (["bench", "gemm,,conv"], ["several separated by commas"]),
+        (["bench", "gemm", "--allocator", "jemalloc"], ["default, tuned or both", "'jemalloc'"]),
         (["bench", "measure", "--rounds", "0"], ["--rounds must be at least 1, got 0"]),
         (["bench", "measure", "--json", "nowhere/rows.json"], ["'nowhere/rows.json'", "does not exist"]),
         (["bench", "measure", "--json", "."], ["expected a file", "'.'"]),

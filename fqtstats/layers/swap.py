@@ -51,6 +51,7 @@ class Handle:
         unquantized: modules with parameters that stay in full precision.
         policy: the policy they were prepared with.
         shared: state common to the layers.
+        fused: the modules that :func:`fqtstats.fuse_` changed.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Handle:
         self.unquantized = unquantized
         self.policy = policy
         self.shared = shared
+        self.fused: list[nn.Sequential] = []
 
     @property
     def step(self) -> int:
@@ -111,7 +113,9 @@ class Handle:
             del layer.fqt_state
             for name in [name for name in layer._modules if name.startswith(_PREFIX)]:
                 delattr(layer, name)
-        self.layers = {}
+        for module in self.fused:
+            module.__class__ = nn.Sequential
+        self.layers, self.fused = {}, []
 
 
 def prepare_(

@@ -1,0 +1,586 @@
+"""Fused chains: the kernels against each other and an oracle, the chains against the modules one by one.
+
+Bounds. ``t = a y + b`` against batch normalization in exact arithmetic: ``4 * 2^-23 * (|a y| + |b| + |beta|)``; codes
+differ only where a coordinate is within ``TIE`` steps of a rounding boundary, and by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fqtstats
+from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.layers.fusion import FusedSequential, fuse_
+from fqtstats.layers.operand import Operand
+from fqtstats.layers.state import Draw
+from fqtstats.ops import fused
+from fqtstats.ops.extension import kernels, native_module
+from fqtstats.quantizers.grid import affine, symmetric, zero_on_grid
+
+VARIANTS = [k.variant for k in kernels() if k.op == "fused" and k.available and k.variant != "torch"]
+native = pytest.mark.skipif(native_module() is None, reason="the extension is not in use")
+
+TIE = 2e-4
+
+
+def images(*shape, seed=0, scale=1.0, shift=0.0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=g) * scale + shift).contiguous(memory_format=torch.channels_last)
+
+
+def same(a, b):
+    """Equal bit for bit, up to the sign of zero, NaN like NaN."""
+    return torch.equal(torch.nan_to_num(a, nan=1.25e30), torch.nan_to_num(b, nan=1.25e30))
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(fused, "native_module", lambda: None)
+
+
+def everything(y, g, f, adjoint, grid, pad, variant=None):
+    """All results of the kernels, as a flat list of tensors."""
+    m = fused.moments(y, variant=variant)
+    out = [m.mean, m.square, m.low, m.high, *fused.extremes(y, m, f, variant=variant)]
+    out += [fused.encode(y, f, grid, pad, variant=variant).data, fused.apply(y, f, variant=variant)]
+    out += fused.gradient_sums(g, y, f, adjoint.mean, variant=variant)
+    out += fused.gradient(g, y, f, adjoint, variant=variant)
+    return out
+
+
+def case(n, c, h, w, relu, pool, seed, ties=False):
+    """Arguments of :func:`everything`; with ``ties`` there are equal pixels in many windows."""
+    y = images(n, c, h, w, seed=seed, scale=3, shift=1)
+    y = y.round() if ties else y
+    a, b, mean, p, q, r = torch.randn(6, c, generator=torch.Generator().manual_seed(seed + 1))
+    f = fused.Map(a, b, relu, pool)
+    g = images(n, c, *f.size(h, w), seed=seed + 2)
+    low, high = fused.extremes(y, fused.moments(y), f)
+    grid = affine(low.amin().view(1, 1, 1), high.amax().view(1, 1, 1), 255)
+    return y, g, f, fused.Adjoint(mean, p, q, r), grid
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@native
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 3),
+    st.one_of(st.integers(1, 40), st.sampled_from([47, 48, 49, 64, 65])),
+    st.integers(2, 9),
+    st.integers(2, 19),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_every_variant_and_thread_count_gives_the_fallbacks_bits(n, c, h, w, relu, pool, ties, seed):
+    arguments = (*case(n, c, h, w, relu, pool, seed, ties), (seed % 2, seed % 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "native_module", lambda: None)
+        expected = everything(*arguments)
+    for variant in VARIANTS:
+        assert all(map(same, everything(*arguments, variant), expected)), variant
+
+
+@native
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("pool", [False, True])
+def test_threads_do_not_matter(variant, pool):
+    arguments = (*case(7, 67, 33, 34, True, pool, 5), (1, 1))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything(*arguments, variant))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(map(same, other, results[0]))
+
+
+@native
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unaligned_memory(variant):
+    y, g, f, adjoint, grid = case(2, 21, 6, 6, True, True, 3)
+    expected = everything(y, g, f, adjoint, grid, (1, 1), variant)
+
+    def moved(x):
+        inner = x.permute(0, 2, 3, 1)
+        buffer = torch.empty(inner.numel() + 1)
+        return buffer[1:].view(inner.shape).copy_(inner).permute(0, 3, 1, 2)
+
+    assert all(map(same, everything(moved(y), moved(g), f, adjoint, grid, (1, 1), variant), expected))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_moments_against_numpy(shift):
+    y = images(5, 9, 11, 7, scale=0.5, shift=shift)
+    m = fused.moments(y)
+    exact = y.numpy().astype(np.longdouble).transpose(0, 2, 3, 1).reshape(-1, 9)
+    assert np.allclose(m.mean.numpy(), exact.mean(0).astype(float), rtol=1e-14, atol=0)
+    assert np.allclose(m.square.numpy(), (exact.var(0) * len(exact)).astype(float), rtol=1e-12, atol=0)
+    assert torch.equal(m.low, y.amin((0, 2, 3)))
+    assert torch.equal(m.high, y.amax((0, 2, 3)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("pool", [False, True])
+def test_what_is_not_finite_shows_in_the_extremes_of_its_channel(bad, pool):
+    y = images(3, 20, 4, 4)
+    y[1, 17, 2, 3] = bad
+    f = fused.Map(torch.ones(20), torch.zeros(20), False, pool)
+    for end in fused.extremes(y, fused.moments(y), f):
+        assert torch.isnan(end).nonzero().flatten().tolist() == [17]
+    if bad != bad:
+        out = fused.apply(y, f)
+        assert torch.equal(torch.isnan(out), torch.isnan(F.max_pool2d(y, 2) if pool else y))
+        assert int(torch.isnan(out).sum()) == 1
+    g = images(3, 20, 2, 2) if pool else images(3, 20, 4, 4)
+    g[2, 5, 1, 1] = float("nan")
+    ones = torch.ones(20)
+    low, high = fused.gradient(g, images(3, 20, 4, 4), f, fused.Adjoint(0 * ones, 0 * ones, 0 * ones, ones))[1:]
+    assert torch.isnan(low).nonzero().tolist() == torch.isnan(high).nonzero().tolist() == [[2, 5]]
+
+
+@pytest.mark.parametrize(("relu", "pool"), list(itertools.product([False, True], repeat=2)))
+def test_extremes_are_those_of_what_is_applied(relu, pool):
+    y, _, f, _, _ = case(3, 37, 7, 6, relu, pool, 11)
+    x = fused.apply(y, f)
+    low, high = fused.extremes(y, fused.moments(y), f)
+    if pool:  # of the whole image, the last row belongs to no window
+        assert x.shape[2:] == (3, 3)
+    assert torch.equal(low, x.amin((0, 2, 3)))
+    assert torch.equal(high, x.amax((0, 2, 3)))
+
+
+@pytest.mark.parametrize("build", [affine, zero_on_grid, symmetric])
+@pytest.mark.parametrize("levels", [31, 255])
+@pytest.mark.parametrize("pool", [False, True])
+def test_codes_are_those_of_the_grid(build, levels, pool):
+    y, _, f, _, _ = case(2, 13, 5, 8, False, pool, 2)
+    x = fused.apply(y, f)
+    grid = build(x.amin().view(1, 1, 1), x.amax().view(1, 1, 1), levels)
+    codes = fused.encode(y, f, grid, (2, 1))
+    n, c, h, w = x.shape
+    expected = grid.codes(grid.coordinates(x.reshape(n, c, -1)).round_()).to(torch.uint8).view(x.shape)
+    assert torch.equal(codes.unpack(), expected)
+    zero = 0 if grid.zero is None else int(grid.zero)
+    whole = codes.data.clone()
+    assert not bool(whole[..., c:].any())  # what is left of the last word
+    whole[:, 2 : 2 + h, 1 : 1 + w, :c] = zero
+    assert bool((whole[..., :c] == zero).all())
+
+
+@pytest.mark.parametrize(("relu", "pool"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("size", [(6, 8), (7, 9)])
+def test_adjoint_against_autograd(relu, pool, size):
+    y = images(4, 19, *size, shift=0.3).double().float().requires_grad_()
+    norm = nn.BatchNorm2d(19).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(19, generator=torch.Generator().manual_seed(1)))
+        norm.bias.copy_(torch.randn(19, generator=torch.Generator().manual_seed(2)))
+    x = norm(y.double())
+    x = F.relu(x) if relu else x
+    x = F.max_pool2d(x, 2) if pool else x
+    g = images(*x.shape, seed=4)
+    expected = torch.autograd.grad(x, [y, norm.weight, norm.bias], g.double())
+    y = y.detach()
+    m, r = fused.moments(y), y.numel() // 19
+    scale = torch.rsqrt(m.square / r + norm.eps)
+    a = (norm.weight.detach() * scale).float()
+    f = fused.Map(a, (norm.bias.detach() - m.mean * a.double()).float(), relu, pool)
+    total, dot = fused.gradient_sums(g, y, f, m.mean.float())
+    adjoint = fused.Adjoint(m.mean.float(), (total / r).float(), (dot / r * scale**2).float(), a)
+    got = fused.gradient(g, y, f, adjoint)[0], dot * scale, total
+    for one, other in zip(got, expected, strict=True):
+        assert float((one.double() - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
+def test_folded_normalization_is_within_its_bound():
+    for seed, shift in ((0, 0.0), (1, 30.0)):
+        y = images(8, 33, 6, 5, seed=seed, shift=shift)
+        stage = nn.Sequential(nn.Conv2d(33, 33, 1), nn.BatchNorm2d(33))
+        norm = stage[1]
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        from fqtstats.layers.fusion import Stage, _Normalization
+
+        m = fused.moments(y)
+        f = _Normalization.of(norm, m, y.numel() // 33).map(Stage(stage[0], norm, False, False))
+        got = fused.apply(y, f).double()
+        exact = F.batch_norm(y.double(), None, None, norm.weight.double(), norm.bias.double(), True, 0, norm.eps)
+        a, b, beta = (t.detach().double().abs().view(1, -1, 1, 1) for t in (f.a, f.b, norm.bias))
+        assert bool(((got - exact).abs() <= 4 * 2.0**-23 * (a * y.double().abs() + b + beta)).all())
+
+
+@native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": torch.zeros(2, 4, 4, 3).double()}, "y must be float32"),
+        ({"y": torch.zeros(4, 4, 3)}, "y must be float32"),
+        ({"y": torch.zeros(2, 4, 3, 4).transpose(2, 3)}, "y must be .* strides"),
+        ({"a": torch.zeros(4)}, "a must be"),
+        ({"b": torch.zeros(3, dtype=torch.float64)}, "b must be"),
+        ({"out": torch.zeros(2, 4, 4, 3)}, "out must be"),
+        ({"threads": 0}, "threads must be"),
+    ],
+)
+def test_the_boundary_is_strict(change, message):
+    arguments = {
+        "y": torch.zeros(2, 4, 4, 3),
+        "a": torch.zeros(3),
+        "b": torch.zeros(3),
+        "floor": 0.0,
+        "pool": True,
+        "out": torch.zeros(2, 2, 2, 3),
+        "threads": 1,
+        **change,
+    }
+    ready = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        native_module().fused_apply(**ready)
+
+
+def test_wrong_memory_format_or_shape_is_refused():
+    f = fused.Map(torch.ones(3), torch.zeros(3), True, True)
+    with pytest.raises(InputError, match="channels-last"):
+        fused.apply(torch.zeros(2, 3, 4, 4), f)
+    with pytest.raises(InputError, match="float32"):
+        fused.apply(torch.zeros(2, 3, 4, 4).double(), f)
+    with pytest.raises(InputError, match="shape"):
+        fused.gradient_sums(images(2, 3, 4, 4), images(2, 3, 4, 4), f, torch.zeros(3))
+    with pytest.raises(InputError, match="pixel"):
+        fused.moments(torch.zeros(0, 3, 4, 4))
+
+
+# --- chains -----------------------------------------------------------------------------------------------------------
+
+
+def network(normalized=True, bias=False, pools=(True, False, True), channels=10, seed=0):
+    """``len(pools)`` stages and a head."""
+    layers, before = [], 3
+    for pool in pools:
+        layers.append(nn.Conv2d(before, channels, 3, padding=1, bias=bias))
+        layers += [nn.BatchNorm2d(channels)] if normalized else []
+        layers.append(nn.ReLU())
+        layers += [nn.MaxPool2d(2)] if pool else []
+        before = channels
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) / max(1, p[0].numel()) ** 0.5 + (p.dim() == 1))
+    return model
+
+
+def policy(name="statquant-ptq", bits=8):
+    return fqtstats.policies.get(name, bits=bits)
+
+
+def twins(model, named):
+    """The model prepared, and a copy that is fused as well, with their handles."""
+    other = copy.deepcopy(model)
+    handles = [fqtstats.prepare_(m, named, backend="native", seed=3) for m in (model, other)]
+    chains = fuse_(other, handles[1])
+    return model, other, handles, chains
+
+
+def passed(model, x, g):
+    """Output and gradients of input and parameters."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.backward(g)
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+X = images(6, 3, 12, 10)
+G = images(6, 4, 1, 1, seed=9).flatten(1)
+
+SIMPLE = {"no normalization": {"normalized": False}, "with bias": {"normalized": False, "bias": True}}
+
+
+@pytest.mark.parametrize("options", SIMPLE.values(), ids=SIMPLE.keys())
+@pytest.mark.parametrize("name", ["statquant-qat", "statquant-ptq", "statquant-psq", "statquant-bhq"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_normalization_nothing_changes(options, name, bits):
+    one, other, _, chains = twins(network(**options), policy(name, bits))
+    assert [len(c) for c in chains] == [8]
+    for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["statquant-qat", "statquant-ptq", "statquant-psq", "statquant-bhq"])
+def test_chain_against_modules(name, training):
+    # A decision of stochastic rounding can fall otherwise where the two differ in the last digits: a step of one
+    # element of one gradient, 1/255 of its range.
+    one, other, _, chains = twins(network().train(training), policy(name))
+    assert len(chains) == 1
+    assert len(chains[0]) == 11
+    for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b) < 5e-3
+    for a, b in zip(other.buffers(), one.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_codes_between_stages_differ_only_near_boundaries(training, monkeypatch):
+    seen = []
+    create = Operand.__init__
+
+    def noted(self, content, why=None):
+        create(self, content, why)
+        if self.stored is not None:
+            seen.append(self.stored.codes)
+
+    model = network(pools=(True, False)).train(training)
+    one, other, _, _ = twins(model, policy())
+    x = images(16, 3, 32, 32)
+    outs = []
+    for m in (one, other):
+        with monkeypatch.context() as patch:
+            patch.setattr(Operand, "__init__", noted)
+            seen.clear()
+            m(x)
+            inner = [c for c in seen if len(c.shape) == 4 and c.shape[0] == 16 and c.shape[1] == 10]
+            outs.append(inner[0])
+    a, b = (c.unpack().int() for c in outs)
+    steps = [float(c.affine.step) for c in outs]
+    assert abs(steps[0] / steps[1] - 1) < 1e-6
+    different = (a != b).nonzero()
+    assert bool(((a - b).abs() <= 1).all())
+    assert len(different) < 1e-3 * a.numel()
+    exact = copy.deepcopy(one)
+    first = exact[0](x)
+    with torch.no_grad():
+        value = exact[3](exact[2](exact[1].double()(first.double())))
+    coordinate = (value - value.min()) / (value.max() - value.min()) * 255
+    off = (coordinate - coordinate.floor() - 0.5).abs()
+    assert bool((off[tuple(different.t())] <= TIE).all())
+
+
+def test_gradients_of_float_modules():
+    # Quantizers fine enough not to matter: the fused backward pass against autograd of the plain network.
+    model = network()
+    plain = copy.deepcopy(model)
+    handle = fqtstats.prepare_(model, policy("statquant-qat"), backend="native")
+    fuse_(model, handle)
+    for a, b in zip(passed(model, X, G), passed(plain, X, G), strict=True):
+        assert relative(a, b) < 0.1
+
+
+def test_many_backward_passes_over_one_graph():
+    one, other, handles, _ = twins(network(), policy("statquant-psq", 4))
+    grads = []
+    for model, handle in zip((one, other), handles, strict=True):
+        out = model(X)
+        drawn = []
+        for draw in (0, 1, 0):
+            with handle.shared.drawing(Draw(draw)):
+                drawn.append(torch.autograd.grad(out, [*model.parameters()], G, retain_graph=True))
+        grads.append(drawn)
+        assert all(map(torch.equal, drawn[0], drawn[2]))
+        assert not all(map(torch.equal, drawn[0], drawn[1]))
+    for a, b in zip(grads[0][1], grads[1][1], strict=True):
+        assert relative(a, b) < 5e-2
+
+
+def test_threads_do_not_change_a_chain():
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = network(channels=40)
+            fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+            chain = model[:11]
+            chain.__class__ = FusedSequential
+            x = images(8, 3, 32, 32).requires_grad_()
+            out = chain(x)
+            out.backward(images(*out.shape, seed=5))
+            results.append([out.detach(), x.grad, *(p.grad for p in chain.parameters()), *chain.buffers()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def test_frozen_parameters_and_input_get_no_gradient():
+    one, other, _, _ = twins(network(), policy())
+    for model in (one, other):
+        for p in itertools.chain(model[0].parameters(), model[1].parameters(), model[5].parameters()):
+            p.requires_grad_(False)
+        model(X).backward(G)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or relative(b.grad, a.grad) < 5e-3
+    with torch.no_grad():
+        assert not other(X).requires_grad
+
+
+def test_cumulative_and_absent_running_statistics():
+    for change in ({"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.3, "eps": 0.1}):
+        model = network(pools=(True,))
+        model[1] = nn.BatchNorm2d(10, **change)
+        one, other, _, chains = twins(model, policy())
+        assert chains
+        for _ in range(3):
+            a, b = one(X), other(X)
+        one.eval(), other.eval()
+        assert relative(b, a) < 1e-5
+        assert relative(other(X), one(X)) < 1e-5
+        for p, q in zip(other.buffers(), one.buffers(), strict=True):
+            assert torch.allclose(p.double(), q.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_one_pixel_cannot_be_normalized():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(images(1, 3, 1, 1))
+
+
+# --- what is fused ----------------------------------------------------------------------------------------------------
+
+
+def fused_calls(model, x, monkeypatch):
+    """Number of stages that ran fused."""
+    count = []
+    run = fused.apply
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "apply", lambda *a, **k: (count.append(1), run(*a, **k))[1])
+        model(x)
+    return len(count)
+
+
+def test_chains_are_named_and_maximal():
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.1)),
+        nn.Sequential(nn.Conv2d(4, 4, 3)),  # nothing to fuse
+        nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.MaxPool2d(3), nn.Conv2d(4, 4, 1), nn.MaxPool2d(2)),
+    )
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    assert fqtstats.fuse_(model, handle) == [["0.0", "0.1", "0.2", "0.3"], ["2.3", "2.4"]]
+    assert [type(m) for m in model] == [FusedSequential, nn.Sequential, FusedSequential]
+    assert type(model) is nn.Sequential
+
+
+def test_state_dict_stays_and_remove_restores(monkeypatch):
+    model = network()
+    keys, modules = list(model.state_dict()), list(model)
+    before = model(X)
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    assert fuse_(model, handle)
+    assert list(model.state_dict()) == keys
+    assert list(model) == modules
+    assert fused_calls(model, X, monkeypatch) == 1
+    handle.remove()
+    assert type(model) is nn.Sequential
+    assert not [name for name in vars(model) if name.startswith("fqt")]
+    model.load_state_dict(network().state_dict())
+    assert torch.equal(model(X), before)
+    handle.remove()  # again: nothing to do
+
+
+def test_slices_and_copies_work():
+    model = network()
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    fuse_(model, handle)
+    assert torch.equal(copy.deepcopy(model)(X), model(X))
+    assert model[:3](X).shape == (6, 10, 12, 10)
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda *a: None),
+    "forward pre": lambda m: m.register_forward_pre_hook(lambda *a: None),
+    "backward": lambda m: m.register_full_backward_hook(lambda *a: None),
+    "backward pre": lambda m: m.register_full_backward_pre_hook(lambda *a: None),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_module_with_hooks_is_not_fused(hook, position):
+    model = network(pools=(False,))
+    removable = hook(model[position])
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    names = fuse_(model, handle)
+    assert names == ([["0", "1"]] if position == 2 else [])
+    removable.remove()
+    if position == 2:  # looked up at every call
+        assert next(iter(model._modules)) == "0"
+        chain = model(X)
+        assert chain.shape == (6, 4)
+
+
+def test_hooks_see_their_module_also_when_they_come_later(monkeypatch):
+    model = network()
+    fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+    expected = model(X)
+    shapes = []
+    model[1].register_forward_hook(lambda m, inputs, out: shapes.append(out.shape))
+    assert fused_calls(model, X, monkeypatch) == 1  # the rest
+    assert shapes == [(6, 10, 12, 10)]
+    assert relative(model(X), expected) < 1e-2
+
+
+def test_other_inputs_run_module_by_module(monkeypatch):
+    model = network(normalized=False)
+    fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_calls(model, X, monkeypatch) == 0
+    assert fused_calls(model, X, monkeypatch) == 1
+    model.double()
+    assert fused_calls(model, X.double(), monkeypatch) == 0
+
+
+def test_only_the_native_backend_is_fused():
+    model = network()
+    handle = fqtstats.prepare_(model, policy())
+    with pytest.raises(InputError, match="backend='native'"):
+        fuse_(model, handle)
+
+
+def test_quantizers_without_8_bit_codes_take_numbers(monkeypatch):
+    narrow = fqtstats.Policy(
+        activation=fqtstats.quantizer("minmax", bits=4),
+        weight=fqtstats.quantizer("zero_on_grid", bits=4),
+        grad_input=fqtstats.quantizer("ptq", bits=4),
+        grad_weight=fqtstats.quantizer("ptq", bits=4),
+    )
+    one, other, _, chains = twins(network(normalized=False), narrow)
+    assert chains
+    assert fused_calls(other, X, monkeypatch) == 3
+    for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_not_finite_names_the_layer():
+    for place in (0, 1):
+        model = network().eval()
+        with torch.no_grad():
+            model[place].weight.view(-1)[0] = float("nan")
+        fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+        with pytest.raises(NonFiniteError, match="layer '0', weight" if place == 0 else "layer '4', activation"):
+            model(X)
+    model = network()
+    fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+    with pytest.raises(NonFiniteError, match=r"layer '8', grad_weight"):
+        model(X).backward(G * float("inf"))
