@@ -1,7 +1,7 @@
 """Does training on integer products reach the loss that training on simulated ones does?
 
-``python -m analysis.native_training`` trains the default model on the default data for its whole schedule, with PTQ at 8
-bits everywhere, on both backends, once per seed, and saves the losses, their comparison and a figure.
+``python -m analysis.native_training`` trains the default model on the default data for its whole schedule, with PTQ at
+8 bits everywhere, on both backends, once per seed, and saves the losses, their comparison and a figure.
 
 The two runs of a seed start from the same weights and see the same batches and random numbers. They part at the first
 rounding that differs, because a number on the edge between two codes then falls to the other side; from there on they

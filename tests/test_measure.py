@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import subprocess
@@ -22,6 +23,7 @@ from torch import nn
 import fqtstats
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.estimators import bias
+from fqtstats.layers import BACKENDS
 from fqtstats.layers.state import Draw
 from fqtstats.results import COLUMNS
 
@@ -289,13 +291,15 @@ def wide():
         return nn.Sequential(nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 10))
 
 
-def test_thread_count_and_repetition_change_nothing():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thread_count_and_repetition_change_nothing(backend):
     batch, further = small.batch(features=300), [small.batch(features=300, seed=s) for s in (3, 4)]
     tables, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
-            tables.append(fqtstats.measure(wide(), batch, small.loss, POLICY, 4, batches=further).table)
+            result = fqtstats.measure(wide(), batch, small.loss, POLICY, 4, backend=backend, batches=further)
+            tables.append(result.table)
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -313,16 +317,18 @@ _DIGEST = """
 import sys; sys.path.insert(0, sys.argv[1])
 import hashlib, small, fqtstats
 from fqtstats import ops
-result = fqtstats.measure(small.mlp(), small.batch(), small.loss, fqtstats.policies.get("statquant-bhq", bits=4), 5)
+policy = fqtstats.policies.get("statquant-bhq", bits=4)
+result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 5, backend=sys.argv[2])
 numbers = result.table.select_dtypes("number").to_numpy(dtype="float64", na_value=float("nan"))
 print(ops.isa(), hashlib.sha256(numbers.tobytes()).hexdigest())
 """
 
 
-def test_native_and_torch_generators_give_the_same_table():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_native_kernels_and_their_fallbacks_give_the_same_table(backend):
     out = []
     for native in ("1", "0"):
-        command = [sys.executable, "-W", "ignore", "-c", _DIGEST, os.path.dirname(__file__)]
+        command = [sys.executable, "-W", "ignore", "-c", _DIGEST, os.path.dirname(__file__), backend]
         environment = {**os.environ, "FQTSTATS_NATIVE": native}
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         out.append(done.stdout.split())
@@ -353,12 +359,13 @@ def stop_at(step, error=KeyboardInterrupt):
     return progress
 
 
-def run(draws=8, seed=0, policy=POLICY, **options):
+def measure_small(draws=8, seed=0, policy=POLICY, **options):
     return fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, draws, seed, batches=others(2), **options)
 
 
-@pytest.mark.parametrize("k", [0, 1, 2, 5, 8])
-def test_interrupted_and_resumed_equals_uninterrupted(k):
+@pytest.mark.parametrize(("backend", "k"), [*(("simulated", k) for k in (0, 1, 2, 5, 8)), ("native", 5)])
+def test_interrupted_and_resumed_equals_uninterrupted(k, backend):
+    run = functools.partial(measure_small, backend=backend)
     store = Memory()
     with pytest.raises(KeyboardInterrupt) as stopped:
         run(store=store, progress=stop_at(2 + k))
@@ -379,23 +386,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(k):
 def test_an_error_in_a_further_batch_keeps_the_draws():
     store = Memory()
     with pytest.raises(ValueError, match="stop") as stopped:
-        run(store=store, progress=stop_at(12, ValueError("stop")))
+        measure_small(store=store, progress=stop_at(12, ValueError("stop")))
     assert stopped.value.partial_result.table["draws"].eq(8).all()
     assert stopped.value.partial_result.table["sampling_variance"].isna().all()
-    pd.testing.assert_frame_equal(run(store=store).table, run().table, check_exact=True)
+    pd.testing.assert_frame_equal(measure_small(store=store).table, measure_small().table, check_exact=True)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"policy": fqtstats.policies.get("statquant-psq", bits=5)}, {"policy": small.psq()}],
-    ids=["seed", "bits", "policy"],
+    [
+        {"seed": 1},
+        {"policy": fqtstats.policies.get("statquant-psq", bits=5)},
+        {"policy": small.psq()},
+        {"backend": "native"},
+    ],
+    ids=["seed", "bits", "policy", "backend"],
 )
 def test_a_state_of_another_measurement_is_refused(change):
     """Also where the QAT gradient is the same, as with another seed or other gradient quantizers."""
     store = Memory()
-    run(store=store)
+    measure_small(store=store)
     with pytest.raises(InputError, match="cannot resume"):
-        run(store=store, **change)
+        measure_small(store=store, **change)
 
 
 class Everything(nn.Module):
@@ -408,9 +420,10 @@ class Everything(nn.Module):
         return self.out(self.drop(F.relu(self.norm(self.conv(x.view(-1, 1, 4, 4)))).flatten(1)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_the_model_is_left_as_it_was(training, interrupted):
+def test_the_model_is_left_as_it_was(training, interrupted, backend):
     torch.manual_seed(0)
     model, batch = Everything().train(training), small.batch(features=16)
     small.loss(model, batch).backward()
@@ -421,9 +434,9 @@ def test_the_model_is_left_as_it_was(training, interrupted):
     arguments = model, batch, small.loss, POLICY, 4
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            fqtstats.measure(*arguments, progress=stop_at(4))
+            fqtstats.measure(*arguments, backend=backend, progress=stop_at(4))
     else:
-        fqtstats.measure(*arguments, batches=[small.batch(features=16, seed=3)])
+        fqtstats.measure(*arguments, backend=backend, batches=[small.batch(features=16, seed=3)])
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     for name, p in model.named_parameters():
         assert p.grad is grads[name][0]
