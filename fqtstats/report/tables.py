@@ -247,7 +247,7 @@ def _unquantized(result: Result) -> list[Text]:
 def _entries(result: Result) -> list[dict[str, Any]]:
     """What the metadata hold of each configuration that was measured natively."""
     entries = result.metadata.get("configurations") if result.metadata.get("backend") == "native" else None
-    return [entry for entry in entries or [] if isinstance(entry, dict)]
+    return [entry for entry in entries or [] if isinstance(entry, dict) and {"arithmetic", "kept"} <= entry.keys()]
 
 
 def _label(entry: Mapping[str, Any]) -> str:
@@ -268,7 +268,7 @@ def _native(result: Result) -> list[Text]:
 
 def _arithmetic_line(arithmetic: Mapping[str, Mapping[str, str]]) -> str:
     kinds = Counter((product, how) for products in arithmetic.values() for product, how in products.items())
-    told = [f"{product} {how} ({count} layers)" for (product, how), count in sorted(kinds.items())]
+    told = [f"{count} {product} {how}" for (product, how), count in sorted(kinds.items())]
     return f"products: {'; '.join(told)}"
 
 
