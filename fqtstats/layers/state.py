@@ -149,6 +149,13 @@ class Shared:
         # A copied layer stays with the handle that steers the original.
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Graphs are not pickled.
+        return {name: value for name, value in vars(self).items() if name != "kept"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, kept=WeakSet())
+
 
 @dataclass(frozen=True)
 class LayerState:
