@@ -82,5 +82,5 @@ def kernels() -> list[Kernel]:
     return listed
 
 
-FALLBACKS = ("philox_bits",)
+FALLBACKS = ("philox_bits", "quantize")
 """Operations, each of which can be had in torch operations, too."""
