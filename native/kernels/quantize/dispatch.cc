@@ -170,6 +170,7 @@ class Encoder {
     prescale_[g] = grid.prescale;
     scale_[g] = grid.scale;
     zero_code_[g] = grid.zero;
+    if (!grid.from_low || grid.prescale != 1) other_.store(true, std::memory_order_relaxed);
     if (grid.from_low) from_low_.store(true, std::memory_order_relaxed);
     return true;
   }
@@ -214,13 +215,7 @@ class Encoder {
     const std::int64_t s = chunks.begin(chunk), length = chunks.length(chunk);
     for (std::int64_t c = 0; c < in_.c; c += kTile) {
       const std::int64_t channels = std::min(kTile, in_.c - c);
-      std::uint8_t* block = in_.channels_last ? last(n, c, channels, s, length) : first(n, c, channels, s, length);
-      for (std::int64_t p = 0; p < length;) {
-        const std::int64_t many = place_.run(s + p, length - p);
-        kernel_.pack(block + p * kTile, kTile, many, channels, place_.layout.bits,
-                     out_ + place_.offset(n, s + p) + c * place_.layout.bits / 8, place_.row);
-        p += many;
-      }
+      in_.channels_last ? last(n, c, channels, s, length) : first(n, c, channels, s, length);
     }
     if (chunk == 0) border(n);
   }
@@ -235,8 +230,9 @@ class Encoder {
     r.count = count;
     r.grids = {offset_ + g, prescale_ + g, scale_ + g, zero_code_ + g};
     r.columns = recipe_.axis == Axis::channel;
-    r.two_to_n = static_cast<float>(1 << recipe_.random_bits);
-    r.levels = static_cast<float>(recipe_.levels);
+    r.from_low = !other_;
+    r.random_bits = recipe_.random_bits;
+    r.levels = recipe_.levels;
     return r;
   }
 
@@ -252,8 +248,8 @@ class Encoder {
     kernel_.encode[type()](r);
   }
 
-  // Channels first: every channel's run of positions, then the transpose. Returns [length][kTile].
-  std::uint8_t* first(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
+  // Channels first: every channel's run of positions, then the transpose.
+  void first(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
     const std::int64_t step = std::max<std::int64_t>(kRun / length, 1);
     for (std::int64_t i = 0; i < channels; i += step) {
       Rectangle r = rectangle(n, c + i, std::min(step, channels - i), length);
@@ -265,38 +261,59 @@ class Encoder {
       r.columns = false;
       run(r, recipe_.axis == Axis::channel);
     }
-    std::uint8_t* block = codes() + kTile * kPositions + kTile;
-    kernel_.transpose_codes(codes(), length, channels, length, block, kTile);
-    return block;
+    std::uint8_t* block = tile_of_codes();
+    for (std::int64_t p = 0; p < length; p += kTile) {
+      const std::int64_t many = std::min(kTile, length - p);
+      kernel_.transpose_codes(codes() + p, length, channels, many, block, kTile);
+      put(n, c, channels, s + p, many, block);
+    }
   }
 
-  // Channels last: the random bits are transposed. Returns [length][kTile].
-  std::uint8_t* last(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
+  // Channels last: the random bits are transposed.
+  void last(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
     struct Transposed;
     std::int64_t stride = 0;
     const std::int32_t* bits = bits_of(n, c, channels, s, length, &stride);
-    const std::int64_t step = bits == nullptr ? length : kLane;
-    for (std::int64_t p = 0; p < length; p += step) {
-      Rectangle r = rectangle(n, c, std::min(step, length - p), channels);
+    std::uint8_t* block = tile_of_codes();
+    for (std::int64_t p = 0; p < length; p += kTile) {
+      const std::int64_t many = std::min(kTile, length - p);
+      Rectangle r = rectangle(n, c, many, channels);
       r.x = at(in_, (n * in_.s + s + p) * in_.c + c);
       r.x_stride = in_.c;
       if (bits != nullptr) {
-        std::int32_t* turned = cpu::scratch<Transposed, std::int32_t>(kLane * kTile);
-        kernel_.transpose_bits(bits + p, stride, channels, r.rows, turned, kTile);
+        std::int32_t* turned = cpu::scratch<Transposed, std::int32_t>(kTile * kTile);
+        kernel_.transpose_bits(bits + p, stride, channels, many, turned, kTile);
         r.bits = turned;
         r.bits_stride = kTile;
       }
-      r.codes = codes() + p * kTile;
+      r.codes = block;
       r.codes_stride = kTile;
       run(r, false);
+      put(n, c, channels, s + p, many, block);
     }
-    return codes();
   }
 
-  // The codes of one block, twice: as they are computed, and transposed.
+  // Packs the codes [count][kTile] of positions s, s + 1, .. to where they belong.
+  void put(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t count,
+           const std::uint8_t* block) {
+    for (std::int64_t p = 0; p < count;) {
+      const std::int64_t many = place_.run(s + p, count - p);
+      kernel_.pack(block + p * kTile, kTile, many, channels, place_.layout.bits,
+                   out_ + place_.offset(n, s + p) + c * place_.layout.bits / 8, place_.row);
+      p += many;
+    }
+  }
+
+  // Codes of a block of channels as they are computed where channels come first, or of a run.
   std::uint8_t* codes() const {
     struct Codes;
-    return cpu::scratch<Codes, std::uint8_t>(2 * (kTile * kPositions + kTile));
+    return cpu::scratch<Codes, std::uint8_t>(kTile * kPositions + kTile);
+  }
+
+  // Codes of up to kTile positions of a block of channels.
+  std::uint8_t* tile_of_codes() const {
+    struct Tile;
+    return cpu::scratch<Tile, std::uint8_t>(kTile * kTile);
   }
 
   // Random bits of elements index .. index + count - 1.
@@ -372,7 +389,7 @@ class Encoder {
   float* offset_;
   float *prescale_, *scale_, *zero_code_;
   const philox::Kernel* philox_ = nullptr;
-  std::atomic<bool> not_finite_ = false, overflows_ = false, from_low_ = false;
+  std::atomic<bool> not_finite_ = false, overflows_ = false, from_low_ = false, other_ = false;
 };
 
 }  // namespace
