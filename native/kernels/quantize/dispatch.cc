@@ -25,10 +25,11 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-constexpr std::int64_t kPositions = 512;  // of one image, at a time; a multiple of every Philox tile
-constexpr std::int64_t kRun = 4096;       // consecutive elements at a time: their random bits stay in the L1 cache
-constexpr std::int64_t kGrain = 32768;    // elements per thread, some 10 us
-constexpr std::int64_t kLane = 16;        // positions whose random bits are transposed at a time
+constexpr std::int64_t kPositions =
+    1024;  // of one image, at a time; a multiple of every Philox tile; long runs for the prefetcher
+constexpr std::int64_t kRun =
+    1024;  // consecutive elements at a time: few enough to read ahead while their random bits are made
+constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -201,6 +202,7 @@ class Encoder {
       Rectangle r = rectangle(begin, c, end - begin, count);
       r.x = at(in_, element);
       r.x_stride = in_.c;
+      prefetch(r.x, r.rows * count);
       r.bits = run_of_bits(element, r.rows * count);
       r.bits_stride = r.codes_stride = count;
       r.codes = codes();
@@ -236,6 +238,14 @@ class Encoder {
     return r;
   }
 
+  // The memory is read while the random bits are made.
+  void prefetch(const void* x, std::int64_t count) const {
+    if (recipe_.random_bits == 0) return;
+    const char* line = static_cast<const char*>(x);
+    for (const char* end = line + count * (in_.type == Type::bf16 ? 2 : 4); line < end; line += 64)
+      __builtin_prefetch(line);
+  }
+
   // Rows that follow each other and share a grid are one.
   void run(Rectangle& r, bool grid_per_row) {
     r.grid_step = grid_per_row ? 1 : 0;
@@ -255,6 +265,7 @@ class Encoder {
       Rectangle r = rectangle(n, c + i, std::min(step, channels - i), length);
       r.x = at(in_, (n * in_.c + c + i) * in_.s + s);
       r.x_stride = in_.s;
+      for (std::int64_t j = 0; j < r.rows; ++j) prefetch(at(in_, (n * in_.c + c + i + j) * in_.s + s), length);
       r.bits = bits_of(n, c + i, r.rows, s, length, &r.bits_stride);
       r.codes = codes() + i * length;
       r.codes_stride = length;
@@ -457,8 +468,8 @@ void decode(const Kernel& kernel, const std::uint8_t* codes, const Layout& layou
   const Chunks chunks(matrix ? n : s);
   cpu::split(images * chunks.count(), kGrain / (chunks.size * c) + 1, threads,
              [&](std::int64_t begin, std::int64_t end) {
-               std::uint8_t* block = cpu::scratch<Block, std::uint8_t>(2 * (kTile * kPositions + kLane * kTile));
-               std::uint8_t* turned = block + kTile * kPositions + kLane * kTile;
+               std::uint8_t* block = cpu::scratch<Block, std::uint8_t>(2 * (kTile * kPositions + kTile * kTile));
+               std::uint8_t* turned = block + kTile * kPositions + kTile * kTile;
                for (std::int64_t i = begin; i < end; ++i) {
                  const std::int64_t image = i / chunks.count(), chunk = i % chunks.count();
                  const std::int64_t first = chunks.begin(chunk), length = chunks.length(chunk);

@@ -121,7 +121,8 @@ struct Line {
 
 template <bool kFromLow>
 static inline Line line(const Grids& g, std::int64_t i, __mmask16 m) {
-  if constexpr (kFromLow) return {load(g.offset + i, m), _mm512_setzero_ps(), load(g.scale + i, m), _mm512_setzero_ps()};
+  if constexpr (kFromLow)
+    return {load(g.offset + i, m), _mm512_setzero_ps(), load(g.scale + i, m), _mm512_setzero_ps()};
   return {load(g.offset + i, m), load(g.prescale + i, m), load(g.scale + i, m), load(g.zero + i, m)};
 }
 
