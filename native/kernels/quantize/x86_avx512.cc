@@ -308,17 +308,28 @@ static void unpack(const std::uint8_t* packed, std::int64_t stride, std::int64_t
   }
 }
 
-// One level of a transpose of four 16 x 16 matrices of bytes, one per 128-bit lane: v[i] and v[i + 8] interleaved.
-// Four such levels transpose.
+// One level of a transpose of four 16 x 16 matrices of bytes, one per 128-bit lane: registers whose numbers differ in
+// kBit are interleaved. Levels 8, 4, 2, 1 transpose.
+template <int kBit>
 static inline void interleave(__m512i (&v)[16]) {
-  __m512i w[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    w[2 * i] = _mm512_unpacklo_epi8(v[i], v[i + 8]);
-    w[2 * i + 1] = _mm512_unpackhi_epi8(v[i], v[i + 8]);
-  }
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = w[i];
+  for (int i = 0; i < 16; ++i) {
+    if (i & kBit) continue;
+    const __m512i low = _mm512_unpacklo_epi8(v[i], v[i | kBit]), high = _mm512_unpackhi_epi8(v[i], v[i | kBit]);
+    v[i] = low;
+    v[i | kBit] = high;
+  }
+}
+
+// Lane kLane of the first `count` registers, to one row each.
+template <int kLane>
+static inline void store_lanes(const __m512i (&v)[16], __mmask16 m, std::int64_t count, std::uint8_t* out,
+                               std::int64_t stride) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i, out += stride) {
+    if (i >= count) return;
+    _mm_mask_storeu_epi8(out, m, _mm512_extracti32x4_epi32(v[i], kLane));
+  }
 }
 
 static void transpose_codes(const std::uint8_t* in, std::int64_t stride, std::int64_t rows, std::int64_t columns,
@@ -326,23 +337,19 @@ static void transpose_codes(const std::uint8_t* in, std::int64_t stride, std::in
   for (std::int64_t c = 0; c < columns; c += 64)
     for (std::int64_t r = 0; r < rows; r += 16) {
       __m512i v[16];
+      const std::uint8_t* from = in + r * stride + c;
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(in + (r + i) * stride + c);
-      interleave(v);
-      interleave(v);
-      interleave(v);
-      interleave(v);
+      for (int i = 0; i < 16; ++i, from += stride) v[i] = _mm512_loadu_si512(from);
+      interleave<8>(v);
+      interleave<4>(v);
+      interleave<2>(v);
+      interleave<1>(v);
       const __mmask16 m = lanes(rows - r);
       std::uint8_t* to = out + c * out_stride + r;
-      const std::int64_t left = columns - c;
-    // Lane j of v[i] is column 16 j + i.
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        if (i < left) _mm_mask_storeu_epi8(to + i * out_stride, m, _mm512_castsi512_si128(v[i]));
-        if (i + 16 < left) _mm_mask_storeu_epi8(to + (i + 16) * out_stride, m, _mm512_extracti32x4_epi32(v[i], 1));
-        if (i + 32 < left) _mm_mask_storeu_epi8(to + (i + 32) * out_stride, m, _mm512_extracti32x4_epi32(v[i], 2));
-        if (i + 48 < left) _mm_mask_storeu_epi8(to + (i + 48) * out_stride, m, _mm512_extracti32x4_epi32(v[i], 3));
-      }
+      store_lanes<0>(v, m, columns - c, to, out_stride);
+      store_lanes<1>(v, m, columns - c - 16, to + 16 * out_stride, out_stride);
+      store_lanes<2>(v, m, columns - c - 32, to + 32 * out_stride, out_stride);
+      store_lanes<3>(v, m, columns - c - 48, to + 48 * out_stride, out_stride);
     }
 }
 
