@@ -606,6 +606,10 @@ class WeightGradient {
     struct Rows;
     struct PixelsX;
     struct PixelsG;
+    if (g_.n == 0) {
+      std::fill_n(out_, g_.channels * rows_ * taps_, 0.0F);
+      return;
+    }
     const int64_t images = round_up(g_.n, 4);
     fill(plan_.panels, groups_, g_.channels / groups_, 0);
     panel_data_ = cpu::scratch<Panels, uint8_t>(pixels_ * images * kPanel);
