@@ -125,8 +125,8 @@ void classify(const Axis& axis, std::int64_t size, Classes& classes) {
 
 // How a tile reads its operands.
 struct Tile {
-  void (*run)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-              std::int64_t ld);
+  void (*run)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+              std::int32_t* sums, std::int64_t ld);
   int rows;
   std::int64_t step, panel_step;
 };
@@ -372,8 +372,8 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
     const std::uint8_t* same[8] = {ones, ones, ones, ones, ones, ones, ones, ones};
     for (std::int64_t panel = 0; panel < panels; ++panel)
       for (std::int64_t t = 0; t < phase.taps; ++t) {
-        std::int32_t sums[8 * kColumns] = {};
-        tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * tap_bytes, sums, kColumns);
+        std::int32_t sums[8 * kColumns];
+        tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * tap_bytes, false, sums, kColumns);
         std::copy_n(sums, kColumns, tap_sums + t * padded + panel * kColumns);
       }
     if (zero_a != 0) {
@@ -480,8 +480,8 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
           for (std::int64_t r = 0; r < total; r += tile.rows) {
             const std::uint8_t* sources[8];
             for (int i = 0; i < tile.rows; ++i) sources[i] = rows[std::min(r + i, total - 1)].source;
-            alignas(64) std::int32_t sums[8 * kColumns] = {};
-            tile.run(sources, runs, panel, sums, kColumns);
+            alignas(64) std::int32_t sums[8 * kColumns];
+            tile.run(sources, runs, panel, false, sums, kColumns);
             kernel.finish(sums, kColumns, rows + r, static_cast<int>(std::min<std::int64_t>(tile.rows, total - r)),
                           phase.columns, c, std::min<std::int64_t>(kColumns, columns - c));
           }
@@ -570,8 +570,6 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
   std::uint8_t ones[16];
   std::fill_n(ones, 16, std::uint8_t{1});
   for (std::int64_t k = 0; k < 4 * steps; ++k) kernel.tables(ones, 1, 64, columns + padded * column_bytes + 64 * k);
-  cpu::split(outs + 1, 1, threads,
-             [&](std::int64_t begin, std::int64_t end) { std::fill(sums + begin * ld, sums + end * ld, 0); });
 
   for (std::int64_t first = 0; first < pixels; first += chunk) {
     // Pack 16 pixels at a time.
@@ -627,9 +625,9 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
             const std::uint8_t* panel = panels + (2 * w + half) * panel_bytes;
             std::int32_t* to = sums + c * ld + w * 64 + half * kColumns;
             if (count == kLookupRows)
-              kernel.lookup(table, run, panel, to, ld);
+              kernel.lookup(table, run, panel, first > 0, to, ld);
             else
-              for (int i = 0; i < count; ++i) kernel.lookup1(table + i, run, panel, to + i * ld, ld);
+              for (int i = 0; i < count; ++i) kernel.lookup1(table + i, run, panel, first > 0, to + i * ld, ld);
           }
         }
       }

@@ -21,22 +21,27 @@ static void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words
   }
 }
 
-// sums[0..31] += four registers of 64-bit sums.
-FQTSTATS_INLINE void add_to(std::int32_t* sums, __m512i c0, __m512i c1, __m512i c2, __m512i c3) {
-  const __m512i low =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c0)), _mm512_cvtepi64_epi32(c1), 1);
-  const __m512i high =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c2)), _mm512_cvtepi64_epi32(c3), 1);
-  _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), low));
-  _mm512_storeu_si512(sums + 16, _mm512_add_epi32(_mm512_loadu_si512(sums + 16), high));
+// sums[0..31] = or += two registers.
+FQTSTATS_INLINE void put(std::int32_t* sums, bool add, __m512i low, __m512i high) {
+  if (add) {
+    low = _mm512_add_epi32(low, _mm512_loadu_si512(sums));
+    high = _mm512_add_epi32(high, _mm512_loadu_si512(sums + 16));
+  }
+  _mm512_storeu_si512(sums, low);
+  _mm512_storeu_si512(sums + 16, high);
+}
+
+// Two registers of 64-bit sums in one.
+FQTSTATS_INLINE __m512i narrow(__m512i low, __m512i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high), 1);
 }
 
 FQTSTATS_INLINE __m512i add_bits(__m512i sum, __m512i a, __m512i b) {
   return _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_and_si512(a, b)));
 }
 
-static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                     std::int64_t ld) {
+static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                     std::int32_t* sums, std::int64_t ld) {
   constexpr int kRows = kPopcountRows;
   __m512i c0[kRows], c1[kRows], c2[kRows], c3[kRows];
 #pragma GCC unroll 6
@@ -59,7 +64,7 @@ static void popcount(const std::uint8_t* const* source, const Runs& runs, const 
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) add_to(sums + i * ld, c0[i], c1[i], c2[i], c3[i]);
+  for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, narrow(c0[i], c1[i]), narrow(c2[i], c3[i]));
 }
 
 template <int kBits>
@@ -166,15 +171,12 @@ static void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uin
 }
 
 template <int kRows>
-static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                   std::int64_t ld) {
+static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                   std::int32_t* sums, std::int64_t ld) {
   const __m512i one = _mm512_set1_epi8(1);
   __m512i c0[kRows], c1[kRows];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    c0[i] = _mm512_loadu_si512(sums + i * ld);
-    c1[i] = _mm512_loadu_si512(sums + i * ld + 16);
-  }
+  for (int i = 0; i < kRows; ++i) c0[i] = c1[i] = _mm512_setzero_si512();
   for (std::int64_t r = 0; r < runs.count; ++r) {
     const std::uint8_t* a[kRows];
 #pragma GCC unroll 8
@@ -186,22 +188,25 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
       const __m512i y2 = _mm512_loadu_si512(panel + 384), y3 = _mm512_loadu_si512(panel + 448);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const __m512i t0 = _mm512_loadu_si512(a[i] + k), t1 = _mm512_loadu_si512(a[i] + k + 64);
-        const __m512i t2 = _mm512_loadu_si512(a[i] + k + 128), t3 = _mm512_loadu_si512(a[i] + k + 192);
-        const __m512i x01 = _mm512_add_epi8(_mm512_permutexvar_epi8(x0, t0), _mm512_permutexvar_epi8(x1, t1));
-        const __m512i x23 = _mm512_add_epi8(_mm512_permutexvar_epi8(x2, t2), _mm512_permutexvar_epi8(x3, t3));
-        const __m512i y01 = _mm512_add_epi8(_mm512_permutexvar_epi8(y0, t0), _mm512_permutexvar_epi8(y1, t1));
-        const __m512i y23 = _mm512_add_epi8(_mm512_permutexvar_epi8(y2, t2), _mm512_permutexvar_epi8(y3, t3));
-        c0[i] = _mm512_dpbusd_epi32(c0[i], _mm512_add_epi8(x01, x23), one);
-        c1[i] = _mm512_dpbusd_epi32(c1[i], _mm512_add_epi8(y01, y23), one);
+        // In this order few registers live at a time: 16 sums, 8 blocks, a table, two partial sums.
+        __m512i t = _mm512_loadu_si512(a[i] + k);
+        __m512i x = _mm512_permutexvar_epi8(x0, t), y = _mm512_permutexvar_epi8(y0, t);
+        t = _mm512_loadu_si512(a[i] + k + 64);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x1, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y1, t));
+        t = _mm512_loadu_si512(a[i] + k + 128);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x2, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y2, t));
+        t = _mm512_loadu_si512(a[i] + k + 192);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x3, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y3, t));
+        c0[i] = _mm512_dpbusd_epi32(c0[i], x, one);
+        c1[i] = _mm512_dpbusd_epi32(c1[i], y, one);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_si512(sums + i * ld, c0[i]);
-    _mm512_storeu_si512(sums + i * ld + 16, c1[i]);
-  }
+  for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, c0[i], c1[i]);
 }
 
 static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
