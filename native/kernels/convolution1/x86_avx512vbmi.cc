@@ -170,6 +170,13 @@ static void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uin
   _mm512_storeu_si512(high + 256, _mm512_unpackhi_epi16(high01, high23));
 }
 
+// Into a register: as operands from memory, two look-ups in one table would load it twice.
+FQTSTATS_INLINE __m512i load_once(const std::uint8_t* p) {
+  __m512i x = _mm512_loadu_si512(p);
+  asm("" : "+v"(x));
+  return x;
+}
+
 template <int kRows>
 static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
                    std::int32_t* sums, std::int64_t ld) {
@@ -178,6 +185,7 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) c0[i] = c1[i] = _mm512_setzero_si512();
   for (std::int64_t r = 0; r < runs.count; ++r) {
+    asm volatile("" ::: "memory");  // the pointers are read anew: cheaper than keeping 8 more registers alive
     const std::uint8_t* a[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) a[i] = source[i] + runs.offset[r];
@@ -189,15 +197,15 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         // In this order few registers live at a time: 16 sums, 8 blocks, a table, two partial sums.
-        __m512i t = _mm512_loadu_si512(a[i] + k);
+        __m512i t = load_once(a[i] + k);
         __m512i x = _mm512_permutexvar_epi8(x0, t), y = _mm512_permutexvar_epi8(y0, t);
-        t = _mm512_loadu_si512(a[i] + k + 64);
+        t = load_once(a[i] + k + 64);
         x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x1, t));
         y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y1, t));
-        t = _mm512_loadu_si512(a[i] + k + 128);
+        t = load_once(a[i] + k + 128);
         x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x2, t));
         y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y2, t));
-        t = _mm512_loadu_si512(a[i] + k + 192);
+        t = load_once(a[i] + k + 192);
         x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x3, t));
         y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y3, t));
         c0[i] = _mm512_dpbusd_epi32(c0[i], x, one);
