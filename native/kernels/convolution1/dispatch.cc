@@ -509,12 +509,13 @@ bool grad_input(const Kernel& kernel, const Image& g, const Image& w, const Geom
 // corrections need. Its other operand has a column for each output channel, and one of ones: the sums of x.
 bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geometry& geometry, std::int64_t kh,
                  std::int64_t kw, int threads, float* dw) {
-  constexpr std::int64_t kPart = 2048;  // pixels whose rows stay in the second-level cache
-  constexpr std::int64_t kSteps = 8;    // of 64 pixels: 8 columns of tables are 16 KB, and stay in the first
+  constexpr std::int64_t kRows = 5 << 17;  // bytes of a part's rows, which stay in the second-level cache
+  constexpr std::int64_t kSteps = 8;       // of 64 pixels: 8 columns of tables are 16 KB, and stay in the first
   const std::int64_t pixels = g.n * g.h * g.w, taps = kh * kw, word_count = words(x), outs = g.c;
   if (taps > 64) return false;
   if (!fits(pixels, g.bits, largest_zero(g.grid, outs), largest_zero(x.grid, x.c))) return false;
-  const std::int64_t part = ceil_div(ceil_div(pixels, ceil_div(pixels, kPart)), 64) * 64, steps = part / 64;
+  const std::int64_t most = std::clamp<std::int64_t>(kRows / (taps * word_count * 1024), 4, 64) * 64;
+  const std::int64_t part = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), 64) * 64, steps = part / 64;
   threads = team(static_cast<double>(pixels) * static_cast<double>(taps * outs * x.c), threads);
 
   // x with all the pixels that the taps read, and zeros outside the image.

@@ -177,6 +177,9 @@ FQTSTATS_INLINE __m512i load_once(const std::uint8_t* p) {
   return x;
 }
 
+// Keeps the compiler from adding in another order, which would need more registers than there are.
+FQTSTATS_INLINE void keep(__m512i& x, __m512i& y) { asm("" : "+v"(x), "+v"(y)); }
+
 template <int kRows>
 static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
                    std::int32_t* sums, std::int64_t ld) {
@@ -202,6 +205,7 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
         t = load_once(a[i] + k + 64);
         x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x1, t));
         y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y1, t));
+        keep(x, y);
         t = load_once(a[i] + k + 128);
         x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x2, t));
         y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y2, t));
