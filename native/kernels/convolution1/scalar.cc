@@ -53,12 +53,14 @@ void tables(const std::uint8_t* codes, std::int64_t n, std::int64_t stride, std:
 }
 
 void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uint8_t* low, std::uint8_t* high) {
-  for (int c = 0; c < 64; ++c)
+  for (int c = 0; c < 64; ++c) {
+    std::uint8_t* column = (c < 32 ? low : high) + c % 32 / 16 * 256 + c % 16 * 4;
     for (int j = 0; j < 4; ++j) {
       int nibble = 0;
       for (int b = 0; b < 4; ++b) nibble |= static_cast<int>(load64(row[4 * j + b] + offset) >> c & 1) << b;
-      (c < 32 ? low : high)[c % 32 / 16 * 256 + c % 16 * 4 + j] = static_cast<std::uint8_t>(nibble);
+      column[j] = static_cast<std::uint8_t>(nibble);
     }
+  }
 }
 
 template <int kRows>
