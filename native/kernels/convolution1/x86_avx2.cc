@@ -161,45 +161,39 @@ FQTSTATS_INLINE void flush(std::int32_t* sums, bool add, __m256i even, __m256i o
   store(sums + 8, second);
 }
 
-template <int kRows>
-FQTSTATS_INLINE void lookup_strip(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel,
-                                  bool add, std::int32_t* sums, std::int64_t ld) {
+// One row.
+FQTSTATS_INLINE void lookup_strip(const std::uint8_t* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                                  std::int32_t* sums) {
   constexpr std::int64_t kFlush = 128;  // steps; each adds at most 2 x 240 to a 16-bit sum
   const __m256i byte = _mm256_set1_epi16(255);
-  __m256i even[2 * kRows], odd[2 * kRows];
-#pragma GCC unroll 4
-  for (int i = 0; i < 2 * kRows; ++i) even[i] = odd[i] = _mm256_setzero_si256();
+  __m256i even0 = _mm256_setzero_si256(), odd0 = even0, even1 = even0, odd1 = even0;
   std::int64_t steps = 0;
   const auto empty = [&] {
-#pragma GCC unroll 4
-    for (int i = 0; i < 2 * kRows; ++i) {
-      flush(sums + i / 2 * ld + i % 2 * 16, add, even[i], odd[i]);
-      even[i] = odd[i] = _mm256_setzero_si256();
-    }
+    flush(sums, add, even0, odd0);
+    flush(sums + 16, add, even1, odd1);
+    even0 = odd0 = even1 = odd1 = _mm256_setzero_si256();
     steps = 0;
     add = true;
   };
+  const auto look = [](__m256i table, const std::uint8_t* nibbles) {
+    return _mm256_shuffle_epi8(table, load(nibbles));
+  };
   for (std::int64_t r = 0; r < runs.count; ++r)
-    for (std::int64_t k = 0; k < runs.length; ++k, panel += kLookupPanel) {
+    for (std::int64_t k = 0; k < runs.length; ++k) {
+      const std::uint8_t* table = source + runs.offset[r] + k * kLookupStep;
 #pragma GCC unroll 2
-      for (int i = 0; i < kRows; ++i) {
-        const std::uint8_t* table = source[i] + runs.offset[r] + k * kLookupStep;
-#pragma GCC unroll 2
-        for (int q = 0; q < 4; q += 2, table += 128) {
-          const __m256i t0 = load(table), t1 = load(table + 32), t2 = load(table + 64), t3 = load(table + 96);
-#pragma GCC unroll 2
-          for (int b = 0; b < 2; ++b) {
-            const std::uint8_t* x = panel + 256 * b + 64 * q;
-            const __m256i s01 =
-                _mm256_add_epi8(_mm256_shuffle_epi8(t0, load(x)), _mm256_shuffle_epi8(t1, load(x + 32)));
-            const __m256i s23 =
-                _mm256_add_epi8(_mm256_shuffle_epi8(t2, load(x + 64)), _mm256_shuffle_epi8(t3, load(x + 96)));
-            const __m256i s = _mm256_add_epi8(s01, s23);
-            even[2 * i + b] = _mm256_add_epi16(even[2 * i + b], _mm256_and_si256(s, byte));
-            odd[2 * i + b] = _mm256_add_epi16(odd[2 * i + b], _mm256_srli_epi16(s, 8));
-          }
-        }
+      for (int q = 0; q < 2; ++q, table += 128, panel += 128) {
+        const __m256i t0 = load(table), t1 = load(table + 32), t2 = load(table + 64), t3 = load(table + 96);
+        const __m256i x = _mm256_add_epi8(_mm256_add_epi8(look(t0, panel), look(t1, panel + 32)),
+                                          _mm256_add_epi8(look(t2, panel + 64), look(t3, panel + 96)));
+        const __m256i y = _mm256_add_epi8(_mm256_add_epi8(look(t0, panel + 256), look(t1, panel + 288)),
+                                          _mm256_add_epi8(look(t2, panel + 320), look(t3, panel + 352)));
+        even0 = _mm256_add_epi16(even0, _mm256_and_si256(x, byte));
+        odd0 = _mm256_add_epi16(odd0, _mm256_srli_epi16(x, 8));
+        even1 = _mm256_add_epi16(even1, _mm256_and_si256(y, byte));
+        odd1 = _mm256_add_epi16(odd1, _mm256_srli_epi16(y, 8));
       }
+      panel += kLookupPanel - 256;
       if (++steps == kFlush) empty();
     }
   empty();
@@ -208,8 +202,7 @@ FQTSTATS_INLINE void lookup_strip(const std::uint8_t* const* source, const Runs&
 template <int kRows>
 static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
                    std::int32_t* sums, std::int64_t ld) {
-  constexpr int kStrip = kRows == 1 ? 1 : 2;
-  for (int i = 0; i < kRows; i += kStrip) lookup_strip<kStrip>(source + i, runs, panel, add, sums + i * ld, ld);
+  for (int i = 0; i < kRows; ++i) lookup_strip(source[i], runs, panel, add, sums + i * ld);
 }
 
 static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
