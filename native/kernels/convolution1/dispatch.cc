@@ -481,9 +481,13 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
             const std::uint8_t* sources[8];
             for (int i = 0; i < tile.rows; ++i) sources[i] = rows[std::min(r + i, total - 1)].source;
             alignas(64) std::int32_t sums[8 * kColumns];
+            // What the epilogue will write comes into the cache while the tile is computed.
+            const std::int64_t here = std::min<std::int64_t>(tile.rows, total - r),
+                               end = std::min(c + kColumns, columns);
+            for (std::int64_t i = r; i < r + here; ++i)
+              for (std::int64_t k = c; k < end; k += 16) __builtin_prefetch(rows[i].out + k, 1);
             tile.run(sources, runs, panel, false, sums, kColumns);
-            kernel.finish(sums, kColumns, rows + r, static_cast<int>(std::min<std::int64_t>(tile.rows, total - r)),
-                          phase.columns, c, std::min<std::int64_t>(kColumns, columns - c));
+            kernel.finish(sums, kColumns, rows + r, static_cast<int>(here), phase.columns, c, end - c);
           }
         }
       }

@@ -223,29 +223,39 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
   for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, c0[i], c1[i]);
 }
 
+// 16 columns, or the first few of them. Whole registers are stored without a mask, which is faster.
+template <bool kWhole>
+FQTSTATS_INLINE void finish16(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows,
+                              const Columns& columns, std::int64_t at, __mmask16 valid) {
+  const auto integers = [&](const std::int32_t* p) {
+    return kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(valid, p);
+  };
+  const auto floats = [&](const float* p) { return kWhole ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(valid, p); };
+  const __m512 step = floats(columns.step + at);
+  const __m512 offset = columns.offset ? floats(columns.offset + at) : _mm512_setzero_ps();
+  const __m512 bias = columns.bias ? floats(columns.bias + at) : _mm512_setzero_ps();
+  const __m512i zero = columns.zero ? integers(columns.zero + at) : _mm512_setzero_si512();
+  const __m512i rest = columns.rest ? integers(columns.rest + at) : _mm512_setzero_si512();
+  for (int r = 0; r < rows; ++r) {
+    __m512i sum = integers(sums + r * ld);
+    if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
+    if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
+    if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
+    if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v + at)));
+    if (columns.bias) y = _mm512_add_ps(y, bias);
+    if (kWhole)
+      _mm512_storeu_ps(row[r].out + at, y);
+    else
+      _mm512_mask_storeu_ps(row[r].out + at, valid, y);
+  }
+}
+
 static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
                    std::int64_t first, std::int64_t n) {
-  for (std::int64_t c = 0; c < n; c += 16) {
-    const __mmask16 valid = static_cast<__mmask16>(n - c >= 16 ? 0xFFFF : (1 << (n - c)) - 1);
-    const auto floats = [&](const float* p) {
-      return p ? _mm512_maskz_loadu_ps(valid, p + first + c) : _mm512_setzero_ps();
-    };
-    const auto integers = [&](const std::int32_t* p) {
-      return p ? _mm512_maskz_loadu_epi32(valid, p + first + c) : _mm512_setzero_si512();
-    };
-    const __m512 step = floats(columns.step), offset = floats(columns.offset), bias = floats(columns.bias);
-    const __m512i zero = integers(columns.zero), rest = integers(columns.rest);
-    for (int r = 0; r < rows; ++r) {
-      __m512i sum = _mm512_maskz_loadu_epi32(valid, sums + r * ld + c);
-      if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
-      if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
-      if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
-      if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v)));
-      if (columns.bias) y = _mm512_add_ps(y, bias);
-      _mm512_mask_storeu_ps(row[r].out + first + c, valid, y);
-    }
-  }
+  std::int64_t c = 0;
+  for (; c + 16 <= n; c += 16) finish16<true>(sums + c, ld, row, rows, columns, first + c, 0xFFFF);
+  if (c < n) finish16<false>(sums + c, ld, row, rows, columns, first + c, static_cast<__mmask16>((1 << (n - c)) - 1));
 }
 
 extern const Kernel avx512vbmi{
