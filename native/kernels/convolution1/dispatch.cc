@@ -513,7 +513,7 @@ bool grad_input(const Kernel& kernel, const Image& g, const Image& w, const Geom
 // corrections need. Its other operand has a column for each output channel, and one of ones: the sums of x.
 bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geometry& geometry, std::int64_t kh,
                  std::int64_t kw, int threads, float* dw) {
-  constexpr std::int64_t kRows = 5 << 17;  // bytes of a part's rows, which stay in the second-level cache
+  constexpr std::int64_t kRows = 1 << 19;  // bytes of a part's rows, which stay in the second-level cache
   constexpr std::int64_t kSteps = 8;       // of 64 pixels: 8 columns of tables are 16 KB, and stay in the first
   const std::int64_t pixels = g.n * g.h * g.w, taps = kh * kw, word_count = words(x), outs = g.c;
   if (taps > 64) return false;
@@ -677,8 +677,9 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
         kernel.finish(sums + o * ld + t * word_count * 64, ld, &row, 1, all, 0, x.c);
       }
       float* to = dw + o * x.c * taps;
-      for (std::int64_t t = 0; t < taps; ++t)
-        for (std::int64_t c = 0; c < x.c; ++c) to[c * taps + t] = results[t * x.c + c];
+      for (std::int64_t c0 = 0; c0 < x.c; c0 += 64)
+        for (std::int64_t t = 0; t < taps; ++t)
+          for (std::int64_t c = c0; c < std::min(c0 + 64, x.c); ++c) to[c * taps + t] = results[t * x.c + c];
     };
     split_slots(ceil_div(outs, kLookupRows), slots, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
       for (std::int64_t c = begin * kLookupRows; c < std::min(outs, end * kLookupRows); c += kLookupRows) {
