@@ -129,16 +129,16 @@ def test_integers_are_numpys(variant, stride, channels):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("variant", VARIANTS[:-1])
 def test_threads_make_no_difference(function, variant):
-    """Large enough that three threads have work."""
+    """Large enough that three threads have work, and that the weight gradient has several parts."""
     rng = np.random.default_rng(0)
-    x = random_codes(rng, (9, 96, 12, 12), 1, Affine(torch.rand(9) + 0.1, None, torch.rand(9), 0), (1, 1))
+    x = random_codes(rng, (9, 96, 16, 16), 1, Affine(torch.rand(9) + 0.1, None, torch.rand(9), 0), (1, 1))
     w = random_codes(rng, (80, 96, 3, 3), 1, Affine(torch.ones(1), None, torch.ones(1)))
-    g = random_codes(rng, (9, 80, 12, 12), 4, Affine(torch.ones(1), torch.full((1,), 7, dtype=torch.int32)))
+    g = random_codes(rng, (9, 80, 16, 16), 4, Affine(torch.ones(1), torch.full((1,), 7, dtype=torch.int32)))
     geometry = Geometry((1, 1), (1, 1))
     x_plain = Codes(x.data, 1, x.shape, x.pad, Affine(torch.ones(1), None, torch.ones(1)))
     arguments = {
         "convolution": (x, w, geometry, torch.rand(80)),
-        "convolution_grad_input": (g, w, geometry, (12, 12)),
+        "convolution_grad_input": (g, w, geometry, (16, 16)),
         "convolution_grad_weight": (g, x_plain, geometry, (3, 3)),
     }[function]
     call = getattr(convolution1, function)
