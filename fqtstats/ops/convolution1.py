@@ -31,12 +31,12 @@ def convolution(
         (s + 2 * p - d * (k - 1) - 1) // stride + 1
         for s, k, stride, p, d in zip(size, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
     ]
-    out = torch.empty(n, *out_size, channels)
+    out = torch.empty(n, *out_size, channels, dtype=torch.float32)
     done = native_module().convolution1_forward(
         *_image(x),
         *_weights(w),
         *_slide(geometry),
-        None if bias is None else bias.detach().numpy(),
+        _numpy(bias),
         torch.get_num_threads(),
         out.numpy(),
         variant,
@@ -50,7 +50,7 @@ def convolution_grad_input(
     """As ``products.convolution_grad_input``; `variant` names the instruction set to use."""
     if g.bits not in GRADIENT_BITS or w.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *w.shape, *size):
         return None
-    out = torch.empty(g.shape[0], *size, w.shape[1])
+    out = torch.empty(g.shape[0], *size, w.shape[1], dtype=torch.float32)
     done = native_module().convolution1_grad_input(
         g.data.numpy(),
         g.bits,
@@ -71,7 +71,7 @@ def convolution_grad_weight(
     """As ``products.convolution_grad_weight``; `variant` names the instruction set to use."""
     if g.bits not in GRADIENT_BITS or x.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *x.shape, *kernel):
         return None
-    out = torch.empty(g.shape[1], x.shape[1], *kernel)
+    out = torch.empty(g.shape[1], x.shape[1], *kernel, dtype=torch.float32)
     done = native_module().convolution1_grad_weight(
         g.data.numpy(),
         g.bits,
@@ -86,9 +86,13 @@ def convolution_grad_weight(
     return out if done else None
 
 
+def _numpy(values: torch.Tensor | None) -> Any:
+    return None if values is None else values.detach().contiguous().numpy()
+
+
 def _grid(codes: Codes) -> tuple[Any, ...]:
     affine = codes.affine
-    return tuple(None if t is None else t.numpy() for t in (affine.step, affine.zero, affine.offset))
+    return _numpy(affine.step), _numpy(affine.zero), _numpy(affine.offset)
 
 
 def _image(codes: Codes) -> tuple[Any, ...]:

@@ -82,9 +82,10 @@ struct Kernel {
   cpu::Isa isa;
   // counts[i] = number of set bits of pixel i, 0 <= i < n.
   void (*count)(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts);
-  // sums[r * ld + c] += sum over the runs of popcount(source[r] & panel column c), for 6 rows and 32 columns.
-  void (*popcount)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                   std::int64_t ld);
+  // sums[r * ld + c] = or, with `add`, += the sum over the runs of popcount(source[r] & panel column c), for 6 rows and
+  // 32 columns.
+  void (*popcount)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                   std::int32_t* sums, std::int64_t ld);
   // The first n codes of a packed row, one per byte, then zeros up to a multiple of 64. Returns their sum.
   std::int32_t (*unpack)(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes);
   // out[c][i] = codes[i * ld + c], 0 <= i < 16, 0 <= c < n; n a multiple of 64.
@@ -96,10 +97,10 @@ struct Kernel {
   // Columns 0-15 go to `low`, 16-31 to low + 256, 32-47 to `high`, 48-63 to high + 256.
   void (*blocks)(const std::uint8_t* const* row, std::int64_t offset, std::uint8_t* low, std::uint8_t* high);
   // As popcount, for tables as source: 8 rows, or one.
-  void (*lookup)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                 std::int64_t ld);
-  void (*lookup1)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                  std::int64_t ld);
+  void (*lookup)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                 std::int32_t* sums, std::int64_t ld);
+  void (*lookup1)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                  std::int32_t* sums, std::int64_t ld);
   // The epilogue: results of `rows` rows and columns first ... first + n - 1 from sums[r * ld + c], 0 <= c < n.
   void (*finish)(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
                  std::int64_t first, std::int64_t n);

@@ -125,8 +125,8 @@ void classify(const Axis& axis, std::int64_t size, Classes& classes) {
 
 // How a tile reads its operands.
 struct Tile {
-  void (*run)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-              std::int64_t ld);
+  void (*run)(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+              std::int32_t* sums, std::int64_t ld);
   int rows;
   std::int64_t step, panel_step;
 };
@@ -372,8 +372,8 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
     const std::uint8_t* same[8] = {ones, ones, ones, ones, ones, ones, ones, ones};
     for (std::int64_t panel = 0; panel < panels; ++panel)
       for (std::int64_t t = 0; t < phase.taps; ++t) {
-        std::int32_t sums[8 * kColumns] = {};
-        tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * tap_bytes, sums, kColumns);
+        std::int32_t sums[8 * kColumns];
+        tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * tap_bytes, false, sums, kColumns);
         std::copy_n(sums, kColumns, tap_sums + t * padded + panel * kColumns);
       }
     if (zero_a != 0) {
@@ -480,10 +480,14 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
           for (std::int64_t r = 0; r < total; r += tile.rows) {
             const std::uint8_t* sources[8];
             for (int i = 0; i < tile.rows; ++i) sources[i] = rows[std::min(r + i, total - 1)].source;
-            alignas(64) std::int32_t sums[8 * kColumns] = {};
-            tile.run(sources, runs, panel, sums, kColumns);
-            kernel.finish(sums, kColumns, rows + r, static_cast<int>(std::min<std::int64_t>(tile.rows, total - r)),
-                          phase.columns, c, std::min<std::int64_t>(kColumns, columns - c));
+            alignas(64) std::int32_t sums[8 * kColumns];
+            // What the epilogue will write comes into the cache while the tile is computed.
+            const std::int64_t here = std::min<std::int64_t>(tile.rows, total - r),
+                               end = std::min(c + kColumns, columns);
+            for (std::int64_t i = r; i < r + here; ++i)
+              for (std::int64_t k = c; k < end; k += 16) __builtin_prefetch(rows[i].out + k, 1);
+            tile.run(sources, runs, panel, false, sums, kColumns);
+            kernel.finish(sums, kColumns, rows + r, static_cast<int>(here), phase.columns, c, end - c);
           }
         }
       }
@@ -509,12 +513,13 @@ bool grad_input(const Kernel& kernel, const Image& g, const Image& w, const Geom
 // corrections need. Its other operand has a column for each output channel, and one of ones: the sums of x.
 bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geometry& geometry, std::int64_t kh,
                  std::int64_t kw, int threads, float* dw) {
-  constexpr std::int64_t kChunk = 768;  // pixels: 8 columns of tables are 24 KB
+  constexpr std::int64_t kRows = 1 << 19;  // bytes of a part's rows, which stay in the second-level cache
+  constexpr std::int64_t kSteps = 8;       // of 64 pixels: 8 columns of tables are 16 KB, and stay in the first
   const std::int64_t pixels = g.n * g.h * g.w, taps = kh * kw, word_count = words(x), outs = g.c;
   if (taps > 64) return false;
   if (!fits(pixels, g.bits, largest_zero(g.grid, outs), largest_zero(x.grid, x.c))) return false;
-  const std::int64_t chunks = ceil_div(pixels, kChunk);
-  const std::int64_t chunk = ceil_div(ceil_div(pixels, chunks), 64) * 64, steps = chunk / 64;
+  const std::int64_t most = std::clamp<std::int64_t>(kRows / (taps * word_count * 1024), 4, 64) * 64;
+  const std::int64_t part = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), 64) * 64, steps = part / 64;
   threads = team(static_cast<double>(pixels) * static_cast<double>(taps * outs * x.c), threads);
 
   // x with all the pixels that the taps read, and zeros outside the image.
@@ -570,10 +575,16 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
   std::uint8_t ones[16];
   std::fill_n(ones, 16, std::uint8_t{1});
   for (std::int64_t k = 0; k < 4 * steps; ++k) kernel.tables(ones, 1, 64, columns + padded * column_bytes + 64 * k);
-  cpu::split(outs + 1, 1, threads,
-             [&](std::int64_t begin, std::int64_t end) { std::fill(sums + begin * ld, sums + end * ld, 0); });
 
-  for (std::int64_t first = 0; first < pixels; first += chunk) {
+  const Columns shared{spread<struct StepTag>(x.grid.step, x.grid.groups, x.c),
+                       spread<struct ZeroTag>(x.grid.zero, x.grid.groups, x.c), nullptr,
+                       spread<struct OffsetTag>(x.grid.offset, x.grid.groups, x.c), nullptr};
+  const std::int32_t* sums_x = sums + outs * ld;
+  auto* rest = cpu::scratch<struct RestTag, std::int32_t>(taps * x.c);
+  auto* v = cpu::scratch<struct VTag, float>(taps * x.c);
+  auto* all_results = cpu::scratch<struct ResultTag, float>(slots * taps * x.c);
+
+  for (std::int64_t first = 0; first < pixels; first += part) {
     // Pack 16 pixels at a time.
     split_slots(4 * steps, slots, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
       std::uint8_t* codes = all_codes + slot * slot_bytes;
@@ -613,54 +624,46 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
         kernel.blocks(mask, 0, to, to + panel_bytes);
       }
     });
-    // Multiply.
-    cpu::split(ceil_div(outs + 1, kLookupRows), 1, threads, [&](std::int64_t begin, std::int64_t end) {
-      const std::int64_t start = 0;
-      const Runs run{&start, 1, steps};
-      for (std::int64_t c = begin * kLookupRows; c < std::min(outs + 1, end * kLookupRows); c += kLookupRows) {
-        const int count = static_cast<int>(std::min<std::int64_t>(kLookupRows, outs + 1 - c));
-        const std::uint8_t* table[kLookupRows];
-        for (int i = 0; i < count; ++i) table[i] = columns + (c + i < outs ? c + i : padded) * column_bytes;
+    // Multiply: the column of ones first, which the epilogue of all others needs.
+    const auto multiply = [&](std::int64_t c, int count) {
+      const std::uint8_t* table[kLookupRows];
+      for (std::int64_t k = 0; k < steps; k += kSteps) {
+        const std::int64_t offset = 0;
+        const Runs run{&offset, 1, std::min(kSteps, steps - k)};
+        for (int i = 0; i < count; ++i)
+          table[i] = columns + (c < outs ? c + i : padded) * column_bytes + k * kLookupStep;
         for (std::int64_t w = 0; w < row_words; ++w) {
           const std::int64_t used = w < row_words - 1 ? x.c - w % word_count * 64 : taps;
           for (int half = 0; half < (used > kColumns ? 2 : 1); ++half) {
-            const std::uint8_t* panel = panels + (2 * w + half) * panel_bytes;
+            const std::uint8_t* panel = panels + (2 * w + half) * panel_bytes + k * kLookupPanel;
             std::int32_t* to = sums + c * ld + w * 64 + half * kColumns;
+            const bool add = first + k > 0;
             if (count == kLookupRows)
-              kernel.lookup(table, run, panel, to, ld);
+              kernel.lookup(table, run, panel, add, to, ld);
             else
-              for (int i = 0; i < count; ++i) kernel.lookup1(table + i, run, panel, to + i * ld, ld);
+              for (int i = 0; i < count; ++i) kernel.lookup1(table + i, run, panel, add, to + i * ld, ld);
           }
         }
       }
-    });
-  }
-
-  // Epilogue: one output channel at a time, [tap][input channel], then turned.
-  const Columns shared{spread<struct StepTag>(x.grid.step, x.grid.groups, x.c),
-                       spread<struct ZeroTag>(x.grid.zero, x.grid.groups, x.c), nullptr,
-                       spread<struct OffsetTag>(x.grid.offset, x.grid.groups, x.c), nullptr};
-  const std::int32_t* sums_x = sums + outs * ld;
-  auto* rest = cpu::scratch<struct RestTag, std::int32_t>(taps * x.c);
-  auto* v = cpu::scratch<struct VTag, float>(taps * x.c);
-  for (std::int64_t t = 0; t < taps; ++t)
-    for (std::int64_t c = 0; c < x.c; ++c) {
-      const std::int64_t terms = sums_x[mask_row + t];
-      const std::int64_t centered = sums_x[t * word_count * 64 + c] - (shared.zero ? terms * shared.zero[c] : 0);
-      rest[t * x.c + c] = static_cast<std::int32_t>(-centered);
-      double value = static_cast<double>(shared.step[c]) * static_cast<double>(centered);
-      if (shared.offset) value += static_cast<double>(terms) * static_cast<double>(shared.offset[c]);
-      v[t * x.c + c] = static_cast<float>(value);
-    }
-  auto* all_results = cpu::scratch<struct ResultTag, float>(slots * taps * x.c);
-  split_slots(outs, slots, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
-    float* results = all_results + slot * taps * x.c;
-    for (std::int64_t o = begin; o < end; ++o) {
+    };
+    const bool last = first + part >= pixels;
+    multiply(outs, 1);
+    for (std::int64_t t = 0; last && t < taps; ++t)
+      for (std::int64_t c = 0; c < x.c; ++c) {
+        const std::int64_t terms = sums_x[mask_row + t];
+        const std::int64_t centered = sums_x[t * word_count * 64 + c] - (shared.zero ? terms * shared.zero[c] : 0);
+        rest[t * x.c + c] = static_cast<std::int32_t>(-centered);
+        double value = static_cast<double>(shared.step[c]) * static_cast<double>(centered);
+        if (shared.offset) value += static_cast<double>(terms) * static_cast<double>(shared.offset[c]);
+        v[t * x.c + c] = static_cast<float>(value);
+      }
+    // An output channel's results are [tap][input channel], then turned.
+    const auto finish = [&](std::int64_t o, float* results) {
       const std::int64_t group = g.grid.groups ? o : 0;
       const std::int32_t zero = g.grid.zero ? g.grid.zero[group] : 0;
       for (std::int64_t t = 0; t < taps; ++t) {
         const std::int32_t sum = sums[o * ld + mask_row + t];
-        const double centered = sum - std::int64_t{sums_x[mask_row + t]} * zero;
+        const double centered = static_cast<double>(sum - std::int64_t{sums_x[mask_row + t]} * zero);
         const Row row{nullptr,
                       results + t * x.c,
                       g.grid.offset ? v + t * x.c : nullptr,
@@ -674,10 +677,18 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
         kernel.finish(sums + o * ld + t * word_count * 64, ld, &row, 1, all, 0, x.c);
       }
       float* to = dw + o * x.c * taps;
-      for (std::int64_t c = 0; c < x.c; ++c)
-        for (std::int64_t t = 0; t < taps; ++t) *to++ = results[t * x.c + c];
-    }
-  });
+      for (std::int64_t c0 = 0; c0 < x.c; c0 += 64)
+        for (std::int64_t t = 0; t < taps; ++t)
+          for (std::int64_t c = c0; c < std::min(c0 + 64, x.c); ++c) to[c * taps + t] = results[t * x.c + c];
+    };
+    split_slots(ceil_div(outs, kLookupRows), slots, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t c = begin * kLookupRows; c < std::min(outs, end * kLookupRows); c += kLookupRows) {
+        const int count = static_cast<int>(std::min<std::int64_t>(kLookupRows, outs - c));
+        multiply(c, count);
+        for (int i = 0; last && i < count; ++i) finish(c + i, all_results + slot * taps * x.c);
+      }
+    });
+  }
   return true;
 }
 

@@ -1,4 +1,5 @@
 // The reference: one code or word at a time. A block of a lookup panel is [16 columns][4 nibbles].
+#include <algorithm>
 #include <bit>
 
 #include "kernels/convolution1/convolution1.h"
@@ -14,8 +15,13 @@ void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::
   }
 }
 
-void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-              std::int64_t ld) {
+void clear(int rows, bool add, std::int32_t* sums, std::int64_t ld) {
+  for (int i = 0; i < rows && !add; ++i) std::fill_n(sums + i * ld, kColumns, 0);
+}
+
+void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+              std::int32_t* sums, std::int64_t ld) {
+  clear(kPopcountRows, add, sums, ld);
   for (std::int64_t r = 0; r < runs.count; ++r)
     for (std::int64_t k = 0; k < runs.length; ++k, panel += kPopcountPanel)
       for (int i = 0; i < kPopcountRows; ++i) {
@@ -47,17 +53,20 @@ void tables(const std::uint8_t* codes, std::int64_t n, std::int64_t stride, std:
 }
 
 void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uint8_t* low, std::uint8_t* high) {
-  for (int c = 0; c < 64; ++c)
+  for (int c = 0; c < 64; ++c) {
+    std::uint8_t* column = (c < 32 ? low : high) + c % 32 / 16 * 256 + c % 16 * 4;
     for (int j = 0; j < 4; ++j) {
       int nibble = 0;
       for (int b = 0; b < 4; ++b) nibble |= static_cast<int>(load64(row[4 * j + b] + offset) >> c & 1) << b;
-      (c < 32 ? low : high)[c % 32 / 16 * 256 + c % 16 * 4 + j] = static_cast<std::uint8_t>(nibble);
+      column[j] = static_cast<std::uint8_t>(nibble);
     }
+  }
 }
 
 template <int kRows>
-void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-            std::int64_t ld) {
+void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+            std::int32_t* sums, std::int64_t ld) {
+  clear(kRows, add, sums, ld);
   for (std::int64_t r = 0; r < runs.count; ++r)
     for (std::int64_t k = 0; k < runs.length; ++k, panel += kLookupPanel)
       for (int i = 0; i < kRows; ++i)

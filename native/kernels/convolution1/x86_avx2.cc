@@ -34,7 +34,7 @@ FQTSTATS_INLINE __m256i byte_counts(__m256i x) {
 }
 
 // 16 of the columns of one row.
-FQTSTATS_INLINE void popcount_strip(const std::uint8_t* source, const Runs& runs, const std::uint8_t* panel,
+FQTSTATS_INLINE void popcount_strip(const std::uint8_t* source, const Runs& runs, const std::uint8_t* panel, bool add,
                                     std::int32_t* sums) {
   __m256i c[4];
 #pragma GCC unroll 4
@@ -54,14 +54,14 @@ FQTSTATS_INLINE void popcount_strip(const std::uint8_t* source, const Runs& runs
   for (int j = 0; j < 4; ++j) {
     const __m128i sum = _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(c[j], even));
     auto* to = reinterpret_cast<__m128i*>(sums + 4 * j);
-    _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), sum));
+    _mm_storeu_si128(to, add ? _mm_add_epi32(_mm_loadu_si128(to), sum) : sum);
   }
 }
 
-static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                     std::int64_t ld) {
+static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                     std::int32_t* sums, std::int64_t ld) {
   for (int i = 0; i < kPopcountRows; ++i)
-    for (int c = 0; c < kColumns; c += 16) popcount_strip(source[i], runs, panel + 8 * c, sums + i * ld + c);
+    for (int c = 0; c < kColumns; c += 16) popcount_strip(source[i], runs, panel + 8 * c, add, sums + i * ld + c);
 }
 
 static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes) {
@@ -144,66 +144,65 @@ static void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uin
     }
 }
 
-// sums[0..15] += the 16-bit sums of the even and the odd columns, over both lanes.
-FQTSTATS_INLINE void flush(std::int32_t* sums, __m256i even, __m256i odd) {
+// sums[0..15] = or += the 16-bit sums of the even and the odd columns, over both lanes.
+FQTSTATS_INLINE void flush(std::int32_t* sums, bool add, __m256i even, __m256i odd) {
   const auto lanes = [](__m256i x) {
     return _mm256_add_epi32(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)),
                             _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
   };
   const __m256i e = lanes(even), o = lanes(odd);
   const __m256i low = _mm256_unpacklo_epi32(e, o), high = _mm256_unpackhi_epi32(e, o);
-  store(sums, _mm256_add_epi32(load(sums), _mm256_permute2x128_si256(low, high, 0x20)));
-  store(sums + 8, _mm256_add_epi32(load(sums + 8), _mm256_permute2x128_si256(low, high, 0x31)));
+  __m256i first = _mm256_permute2x128_si256(low, high, 0x20), second = _mm256_permute2x128_si256(low, high, 0x31);
+  if (add) {
+    first = _mm256_add_epi32(first, load(sums));
+    second = _mm256_add_epi32(second, load(sums + 8));
+  }
+  store(sums, first);
+  store(sums + 8, second);
 }
 
-template <int kRows>
-FQTSTATS_INLINE void lookup_strip(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel,
-                                  std::int32_t* sums, std::int64_t ld) {
+// One row.
+FQTSTATS_INLINE void lookup_strip(const std::uint8_t* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                                  std::int32_t* sums) {
   constexpr std::int64_t kFlush = 128;  // steps; each adds at most 2 x 240 to a 16-bit sum
   const __m256i byte = _mm256_set1_epi16(255);
-  __m256i even[2 * kRows], odd[2 * kRows];
-#pragma GCC unroll 4
-  for (int i = 0; i < 2 * kRows; ++i) even[i] = odd[i] = _mm256_setzero_si256();
+  __m256i even0 = _mm256_setzero_si256(), odd0 = even0, even1 = even0, odd1 = even0;
   std::int64_t steps = 0;
   const auto empty = [&] {
-#pragma GCC unroll 4
-    for (int i = 0; i < 2 * kRows; ++i) {
-      flush(sums + i / 2 * ld + i % 2 * 16, even[i], odd[i]);
-      even[i] = odd[i] = _mm256_setzero_si256();
-    }
+    flush(sums, add, even0, odd0);
+    flush(sums + 16, add, even1, odd1);
+    even0 = odd0 = even1 = odd1 = _mm256_setzero_si256();
     steps = 0;
+    add = true;
+  };
+  const auto look = [](__m256i table, const std::uint8_t* nibbles) {
+    return _mm256_shuffle_epi8(table, load(nibbles));
   };
   for (std::int64_t r = 0; r < runs.count; ++r)
-    for (std::int64_t k = 0; k < runs.length; ++k, panel += kLookupPanel) {
+    for (std::int64_t k = 0; k < runs.length; ++k) {
+      const std::uint8_t* table = source + runs.offset[r] + k * kLookupStep;
 #pragma GCC unroll 2
-      for (int i = 0; i < kRows; ++i) {
-        const std::uint8_t* table = source[i] + runs.offset[r] + k * kLookupStep;
-#pragma GCC unroll 2
-        for (int q = 0; q < 4; q += 2, table += 128) {
-          const __m256i t0 = load(table), t1 = load(table + 32), t2 = load(table + 64), t3 = load(table + 96);
-#pragma GCC unroll 2
-          for (int b = 0; b < 2; ++b) {
-            const std::uint8_t* x = panel + 256 * b + 64 * q;
-            const __m256i s01 =
-                _mm256_add_epi8(_mm256_shuffle_epi8(t0, load(x)), _mm256_shuffle_epi8(t1, load(x + 32)));
-            const __m256i s23 =
-                _mm256_add_epi8(_mm256_shuffle_epi8(t2, load(x + 64)), _mm256_shuffle_epi8(t3, load(x + 96)));
-            const __m256i s = _mm256_add_epi8(s01, s23);
-            even[2 * i + b] = _mm256_add_epi16(even[2 * i + b], _mm256_and_si256(s, byte));
-            odd[2 * i + b] = _mm256_add_epi16(odd[2 * i + b], _mm256_srli_epi16(s, 8));
-          }
-        }
+      for (int q = 0; q < 2; ++q, table += 128, panel += 128) {
+        const __m256i t0 = load(table), t1 = load(table + 32), t2 = load(table + 64), t3 = load(table + 96);
+        const __m256i x = _mm256_add_epi8(_mm256_add_epi8(look(t0, panel), look(t1, panel + 32)),
+                                          _mm256_add_epi8(look(t2, panel + 64), look(t3, panel + 96)));
+        const __m256i y = _mm256_add_epi8(_mm256_add_epi8(look(t0, panel + 256), look(t1, panel + 288)),
+                                          _mm256_add_epi8(look(t2, panel + 320), look(t3, panel + 352)));
+        even0 = _mm256_add_epi16(even0, _mm256_and_si256(x, byte));
+        odd0 = _mm256_add_epi16(odd0, _mm256_srli_epi16(x, 8));
+        even1 = _mm256_add_epi16(even1, _mm256_and_si256(y, byte));
+        odd1 = _mm256_add_epi16(odd1, _mm256_srli_epi16(y, 8));
       }
+      panel += kLookupPanel - 256;
       if (++steps == kFlush) empty();
     }
   empty();
 }
 
 template <int kRows>
-static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                   std::int64_t ld) {
-  constexpr int kStrip = kRows == 1 ? 1 : 2;
-  for (int i = 0; i < kRows; i += kStrip) lookup_strip<kStrip>(source + i, runs, panel, sums + i * ld, ld);
+static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                   std::int32_t* sums, std::int64_t ld) {
+  for (int i = 0; i < kRows; ++i) lookup_strip(source[i], runs, panel, add, sums + i * ld);
 }
 
 static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,

@@ -21,22 +21,27 @@ static void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words
   }
 }
 
-// sums[0..31] += four registers of 64-bit sums.
-FQTSTATS_INLINE void add_to(std::int32_t* sums, __m512i c0, __m512i c1, __m512i c2, __m512i c3) {
-  const __m512i low =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c0)), _mm512_cvtepi64_epi32(c1), 1);
-  const __m512i high =
-      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c2)), _mm512_cvtepi64_epi32(c3), 1);
-  _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), low));
-  _mm512_storeu_si512(sums + 16, _mm512_add_epi32(_mm512_loadu_si512(sums + 16), high));
+// sums[0..31] = or += two registers.
+FQTSTATS_INLINE void put(std::int32_t* sums, bool add, __m512i low, __m512i high) {
+  if (add) {
+    low = _mm512_add_epi32(low, _mm512_loadu_si512(sums));
+    high = _mm512_add_epi32(high, _mm512_loadu_si512(sums + 16));
+  }
+  _mm512_storeu_si512(sums, low);
+  _mm512_storeu_si512(sums + 16, high);
+}
+
+// Two registers of 64-bit sums in one.
+FQTSTATS_INLINE __m512i narrow(__m512i low, __m512i high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high), 1);
 }
 
 FQTSTATS_INLINE __m512i add_bits(__m512i sum, __m512i a, __m512i b) {
   return _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_and_si512(a, b)));
 }
 
-static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                     std::int64_t ld) {
+static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                     std::int32_t* sums, std::int64_t ld) {
   constexpr int kRows = kPopcountRows;
   __m512i c0[kRows], c1[kRows], c2[kRows], c3[kRows];
 #pragma GCC unroll 6
@@ -59,7 +64,7 @@ static void popcount(const std::uint8_t* const* source, const Runs& runs, const 
     }
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < kRows; ++i) add_to(sums + i * ld, c0[i], c1[i], c2[i], c3[i]);
+  for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, narrow(c0[i], c1[i]), narrow(c2[i], c3[i]));
 }
 
 template <int kBits>
@@ -94,32 +99,34 @@ static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n,
                      : unpack_bits<1>(packed, n, codes);
 }
 
+FQTSTATS_INLINE void interleave(const __m512i* from, __m512i* to) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    to[2 * i] = _mm512_unpacklo_epi8(from[i], from[i + 8]);
+    to[2 * i + 1] = _mm512_unpackhi_epi8(from[i], from[i + 8]);
+  }
+}
+
 // Four rounds of interleaving the first half with the second transpose 16 x 16 bytes, in each 128-bit lane.
 static void transpose(const std::uint8_t* codes, std::int64_t ld, std::int64_t n, std::uint8_t* out) {
   for (std::int64_t c = 0; c < n; c += 64, codes += 64, out += 1024) {
     __m512i a[16], b[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(codes + i * ld);
-#pragma GCC unroll 2
-    for (int round = 0; round < 2; ++round) {
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        b[2 * i] = _mm512_unpacklo_epi8(a[i], a[i + 8]);
-        b[2 * i + 1] = _mm512_unpackhi_epi8(a[i], a[i + 8]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm512_unpacklo_epi8(b[i], b[i + 8]);
-        a[2 * i + 1] = _mm512_unpackhi_epi8(b[i], b[i + 8]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const __m512i low = _mm512_loadu_si512(codes + i * ld), high = _mm512_loadu_si512(codes + (i + 8) * ld);
+      a[2 * i] = _mm512_unpacklo_epi8(low, high);
+      a[2 * i + 1] = _mm512_unpackhi_epi8(low, high);
     }
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       std::uint8_t* to = out + 16 * i;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(a[i]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 256), _mm512_extracti32x4_epi32(a[i], 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 512), _mm512_extracti32x4_epi32(a[i], 2));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 768), _mm512_extracti32x4_epi32(a[i], 3));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(b[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 256), _mm512_extracti32x4_epi32(b[i], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 512), _mm512_extracti32x4_epi32(b[i], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 768), _mm512_extracti32x4_epi32(b[i], 3));
     }
   }
 }
@@ -165,17 +172,25 @@ static void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uin
   _mm512_storeu_si512(high + 256, _mm512_unpackhi_epi16(high01, high23));
 }
 
+// Into a register: as operands from memory, two look-ups in one table would load it twice.
+FQTSTATS_INLINE __m512i load_once(const std::uint8_t* p) {
+  __m512i x = _mm512_loadu_si512(p);
+  asm("" : "+v"(x));
+  return x;
+}
+
+// Keeps the compiler from adding in another order, which would need more registers than there are.
+FQTSTATS_INLINE void keep(__m512i& x, __m512i& y) { asm("" : "+v"(x), "+v"(y)); }
+
 template <int kRows>
-static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
-                   std::int64_t ld) {
+static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, bool add,
+                   std::int32_t* sums, std::int64_t ld) {
   const __m512i one = _mm512_set1_epi8(1);
   __m512i c0[kRows], c1[kRows];
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    c0[i] = _mm512_loadu_si512(sums + i * ld);
-    c1[i] = _mm512_loadu_si512(sums + i * ld + 16);
-  }
+  for (int i = 0; i < kRows; ++i) c0[i] = c1[i] = _mm512_setzero_si512();
   for (std::int64_t r = 0; r < runs.count; ++r) {
+    asm volatile("" ::: "memory");  // the pointers are read anew: cheaper than keeping 8 more registers alive
     const std::uint8_t* a[kRows];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) a[i] = source[i] + runs.offset[r];
@@ -186,47 +201,61 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
       const __m512i y2 = _mm512_loadu_si512(panel + 384), y3 = _mm512_loadu_si512(panel + 448);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const __m512i t0 = _mm512_loadu_si512(a[i] + k), t1 = _mm512_loadu_si512(a[i] + k + 64);
-        const __m512i t2 = _mm512_loadu_si512(a[i] + k + 128), t3 = _mm512_loadu_si512(a[i] + k + 192);
-        const __m512i x01 = _mm512_add_epi8(_mm512_permutexvar_epi8(x0, t0), _mm512_permutexvar_epi8(x1, t1));
-        const __m512i x23 = _mm512_add_epi8(_mm512_permutexvar_epi8(x2, t2), _mm512_permutexvar_epi8(x3, t3));
-        const __m512i y01 = _mm512_add_epi8(_mm512_permutexvar_epi8(y0, t0), _mm512_permutexvar_epi8(y1, t1));
-        const __m512i y23 = _mm512_add_epi8(_mm512_permutexvar_epi8(y2, t2), _mm512_permutexvar_epi8(y3, t3));
-        c0[i] = _mm512_dpbusd_epi32(c0[i], _mm512_add_epi8(x01, x23), one);
-        c1[i] = _mm512_dpbusd_epi32(c1[i], _mm512_add_epi8(y01, y23), one);
+        // In this order few registers live at a time: 16 sums, 8 blocks, a table, two partial sums.
+        __m512i t = load_once(a[i] + k);
+        __m512i x = _mm512_permutexvar_epi8(x0, t), y = _mm512_permutexvar_epi8(y0, t);
+        t = load_once(a[i] + k + 64);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x1, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y1, t));
+        keep(x, y);
+        t = load_once(a[i] + k + 128);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x2, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y2, t));
+        t = load_once(a[i] + k + 192);
+        x = _mm512_add_epi8(x, _mm512_permutexvar_epi8(x3, t));
+        y = _mm512_add_epi8(y, _mm512_permutexvar_epi8(y3, t));
+        c0[i] = _mm512_dpbusd_epi32(c0[i], x, one);
+        c1[i] = _mm512_dpbusd_epi32(c1[i], y, one);
       }
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_si512(sums + i * ld, c0[i]);
-    _mm512_storeu_si512(sums + i * ld + 16, c1[i]);
+  for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, c0[i], c1[i]);
+}
+
+// 16 columns, or the first few of them. Whole registers are stored without a mask, which is faster.
+template <bool kWhole>
+FQTSTATS_INLINE void finish16(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows,
+                              const Columns& columns, std::int64_t at, __mmask16 valid) {
+  const auto integers = [&](const std::int32_t* p) {
+    return kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(valid, p);
+  };
+  const auto floats = [&](const float* p) { return kWhole ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(valid, p); };
+  const __m512 step = floats(columns.step + at);
+  const __m512 offset = columns.offset ? floats(columns.offset + at) : _mm512_setzero_ps();
+  const __m512 bias = columns.bias ? floats(columns.bias + at) : _mm512_setzero_ps();
+  const __m512i zero = columns.zero ? integers(columns.zero + at) : _mm512_setzero_si512();
+  const __m512i rest = columns.rest ? integers(columns.rest + at) : _mm512_setzero_si512();
+  for (int r = 0; r < rows; ++r) {
+    __m512i sum = integers(sums + r * ld);
+    if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
+    if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
+    if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
+    if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v + at)));
+    if (columns.bias) y = _mm512_add_ps(y, bias);
+    if (kWhole)
+      _mm512_storeu_ps(row[r].out + at, y);
+    else
+      _mm512_mask_storeu_ps(row[r].out + at, valid, y);
   }
 }
 
 static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
                    std::int64_t first, std::int64_t n) {
-  for (std::int64_t c = 0; c < n; c += 16) {
-    const __mmask16 valid = static_cast<__mmask16>(n - c >= 16 ? 0xFFFF : (1 << (n - c)) - 1);
-    const auto floats = [&](const float* p) {
-      return p ? _mm512_maskz_loadu_ps(valid, p + first + c) : _mm512_setzero_ps();
-    };
-    const auto integers = [&](const std::int32_t* p) {
-      return p ? _mm512_maskz_loadu_epi32(valid, p + first + c) : _mm512_setzero_si512();
-    };
-    const __m512 step = floats(columns.step), offset = floats(columns.offset), bias = floats(columns.bias);
-    const __m512i zero = integers(columns.zero), rest = integers(columns.rest);
-    for (int r = 0; r < rows; ++r) {
-      __m512i sum = _mm512_maskz_loadu_epi32(valid, sums + r * ld + c);
-      if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
-      if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
-      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
-      if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
-      if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v)));
-      if (columns.bias) y = _mm512_add_ps(y, bias);
-      _mm512_mask_storeu_ps(row[r].out + first + c, valid, y);
-    }
-  }
+  std::int64_t c = 0;
+  for (; c + 16 <= n; c += 16) finish16<true>(sums + c, ld, row, rows, columns, first + c, 0xFFFF);
+  if (c < n) finish16<false>(sums + c, ld, row, rows, columns, first + c, static_cast<__mmask16>((1 << (n - c)) - 1));
 }
 
 extern const Kernel avx512vbmi{
