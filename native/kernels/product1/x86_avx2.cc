@@ -17,11 +17,11 @@ struct Avx2 {
       for (int i = 0; i < kBlock; ++i) out[16 * at + i] = w[i] >> (4 * at) & 15;
   }
 
-  static void build(const std::uint8_t* codes, std::uint8_t* out) {
-    for (int v = 0; v < kVectors; v += 2) {
-      const __m256i b = _mm256_broadcastsi128_si256(load128(codes + 8 * v));
-      store(out + 32 * v, subsets(b, 0));
-      store(out + 32 * v + 32, subsets(b, 8));
+  static void build(const __m128i (&codes)[4], std::uint8_t* out) {
+    for (int v = 0; v < 4; ++v) {
+      const __m256i b = _mm256_broadcastsi128_si256(codes[v]);
+      store(out + 64 * v, subsets(b, 0));
+      store(out + 64 * v + 32, subsets(b, 8));
     }
   }
 
@@ -40,7 +40,6 @@ struct Avx2 {
   }
 
  private:
-  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 

@@ -12,7 +12,7 @@ struct Avx512 {
       for (int i = 0; i < kBlock; ++i) out[16 * at + i] = w[i] >> (4 * at) & 15;
   }
 
-  static void build(const std::uint8_t* codes, std::uint8_t* out) { build_tables(codes, out); }
+  static void build(const __m128i (&codes)[4], std::uint8_t* out) { build_tables(codes, out); }
 
   template <int kBits>
   static void tile(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups, std::int32_t* c,
