@@ -11,6 +11,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "cpu/scratch.h"
 #include "kernels/product1/generic.h"
 
@@ -29,6 +31,23 @@ static_assert(kRows % kPanel == 0);  // square blocks to transpose
 struct Sums;  // tag of a scratch buffer
 
 }  // namespace
+
+#define FQTSTATS_INLINE __attribute__((always_inline))
+
+// body(j) for j = 0 .. kCount - 1, each a compile-time constant: arrays of vectors indexed by j live in registers.
+template <int kCount, int j = 0, typename Body>
+FQTSTATS_INLINE static inline void repeat(const Body& body) {
+  if constexpr (j < kCount) {
+    body(std::integral_constant<int, j>{});
+    repeat<kCount, j + 1>(body);
+  }
+}
+
+// Ends an expression, so that the compiler does not regroup a long sum into one that needs more registers.
+template <typename V>
+FQTSTATS_INLINE static inline void settle(V& v) {
+  asm volatile("" : "+v"(v));
+}
 
 template <class Simd>
 static void pack_indices(const Matrix& x, std::int64_t groups, std::int64_t panel, std::uint8_t* out) {

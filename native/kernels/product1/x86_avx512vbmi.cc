@@ -22,8 +22,8 @@ struct Vbmi {
 
   // Four look-ups of at most 60 each fit into an unsigned byte.
   template <int kBits>
-  static void tile(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups, std::int32_t* c,
-                   std::int64_t ldc, bool first) {
+  __attribute__((noinline)) static void tile(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups,
+                                             std::int32_t* c, std::int64_t ldc, bool first) {
     const __m512i one = _mm512_set1_epi8(1);
     __m512i left[kTile], right[kTile];
 #pragma GCC unroll 8
