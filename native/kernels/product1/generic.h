@@ -21,19 +21,21 @@ static inline T load(const std::uint8_t* row, std::int64_t bytes, std::int64_t a
   return value;
 }
 
+namespace {
+
 // Vectors of the widest kind that the file's instruction set has.
 #if defined(__AVX512F__)
-inline constexpr int kVectorBytes = 64;
+constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
-inline constexpr int kVectorBytes = 32;
+constexpr int kVectorBytes = 32;
 #else
-inline constexpr int kVectorBytes = 16;
+constexpr int kVectorBytes = 16;
 #endif
-namespace {
 typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef std::uint64_t Longs __attribute__((vector_size(kVectorBytes)));
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
+
 }  // namespace
 
 template <typename V, typename T>
@@ -51,15 +53,15 @@ template <int kBits>
 static void transpose_codes(const Operand& x, std::int64_t begin, std::int64_t end, std::int64_t groups,
                             std::int64_t stride, std::uint8_t* out) {
   constexpr int kSide = 64 / kBits, kLanes = 8;
-  const std::int64_t row_bytes = x.row_bytes();
+  const std::int64_t width = row_bytes(x);
   alignas(64) std::uint64_t w[kSide][kLanes];
   for (std::int64_t c = begin; c < end; c += kSide * kLanes) {
-    const std::int64_t at = c * kBits / 8, width = least(sizeof w[0], row_bytes - at),
+    const std::int64_t at = c * kBits / 8, loaded = least(sizeof w[0], width - at),
                        columns = least(kSide * kLanes, end - c);
     for (std::int64_t k = 0; k < groups * kGroup; k += kSide) {
-      if (width < static_cast<std::int64_t>(sizeof w[0]) || k + kSide > x.rows) std::memset(w, 0, sizeof w);
+      if (loaded < static_cast<std::int64_t>(sizeof w[0]) || k + kSide > x.rows) std::memset(w, 0, sizeof w);
       for (std::int64_t i = 0; i < least(kSide, x.rows - k); ++i)
-        std::memcpy(w[i], x.data + (k + i) * row_bytes + at, static_cast<std::size_t>(width));
+        std::memcpy(w[i], x.data + (k + i) * width + at, static_cast<std::size_t>(loaded));
       for (int d = kSide / 2, shift = 32; d > 0; d /= 2, shift /= 2) {
         const std::uint64_t low = ~std::uint64_t{0} / ((std::uint64_t{1} << shift) + 1);
         for (int i = 0; i < kSide; i = (i + d + 1) & ~d)

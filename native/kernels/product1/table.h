@@ -63,7 +63,7 @@ static void pack_indices(const Matrix& x, std::int64_t groups, std::int64_t pane
 
 // Bytes of two halves of kBits bits each to one byte per half.
 template <int kBits>
-__attribute__((always_inline)) static inline void halve(__m128i v, __m128i& first, __m128i& second) {
+FQTSTATS_INLINE static inline void halve(__m128i v, __m128i& first, __m128i& second) {
   const __m128i mask = _mm_set1_epi8((1 << kBits) - 1);
   const __m128i low = _mm_and_si128(v, mask), high = _mm_and_si128(_mm_srli_epi16(v, kBits), mask);
   first = _mm_unpacklo_epi8(low, high);
@@ -72,8 +72,8 @@ __attribute__((always_inline)) static inline void halve(__m128i v, __m128i& firs
 
 // Group g of a row, one byte per code.
 template <int kBits>
-__attribute__((always_inline)) static inline void unpack(const std::uint8_t* row, std::int64_t bytes, std::int64_t g,
-                                                         __m128i (&codes)[4]) {
+FQTSTATS_INLINE static inline void unpack(const std::uint8_t* row, std::int64_t bytes, std::int64_t g,
+                                          __m128i (&codes)[4]) {
   const std::int64_t at = 8 * kBits * g;
   if constexpr (kBits == 4) {
     halve<4>(load<__m128i>(row, bytes, at), codes[0], codes[1]);
@@ -112,8 +112,8 @@ static void multiply_tables(const Job& job, std::int64_t begin, std::int64_t end
         const std::int64_t groups = least(depth, job.groups - g);
         for (std::int64_t t = 0; t < rows; t += kTile) {
           for (std::int64_t i = 0; i < kTile; ++i) {
-            const std::uint8_t* row = table.data + (r + t + i) * table.stride;
-            const std::int64_t bytes = t + i < rows ? table.bytes : 0;
+            const std::uint8_t* row = table.data + least(r + t + i, end - 1) * table.stride;
+            const std::int64_t bytes = t + i < rows ? table.bytes : 0;  // no row: codes of 0
             for (std::int64_t k = 0; k < groups; ++k) {
               unpack<kBits>(row, bytes, g + k, codes);
               Simd::build(codes, tables + (k * kTile + i) * kTableBytes);
