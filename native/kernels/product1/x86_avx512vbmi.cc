@@ -100,11 +100,12 @@ void count_tile(const std::uint8_t* const (&rows)[kRowsPerTile], const std::uint
       c[i][3] = _mm512_add_epi64(c[i][3], _mm512_popcnt_epi64(_mm512_and_si512(a, b3)));
     }
   }
+  const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #pragma GCC unroll 6
-  for (int i = 0; i < kRowsPerTile; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(s[i] + 8 * j), _mm512_cvtepi64_epi32(c[i][j]));
+  for (int i = 0; i < kRowsPerTile; ++i) {
+    _mm512_store_si512(s[i], _mm512_permutex2var_epi32(c[i][0], low, c[i][1]));
+    _mm512_store_si512(s[i] + 16, _mm512_permutex2var_epi32(c[i][2], low, c[i][3]));
+  }
 }
 
 void count(const Job& job, std::int64_t begin, std::int64_t end) {
