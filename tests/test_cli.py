@@ -163,7 +163,7 @@ def test_a_single_batch_has_no_sampling_variance_and_says_so(run: Run) -> None:
         ("policies", policies.POLICIES),
         ("models", models.MODELS),
         ("data", SOURCES),
-        ("kernels", ["philox_bits"]),
+        ("kernels", ["philox_bits", "product1"]),
     ],
 )
 def test_list(run: Run, what: str, names: Any) -> None:

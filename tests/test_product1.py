@@ -78,7 +78,7 @@ def test_sums_over_several_passes(variant, orientation):
     # More than 64 panels, more than 32 rows, more than one strip of columns, and three threads.
     generator = torch.Generator().manual_seed(0)
     contract = ORIENTATIONS[orientation]
-    for bits, (m, n, k) in (((1, 4), (2100, 70, 130)), ((4, 1), (70, 2100, 130)), ((1, 1), (1030, 130, 1030))):
+    for bits, (m, n, k) in (((1, 4), (2100, 70, 130)), ((4, 1), (70, 2100, 130)), ((1, 1), (2100, 130, 1030))):
         if variant == "scalar" and bits != (1, 1):
             k = 40  # noqa: PLW2901
         a, b = draw(generator, bits[0], (m, k)), draw(generator, bits[1], (n, k))
@@ -163,10 +163,10 @@ def test_integers_beyond_int32_are_rounded_once(variant):
     zero = torch.tensor([32768, -32768, 20001], dtype=torch.int32)
     a = packed(draw(generator, 4, (3, 4099)), 4, Affine(torch.rand(3), zero, torch.randn(3), 0))
     b = packed(draw(generator, 1, (3, 4099)), 1, Affine(torch.rand(3), zero.flip(0), torch.randn(3), 0))
-    expected = products._affine(lambda x, y: x @ y.t(), a, b, None)
-    assert expected.abs().max() > 2**31
-    assert torch.equal(product1._product(a, b, False, False, None, variant), expected)
-    assert torch.equal(product1._product(b, a, False, False, None, variant).t(), expected)
+    for x, w in ((a, b), (b, a)):
+        expected = products._affine(lambda cx, cw: cx @ cw.t(), x, w, None)
+        assert expected.abs().max() > 2**31
+        assert torch.equal(product1._product(x, w, False, False, None, variant), expected)
 
 
 def test_public_products_use_the_kernel(monkeypatch):
@@ -235,7 +235,7 @@ def test_accepts_what_it_documents():
         ({"a": torch.zeros(3, 36)}, TypeError, "a must be uint8"),
         ({"a": torch.zeros(3, 35, dtype=torch.uint8)}, ValueError, "a must be uint8"),
         ({"a": torch.zeros(3, 72, dtype=torch.uint8)[:, ::2]}, ValueError, "a must be uint8.*contiguous"),
-        ({"a": torch.zeros(3, 36, dtype=torch.uint8, device="meta")}, (TypeError, RuntimeError), ""),
+        ({"a": torch.zeros(3, 36, dtype=torch.uint8, device="meta")}, TypeError, "incompatible function arguments"),
         ({"b": torch.zeros(5, 12, dtype=torch.uint8)}, ValueError, "b must be uint8"),
         ({"a_bits": 8}, ValueError, "bits of a must be 1, 2 or 4, got 8"),
         ({"a_channels": -1}, ValueError, "channels of a must be"),

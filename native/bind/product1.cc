@@ -26,7 +26,7 @@ Operand operand(const char* name, const Array& a, std::int64_t channels, int bit
   if (bits != 1 && bits != 2 && bits != 4) bad_value(("bits" + of).c_str(), "1, 2 or 4", bits);
   check_range(("channels" + of).c_str(), channels, 0, product1::kMaxTerms);
   Operand x{nullptr, kAny, channels, bits, contract_rows};
-  x.data = data<std::uint8_t>(name, a, {kAny, x.row_bytes()});
+  x.data = data<std::uint8_t>(name, a, {kAny, product1::row_bytes(x)});
   x.rows = static_cast<std::int64_t>(a.shape(0));
   return x;
 }
@@ -36,11 +36,11 @@ void check_pair(const Operand& a, const Operand& b) {
     throw nb::value_error(
         ("one of a and b must have 1 bit, got " + std::to_string(a.bits) + " and " + std::to_string(b.bits) + " bits")
             .c_str());
-  if (a.terms() != b.terms())
-    throw nb::value_error(("the contracted axes of a and b must agree, got " + std::to_string(a.terms()) + " and " +
-                           std::to_string(b.terms()))
+  if (product1::terms(a) != product1::terms(b))
+    throw nb::value_error(("the contracted axes of a and b must agree, got " + std::to_string(product1::terms(a)) +
+                           " and " + std::to_string(product1::terms(b)))
                               .c_str());
-  check_range("the contracted axis", a.terms(), 0, product1::kMaxTerms);
+  check_range("the contracted axis", product1::terms(a), 0, product1::kMaxTerms);
 }
 
 Affine affine(const std::string& name, std::int64_t extent, const Array& step, const std::optional<Array>& zero,
@@ -64,10 +64,10 @@ void product1_multiply(const Array& a, std::int64_t a_channels, int a_bits, bool
   const Operand x = operand("a", a, a_channels, a_bits, a_contract_rows);
   const Operand w = operand("b", b, b_channels, b_bits, b_contract_rows);
   check_pair(x, w);
-  const Affine of_x = affine("a", x.extent(), a_step, a_zero, a_offset);
-  const Affine of_w = affine("b", w.extent(), b_step, b_zero, b_offset);
-  const float* add = data<float>("bias", bias, {w.extent()});
-  float* y = data<float>("out", out, {x.extent(), w.extent()});
+  const Affine of_x = affine("a", product1::extent(x), a_step, a_zero, a_offset);
+  const Affine of_w = affine("b", product1::extent(w), b_step, b_zero, b_offset);
+  const float* add = data<float>("bias", bias, {product1::extent(w)});
+  float* y = data<float>("out", out, {product1::extent(x), product1::extent(w)});
   check_range("threads", threads, 1, kMaxThreads);
   const product1::Kernel& kernel = find_variant(product1::kernels(), variant);
   nb::gil_scoped_release release;
@@ -82,7 +82,7 @@ void product1_integers(const Array& a, std::int64_t a_channels, int a_bits, bool
   check_pair(x, w);
   if (signs && std::max(x.bits, w.bits) != 1)
     bad_value("bits of a and b", "1 for the product of signs", std::max(x.bits, w.bits));
-  std::int32_t* y = data<std::int32_t>("out", out, {x.extent(), w.extent()});
+  std::int32_t* y = data<std::int32_t>("out", out, {product1::extent(x), product1::extent(w)});
   check_range("threads", threads, 1, kMaxThreads);
   const product1::Kernel& kernel = find_variant(product1::kernels(), variant);
   nb::gil_scoped_release release;

@@ -30,7 +30,7 @@ struct Panels;
 template <int kArray>
 struct Numbers;
 
-constexpr std::int64_t kGrain = 1 << 16;  // bytes to move, or sums of 64 terms: some 10 us, several times a wake-up
+constexpr std::int64_t kGrain = 1 << 17;  // bytes to move, or sums of 64 terms: some 10 us, several times a wake-up
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -40,8 +40,8 @@ std::int64_t grain(std::int64_t cost) { return ceil_div(kGrain, std::max<std::in
 // The operand with its contracted axis contiguous in memory: itself, or transposed into scratch memory.
 template <typename Tag>
 Matrix contiguous(const Kernel& kernel, const Operand& x, int threads) {
-  if (!x.contract_rows) return {x.data, x.rows, x.row_bytes(), x.row_bytes(), x.bits};
-  const std::int64_t groups = ceil_div(x.terms(), kGroup), bytes = groups * kGroup * x.bits / 8;
+  if (!x.contract_rows) return {x.data, x.rows, row_bytes(x), row_bytes(x), x.bits};
+  const std::int64_t groups = ceil_div(terms(x), kGroup), bytes = groups * kGroup * x.bits / 8;
   const std::int64_t stride = (ceil_div(bytes, 64) | 1) * 64;  // odd in lines: no cache conflicts
   std::uint8_t* const out = cpu::scratch<Tag, std::uint8_t>(x.channels * stride);
   constexpr std::int64_t kStrip = 64 * 8;  // columns
@@ -59,10 +59,10 @@ std::int32_t* sum_rows(const Kernel& kernel, const Matrix& x, int threads) {
   return out;
 }
 
-void run(const Kernel& kernel, const Matrix& a, const Matrix& b, std::int64_t terms, const Epilogue& epilogue,
+void run(const Kernel& kernel, const Matrix& a, const Matrix& b, std::int64_t k, const Epilogue& epilogue,
          int threads) {
   const bool swapped = b.bits != 1;
-  Job job{swapped ? b : a, swapped ? a : b, nullptr, ceil_div(terms, kGroup), swapped, &epilogue};
+  Job job{swapped ? b : a, swapped ? a : b, nullptr, ceil_div(k, kGroup), swapped, &epilogue};
   const Path& path = job.table.bits == 1 ? kernel.one : job.table.bits == 2 ? kernel.two : kernel.four;
   const std::int64_t panels = ceil_div(job.index.rows, kPanel), panel_bytes = job.groups * path.group_bytes;
   std::uint8_t* const packed = cpu::scratch<Panels, std::uint8_t>(panels * panel_bytes);
@@ -101,7 +101,7 @@ std::int64_t reach(const std::int32_t* zero, std::int64_t count, int bits) {
 
 void multiply(const Kernel& kernel, const Operand& a, const Affine& of_a, const Operand& b, const Affine& of_b,
               const float* bias, int threads, float* y) {
-  const std::int64_t rows = a.extent(), columns = b.extent(), terms = a.terms();
+  const std::int64_t rows = extent(a), columns = extent(b), k = terms(a);
   if (rows == 0 || columns == 0) return;
   const Matrix ma = contiguous<OfA>(kernel, a, threads), mb = contiguous<OfB>(kernel, b, threads);
   Epilogue e{};
@@ -119,7 +119,7 @@ void multiply(const Kernel& kernel, const Operand& a, const Affine& of_a, const 
     std::int64_t* const ra = cpu::scratch<Numbers<8>, std::int64_t>(rows);
     float* const u = cpu::scratch<Numbers<9>, float>(rows);
     for (std::int64_t m = 0; m < rows; ++m) {
-      ra[m] = codes[m] - (e.za == nullptr ? 0 : terms * e.za[m]);
+      ra[m] = codes[m] - (e.za == nullptr ? 0 : k * e.za[m]);
       u[m] = static_cast<float>(static_cast<double>(e.sa[m]) * static_cast<double>(ra[m]));
     }
     e.ra = ra;
@@ -129,21 +129,21 @@ void multiply(const Kernel& kernel, const Operand& a, const Affine& of_a, const 
     e.cb = sum_rows<Numbers<10>>(kernel, mb, threads);
     float* const v = cpu::scratch<Numbers<11>, float>(columns + kPanel);
     for (std::int64_t n = 0; n < columns; ++n) {
-      const std::int64_t centered = e.cb[n] - (e.zb == nullptr ? 0 : terms * e.zb[n]);
+      const std::int64_t centered = e.cb[n] - (e.zb == nullptr ? 0 : k * e.zb[n]);
       double sum = static_cast<double>(e.sb[n]) * static_cast<double>(centered);
-      if (e.ob != nullptr) sum += static_cast<double>(terms) * static_cast<double>(e.ob[n]);
+      if (e.ob != nullptr) sum += static_cast<double>(k) * static_cast<double>(e.ob[n]);
       v[n] = static_cast<float>(sum);
     }
     std::fill(v + columns, v + columns + kPanel, 0.0F);
     e.v = v;
   }
-  e.wide = terms * reach(e.za, rows, a.bits) > std::numeric_limits<std::int32_t>::max() / reach(e.zb, columns, b.bits);
-  run(kernel, ma, mb, terms, e, threads);
+  e.wide = k * reach(e.za, rows, a.bits) > std::numeric_limits<std::int32_t>::max() / reach(e.zb, columns, b.bits);
+  run(kernel, ma, mb, k, e, threads);
 }
 
 void multiply_integers(const Kernel& kernel, const Operand& a, const Operand& b, bool signs, int threads,
                        std::int32_t* out) {
-  const std::int64_t rows = a.extent(), columns = b.extent();
+  const std::int64_t rows = extent(a), columns = extent(b), k = terms(a);
   if (rows == 0 || columns == 0) return;
   const Matrix ma = contiguous<OfA>(kernel, a, threads), mb = contiguous<OfB>(kernel, b, threads);
   Epilogue e{};
@@ -153,13 +153,13 @@ void multiply_integers(const Kernel& kernel, const Operand& a, const Operand& b,
   if (signs) {
     std::int32_t* const row = sum_rows<Numbers<7>>(kernel, ma, threads);
     std::int32_t* const column = sum_rows<Numbers<10>>(kernel, mb, threads);
-    for (std::int64_t m = 0; m < rows; ++m) row[m] = static_cast<std::int32_t>(a.terms()) - 2 * row[m];
+    for (std::int64_t m = 0; m < rows; ++m) row[m] = static_cast<std::int32_t>(k) - 2 * row[m];
     for (std::int64_t n = 0; n < columns; ++n) column[n] *= -2;
     e.scale = 4;
     e.row = row;
     e.column = column;
   }
-  run(kernel, ma, mb, a.terms(), e, threads);
+  run(kernel, ma, mb, k, e, threads);
 }
 
 }  // namespace fqtstats::product1

@@ -21,6 +21,30 @@ static inline T load(const std::uint8_t* row, std::int64_t bytes, std::int64_t a
   return value;
 }
 
+namespace {
+
+// Vectors of the widest kind that the file's instruction set has.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef std::uint64_t Longs __attribute__((vector_size(kVectorBytes)));
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+
+}  // namespace
+
+template <typename V, typename T>
+static inline V vector(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // --- transposed operands ---------------------------------------------------------------------------------------------
 
 // A block of 64 / kBits rows by 8 words of 64 / kBits codes each: rows and codes of a word change places, in halves,
@@ -29,22 +53,25 @@ template <int kBits>
 static void transpose_codes(const Operand& x, std::int64_t begin, std::int64_t end, std::int64_t groups,
                             std::int64_t stride, std::uint8_t* out) {
   constexpr int kSide = 64 / kBits, kLanes = 8;
-  const std::int64_t row_bytes = x.row_bytes();
+  const std::int64_t width = row_bytes(x);
   alignas(64) std::uint64_t w[kSide][kLanes];
   for (std::int64_t c = begin; c < end; c += kSide * kLanes) {
-    const std::int64_t at = c * kBits / 8, width = least(sizeof w[0], row_bytes - at),
+    const std::int64_t at = c * kBits / 8, loaded = least(sizeof w[0], width - at),
                        columns = least(kSide * kLanes, end - c);
     for (std::int64_t k = 0; k < groups * kGroup; k += kSide) {
-      if (width < static_cast<std::int64_t>(sizeof w[0]) || k + kSide > x.rows) std::memset(w, 0, sizeof w);
+      if (loaded < static_cast<std::int64_t>(sizeof w[0]) || k + kSide > x.rows) std::memset(w, 0, sizeof w);
       for (std::int64_t i = 0; i < least(kSide, x.rows - k); ++i)
-        std::memcpy(w[i], x.data + (k + i) * row_bytes + at, static_cast<std::size_t>(width));
+        std::memcpy(w[i], x.data + (k + i) * width + at, static_cast<std::size_t>(loaded));
       for (int d = kSide / 2, shift = 32; d > 0; d /= 2, shift /= 2) {
         const std::uint64_t low = ~std::uint64_t{0} / ((std::uint64_t{1} << shift) + 1);
         for (int i = 0; i < kSide; i = (i + d + 1) & ~d)
-          for (int lane = 0; lane < kLanes; ++lane) {
-            const std::uint64_t differ = ((w[i][lane] >> shift) ^ w[i + d][lane]) & low;
-            w[i + d][lane] ^= differ;
-            w[i][lane] ^= differ << shift;
+          for (int lane = 0; lane < kLanes; lane += kVectorBytes / 8) {
+            Longs a = vector<Longs>(&w[i][lane]), b = vector<Longs>(&w[i + d][lane]);
+            const Longs differ = ((a >> shift) ^ b) & low;
+            a ^= differ << shift;
+            b ^= differ;
+            std::memcpy(&w[i][lane], &a, sizeof a);
+            std::memcpy(&w[i + d][lane], &b, sizeof b);
           }
       }
       std::uint8_t* to = out + c * stride + k / kSide * 8;
@@ -117,29 +144,16 @@ static inline void finish_element(const Epilogue& e, std::int64_t m, std::int64_
   e.y[i] = y;
 }
 
-#if defined(__AVX512F__)
-inline constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-inline constexpr int kVectorBytes = 32;
-#else
-inline constexpr int kVectorBytes = 16;
-#endif
-namespace {
-typedef std::int32_t Ints __attribute__((vector_size(kVectorBytes)));
-typedef std::uint32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef float Floats __attribute__((vector_size(kVectorBytes)));
-}  // namespace
-
-template <typename V, typename T>
-static inline V vector(const T* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+// Asks for the memory of elements n to n + count - 1 of row m, which finish() will write.
+static inline void expect(const Epilogue& e, std::int64_t m, std::int64_t n, std::int64_t count) {
+  const std::int64_t first = m * e.columns + n;
+  for (std::int64_t i = 0; i < count; i += 16)
+    __builtin_prefetch(e.y != nullptr ? static_cast<const void*>(e.y + first + i) : e.integers + first + i, 1);
 }
 
 // finish_element for `count` <= kPanel elements of row m from column n on; s is readable for kPanel.
-static inline void finish(const Epilogue& e, std::int64_t m, std::int64_t n, std::int64_t count,
-                          const std::int32_t* s) {
+__attribute__((always_inline)) static inline void finish(const Epilogue& e, std::int64_t m, std::int64_t n,
+                                                         std::int64_t count, const std::int32_t* s) {
   constexpr int kLanes = kVectorBytes / 4;
   if (e.y != nullptr && e.wide) {
     for (std::int64_t i = 0; i < count; ++i) finish_element(e, m, n + i, s[i]);

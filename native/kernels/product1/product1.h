@@ -34,11 +34,13 @@ struct Operand {
   std::int64_t rows, channels;
   int bits;
   bool contract_rows;  // k runs along the rows, not along the channels
-
-  std::int64_t row_bytes() const { return bits == 1 ? (channels + 63) / 64 * 8 : (channels * bits + 31) / 32 * 4; }
-  std::int64_t terms() const { return contract_rows ? rows : channels; }   // K
-  std::int64_t extent() const { return contract_rows ? channels : rows; }  // M or N
 };
+
+static inline std::int64_t row_bytes(const Operand& x) {
+  return x.bits == 1 ? (x.channels + 63) / 64 * 8 : (x.channels * x.bits + 31) / 32 * 4;
+}
+static inline std::int64_t terms(const Operand& x) { return x.contract_rows ? x.rows : x.channels; }   // K
+static inline std::int64_t extent(const Operand& x) { return x.contract_rows ? x.channels : x.rows; }  // M or N
 
 // What codes mean: (code - zero) * step + offset, with one entry per index of the axis that is kept, or one for all.
 struct Affine {

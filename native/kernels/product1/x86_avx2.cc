@@ -17,11 +17,11 @@ struct Avx2 {
       for (int i = 0; i < kBlock; ++i) out[16 * at + i] = w[i] >> (4 * at) & 15;
   }
 
-  static void build(const std::uint8_t* codes, std::uint8_t* out) {
-    for (int v = 0; v < kVectors; v += 2) {
-      const __m256i b = _mm256_broadcastsi128_si256(load128(codes + 8 * v));
-      store(out + 32 * v, subsets(b, 0));
-      store(out + 32 * v + 32, subsets(b, 8));
+  static void build(const __m128i (&codes)[4], std::uint8_t* out) {
+    for (int v = 0; v < 4; ++v) {
+      const __m256i b = _mm256_broadcastsi128_si256(codes[v]);
+      store(out + 64 * v, subsets(b, 0));
+      store(out + 64 * v + 32, subsets(b, 8));
     }
   }
 
@@ -40,7 +40,6 @@ struct Avx2 {
   }
 
  private:
-  static __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
   static __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
@@ -60,38 +59,31 @@ struct Avx2 {
   }
 
   template <int kBits>
-  static void tile4(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups, std::int32_t* c,
-                    std::int64_t ldc, bool first) {
-    constexpr int kLookups = 255 / (4 * ((1 << kBits) - 1));  // that a byte can hold: 63, 21, 4
-    constexpr std::int64_t kGroups = kLookups / kVectors;     // 7, 2, 0: half a group
-    __m256i all[kTogether], high[kTogether], x[kTogether];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTogether; ++j) all[j] = high[j] = x[j] = _mm256_setzero_si256();
-    const auto widen = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int j = 0; j < kTogether; ++j) {
-        all[j] = _mm256_add_epi16(all[j], x[j]);
-        high[j] = _mm256_add_epi16(high[j], _mm256_srli_epi16(x[j], 8));
-        x[j] = _mm256_setzero_si256();
-      }
-    };
-    for (std::int64_t g = 0, left = kGroups; g < groups; ++g, index += kIndexBytes, tables += kTile * kTableBytes) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const __m256i at = load(index + 32 * v);
-#pragma GCC unroll 4
-        for (int j = 0; j < kTogether; ++j)
-          x[j] = _mm256_add_epi8(x[j], _mm256_shuffle_epi8(load(tables + j * kTableBytes + 32 * v), at));
-        if (kGroups == 0 && v % kLookups == kLookups - 1) widen();
-      }
-      if (kGroups != 0 && --left == 0) {
-        widen();
-        left = kGroups;
-      }
-    }
-    widen();
-#pragma GCC unroll 4
-    for (int j = 0; j < kTogether; ++j) {
+  __attribute__((noinline)) static void tile4(const std::uint8_t* index, const std::uint8_t* tables,
+                                              std::int64_t groups, std::int32_t* c, std::int64_t ldc, bool first) {
+    constexpr int kLookups = kBits == 4 ? 4 : 8;  // that a byte holds: 4 * 60 or 8 * 12
+    __m256i all[kTogether], high[kTogether];
+    repeat<kTogether>([&](auto j) FQTSTATS_INLINE { all[j] = high[j] = _mm256_setzero_si256(); });
+    for (std::int64_t g = 0; g < groups; ++g, index += kIndexBytes, tables += kTile * kTableBytes)
+      repeat<kVectors / kLookups>([&](auto part) FQTSTATS_INLINE {
+        __m256i x[kTogether];
+        repeat<kLookups>([&](auto i) FQTSTATS_INLINE {
+          constexpr int kAt = 32 * (part * kLookups + i);
+          const __m256i at = load(index + kAt);
+          repeat<kTogether>([&](auto j) FQTSTATS_INLINE {
+            const __m256i found = _mm256_shuffle_epi8(load(tables + j * kTableBytes + kAt), at);
+            x[j] = i == 0 ? found : _mm256_add_epi8(x[j], found);
+            settle(x[j]);
+          });
+        });
+        repeat<kTogether>([&](auto j) FQTSTATS_INLINE {
+          all[j] = _mm256_add_epi16(all[j], x[j]);
+          high[j] = _mm256_add_epi16(high[j], _mm256_srli_epi16(x[j], 8));
+          settle(all[j]);
+          settle(high[j]);
+        });
+      });
+    repeat<kTogether>([&](auto j) FQTSTATS_INLINE {
       const __m256i low = _mm256_sub_epi16(all[j], _mm256_slli_epi16(high[j], 8));
       const __m128i even = _mm_add_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
       const __m128i odd = _mm_add_epi16(_mm256_castsi256_si128(high[j]), _mm256_extracti128_si256(high[j], 1));
@@ -104,7 +96,7 @@ struct Avx2 {
       }
       store(to, s0);
       store(to + 8, s1);
-    }
+    });
   }
 
   static void transpose8(const std::int32_t* c, std::int64_t ldc, std::int32_t* t) {

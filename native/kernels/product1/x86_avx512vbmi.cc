@@ -18,12 +18,12 @@ struct Vbmi {
     }
   }
 
-  static void build(const std::uint8_t* codes, std::uint8_t* out) { build_tables(codes, out); }
+  static void build(const __m128i (&codes)[4], std::uint8_t* out) { build_tables(codes, out); }
 
   // Four look-ups of at most 60 each fit into an unsigned byte.
   template <int kBits>
-  static void tile(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups, std::int32_t* c,
-                   std::int64_t ldc, bool first) {
+  __attribute__((noinline)) static void tile(const std::uint8_t* index, const std::uint8_t* tables, std::int64_t groups,
+                                             std::int32_t* c, std::int64_t ldc, bool first) {
     const __m512i one = _mm512_set1_epi8(1);
     __m512i left[kTile], right[kTile];
 #pragma GCC unroll 8
@@ -69,7 +69,7 @@ struct Vbmi {
 // --- 1 bit x 1 bit ---------------------------------------------------------------------------------------------------
 
 constexpr int kRowsPerTile = 6;
-constexpr std::int64_t kCached = 1 << 18;  // bytes of `table` per pass, in the second-level cache
+constexpr std::int64_t kCached = 1 << 18;  // bytes of panels per pass, in the second-level cache
 
 // A panel is [groups][kPanel] words.
 void pack_words(const Matrix& x, std::int64_t groups, std::int64_t panel, std::uint8_t* out) {
@@ -100,28 +100,30 @@ void count_tile(const std::uint8_t* const (&rows)[kRowsPerTile], const std::uint
       c[i][3] = _mm512_add_epi64(c[i][3], _mm512_popcnt_epi64(_mm512_and_si512(a, b3)));
     }
   }
+  const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #pragma GCC unroll 6
-  for (int i = 0; i < kRowsPerTile; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(s[i] + 8 * j), _mm512_cvtepi64_epi32(c[i][j]));
+  for (int i = 0; i < kRowsPerTile; ++i) {
+    _mm512_store_si512(s[i], _mm512_permutex2var_epi32(c[i][0], low, c[i][1]));
+    _mm512_store_si512(s[i] + 16, _mm512_permutex2var_epi32(c[i][2], low, c[i][3]));
+  }
 }
 
 void count(const Job& job, std::int64_t begin, std::int64_t end) {
   const Matrix& x = job.table;
-  const std::int64_t panels = (job.index.rows + kPanel - 1) / kPanel;
-  std::int64_t block = kCached / (x.stride + 1) / kRowsPerTile * kRowsPerTile;
-  if (block < 4 * kRowsPerTile) block = 4 * kRowsPerTile;
+  const Epilogue e = *job.epilogue;  // a copy: no store can alias it
+  const std::int64_t panel_bytes = job.groups * 8 * kPanel, panels = (job.index.rows + kPanel - 1) / kPanel;
+  const std::int64_t pass = kCached / (panel_bytes + 1) + 1;
   alignas(64) std::int32_t s[kRowsPerTile][kPanel];
-  for (std::int64_t r = begin; r < end; r += block)
-    for (std::int64_t p = 0; p < panels; ++p)
-      for (std::int64_t m = r; m < least(end, r + block); m += kRowsPerTile) {
-        const std::uint8_t* rows[kRowsPerTile];  // the last one again, where there are fewer
-        for (int i = 0; i < kRowsPerTile; ++i) rows[i] = x.data + least(m + i, end - 1) * x.stride;
-        count_tile(rows, job.panels + p * job.groups * 8 * kPanel, job.groups, s);
-        const std::int64_t n = p * kPanel, columns = least(kPanel, job.epilogue->columns - n);
-        for (int i = 0; i < least(kRowsPerTile, end - m); ++i) finish(*job.epilogue, m + i, n, columns, s[i]);
+  for (std::int64_t first = 0; first < panels; first += pass)
+    for (std::int64_t m = begin; m < end; m += kRowsPerTile) {
+      const std::uint8_t* rows[kRowsPerTile];  // the last one again, where there are fewer
+      for (int i = 0; i < kRowsPerTile; ++i) rows[i] = x.data + least(m + i, end - 1) * x.stride;
+      for (std::int64_t p = first; p < least(panels, first + pass); ++p) {
+        count_tile(rows, job.panels + p * panel_bytes, job.groups, s);
+        const std::int64_t n = p * kPanel, columns = least(kPanel, e.columns - n);
+        for (int i = 0; i < least(kRowsPerTile, end - m); ++i) finish(e, m + i, n, columns, s[i]);
       }
+    }
 }
 
 }  // namespace

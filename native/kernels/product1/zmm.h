@@ -11,13 +11,13 @@ namespace {
 inline __attribute__((always_inline)) __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 // The 16 tables of 64 codes. vpshufb gives 0 where the highest bit of its index is set: there, the code is left out.
-inline void build_tables(const std::uint8_t* codes, std::uint8_t* out) {
+inline void build_tables(const __m128i (&codes)[4], std::uint8_t* out) {
   const __m512i entry = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   const __m512i lane =
       _mm512_setr_epi32(0, 0, 0, 0, 0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x08080808, 0x08080808, 0x08080808,
                         0x08080808, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c);
   for (int v = 0; v < 4; ++v) {
-    const __m512i b = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16 * v)));
+    const __m512i b = _mm512_broadcast_i32x4(codes[v]);
     __m512i sum = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
