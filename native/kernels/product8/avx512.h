@@ -325,14 +325,14 @@ FQTSTATS_INLINE __m512i broadcast_word(const std::uint8_t* from) {
   return _mm512_set1_epi32(word);
 }
 
+// c = sums, plus c itself where `keep` is all ones.
 template <int kVectors>
-FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, bool add, __mmask16 last) {
+FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last) {
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);
-    __m512i sum = sums[j];
-    if (add) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(valid, c + kLanes * j));
-    _mm512_mask_storeu_epi32(c + kLanes * j, valid, sum);
+    const __m512i before = _mm512_maskz_loadu_epi32(valid & keep, c + kLanes * j);
+    _mm512_mask_storeu_epi32(c + kLanes * j, valid, _mm512_add_epi32(sums[j], before));
   }
 }
 
