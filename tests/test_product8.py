@@ -139,8 +139,8 @@ def test_affine_product_is_the_definition(variant, orientation, m, n, k, bits, g
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (4, 4), (1, 2)])
-@pytest.mark.parametrize("k", [2047, 2049, 4111])
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (1, 2)])
+@pytest.mark.parametrize("k", [2049, 4111])
 def test_several_chunks_of_k(variant, orientation, bits, k):
     a, b = operands(torch.Generator().manual_seed(k), orientation, 13, 83, k, bits)
     assert torch.equal(run(variant, orientation, a, b), fallback(orientation, a, b))
@@ -208,11 +208,11 @@ def test_integer_product_states_its_limit(a_type, a_value, b_type, b_value, limi
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@pytest.mark.parametrize("shape", [(150, 130, 700), (20, 900, 800), (200, 40, 1700), (3, 5, 70_000)])
+@pytest.mark.parametrize("shape", [(150, 130, 700), (20, 900, 800), (3, 5, 70_000)])
 def test_same_on_any_number_of_threads(variant, orientation, shape):
     a, b = operands(torch.Generator().manual_seed(0), orientation, *shape, (8, 8))
     one = run(variant, orientation, a, b)
-    for threads in (2, 3, 7):
+    for threads in (2, 3):
         assert torch.equal(run(variant, orientation, a, b, threads=threads), one)
     assert torch.equal(one, fallback(orientation, a, b))
 
