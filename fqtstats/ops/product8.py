@@ -43,15 +43,12 @@ def integer_product(
         out: ``[M, N]`` int32, contiguous; where the result goes.
 
     Raises:
-        InputError: the shapes do not fit, the extension is not in use, or K is so large that int32 could overflow:
-            with ``|a| <= A`` and ``|b| <= B`` for every value of their types, K may be ``(2^31 - 1) // (A B)`` at
-            most: 33025 for uint8 times uint8, 65793 for uint8 times int8, 131071 for int8 times int8.
+        InputError: the shapes do not fit, or K is so large that int32 could overflow: with ``|a| <= A`` and
+            ``|b| <= B`` for every value of their types, K may be ``(2^31 - 1) // (A B)`` at most: 33025 for uint8
+            times uint8, 65793 for uint8 times int8, 131071 for int8 times int8.
         TypeError: an operand is neither uint8 nor int8, or not on the CPU.
         ValueError: an operand is not contiguous along an axis.
     """
-    native = native_module()
-    if native is None:
-        raise InputError("integer_product needs the compiled extension; unset FQTSTATS_NATIVE, or install with pip")
     a_shape, b_shape = tuple(a.shape), tuple(b.shape)
     if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != b_shape[1]:
         raise InputError(f"expected a [M, K] and b [N, K], got {list(a_shape)} and {list(b_shape)}")
@@ -65,6 +62,9 @@ def integer_product(
         )
     if out is None:
         out = torch.empty(m, n, dtype=torch.int32)
+    native = native_module()
+    if native is None:
+        return out.copy_(_exact(a) @ _exact(b).t())
     native.product8_integer(a_data.numpy(), b_data.numpy(), k, a_bits, b_bits, out.numpy(), torch.get_num_threads())
     return out
 
@@ -76,6 +76,10 @@ def _raw(x: torch.Tensor | Codes) -> tuple[torch.Tensor, int, int]:
     if x.device.type != "cpu" or x.dtype not in (torch.uint8, torch.int8):
         raise TypeError(f"expected uint8 or int8 on the CPU, or codes, got {x.dtype} on {x.device}")
     return x, 0, 128 if x.dtype == torch.int8 else 255
+
+
+def _exact(x: torch.Tensor | Codes) -> torch.Tensor:
+    return (x.unpack() if isinstance(x, Codes) else x).double()
 
 
 def _product(
@@ -90,7 +94,7 @@ def _product(
     b_inner: bool,
     variant: str | None = None,
 ) -> torch.Tensor:
-    """``a b^T`` of operands that the contracted index runs along in memory (inner), or across."""
+    """``[m, n]``, of operands that the contracted index runs along in memory (inner), or across."""
     if k != k_of_b:
         raise InputError(f"expected operands with the same contracted size, got {list(a.shape)} and {list(b.shape)}")
     p, q = a.affine, b.affine
@@ -103,12 +107,12 @@ def _product(
         b.bits,
         a_inner,
         b_inner,
-        p.step.numpy(),
+        p.step.detach().numpy(),
         None if p.zero is None else p.zero.numpy(),
-        None if p.offset is None else p.offset.numpy(),
-        q.step.numpy(),
+        None if p.offset is None else p.offset.detach().numpy(),
+        q.step.detach().numpy(),
         None if q.zero is None else q.zero.numpy(),
-        None if q.offset is None else q.offset.numpy(),
+        None if q.offset is None else q.offset.detach().numpy(),
         None if bias is None else bias.detach().numpy(),
         out.numpy(),
         torch.get_num_threads(),

@@ -15,7 +15,8 @@ The arithmetic is prescribed operation by operation, so that every kernel gives 
     y += bias
 
 Every step is rounded by itself (no fused multiply-add). Against exact arithmetic on the decoded operands the error is
-at most ``6 * 2^-24 * (|I sa sb| + |u ob| + |oa v| + |bias|)``: see ``tests/test_products.py``.
+at most ``((1 + 2^-24)^6 - 1) (|I sa sb| + |u ob| + |oa v| + |bias|)`` where nothing underflows: no term passes more
+than six roundings. See ``tests/test_products.py``.
 """
 
 from __future__ import annotations

@@ -244,31 +244,48 @@ static void row_sums(const std::uint8_t* a, std::int64_t lda, std::int64_t rows,
   }
 }
 
-// Sums in c to results, for `rows` rows of one tile.
-static inline void finish_tile(const Finish& f, std::int64_t row, std::int64_t column, int rows, int columns,
-                               std::int32_t* c, std::int64_t ldc) {
-  for (int i = 0; i < rows; ++i, c += ldc) {
-    const std::int64_t m = row + i, g = m * f.stride_a;
-    const std::int32_t zero = (f.zero_a ? f.zero_a[g] : 0) + f.shift_a;
-    const __m512i za = _mm512_set1_epi32(zero), sum = _mm512_set1_epi32(static_cast<std::int32_t>(f.sum_a[m]));
-    const float step = f.step_a ? f.step_a[g] : 0;
-    const __m512 sa = _mm512_set1_ps(step), oa = _mm512_set1_ps(f.offset_a ? f.offset_a[g] : 0);
-    const double ra = static_cast<double>(f.sum_a[m] - f.k * zero);
-    const __m512 u = _mm512_set1_ps(static_cast<float>(static_cast<double>(step) * ra));
-    for (int j = 0; j < columns; j += kLanes) {
-      const __mmask16 valid = first_lanes(columns - j);
-      const std::int64_t n = column + j;
-      __m512i p = _mm512_maskz_loadu_epi32(valid, c + j);
-      p = _mm512_sub_epi32(p, _mm512_mullo_epi32(za, _mm512_loadu_si512(f.sum_b + n)));
-      p = _mm512_sub_epi32(p, _mm512_mullo_epi32(_mm512_loadu_si512(f.zero_b + n), sum));
-      if (f.step_a) {
-        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(p), _mm512_mul_ps(sa, _mm512_loadu_ps(f.step_b + n)));
-        if (f.offset_b) y = _mm512_add_ps(y, _mm512_mul_ps(u, _mm512_loadu_ps(f.offset_b + n)));
-        if (f.offset_a) y = _mm512_add_ps(y, _mm512_mul_ps(oa, _mm512_loadu_ps(f.v + n)));
-        if (f.bias) y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(valid, f.bias + n));
-        p = _mm512_castps_si512(y);
-      }
-      _mm512_mask_storeu_epi32(c + j, valid, p);
+struct RowConstants {
+  std::int32_t zero[kTileRows], sum[kTileRows];
+  float step[kTileRows], u[kTileRows], offset[kTileRows];
+
+  RowConstants(const Finish& f, std::int64_t first, int rows) {
+    for (int i = 0; i < rows; ++i) {
+      const std::int64_t m = first + i, g = m * f.stride_a;
+      zero[i] = (f.zero_a ? f.zero_a[g] : 0) + f.shift_a;
+      sum[i] = static_cast<std::int32_t>(f.sum_a[m]);
+      step[i] = f.step_a ? f.step_a[g] : 0;
+      offset[i] = f.offset_a ? f.offset_a[g] : 0;
+      u[i] = static_cast<float>(static_cast<double>(step[i]) * static_cast<double>(f.sum_a[m] - f.k * zero[i]));
+    }
+  }
+};
+
+// Sums in c to results, for the rows of one tile: the columns' constants stay in registers.
+__attribute__((noinline)) static void finish_tile(const Finish& f, const RowConstants& row, std::int64_t column,
+                                                  int rows, int columns, std::int32_t* c, std::int64_t ldc) {
+  for (int j = 0; j < columns; j += kLanes) {
+    const __mmask16 valid = first_lanes(columns - j);
+    const std::int64_t n = column + j;
+    const __m512i sum_b = _mm512_loadu_si512(f.sum_b + n), zero_b = _mm512_loadu_si512(f.zero_b + n);
+    const auto correct = [&](int i) {
+      const __m512i p = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, c + i * ldc + j),
+                                         _mm512_mullo_epi32(sum_b, _mm512_set1_epi32(row.zero[i])));
+      return _mm512_sub_epi32(p, _mm512_mullo_epi32(zero_b, _mm512_set1_epi32(row.sum[i])));
+    };
+    if (!f.step_a) {
+      for (int i = 0; i < rows; ++i) _mm512_mask_storeu_epi32(c + i * ldc + j, valid, correct(i));
+      continue;
+    }
+    const __m512 none = _mm512_setzero_ps(), sb = _mm512_loadu_ps(f.step_b + n);
+    const __m512 ob = f.offset_b ? _mm512_loadu_ps(f.offset_b + n) : none;
+    const __m512 v = f.offset_a ? _mm512_loadu_ps(f.v + n) : none;
+    const __m512 bias = f.bias ? _mm512_maskz_loadu_ps(valid, f.bias + n) : none;
+    for (int i = 0; i < rows; ++i) {
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(correct(i)), _mm512_mul_ps(sb, _mm512_set1_ps(row.step[i])));
+      if (f.offset_b) y = _mm512_add_ps(y, _mm512_mul_ps(ob, _mm512_set1_ps(row.u[i])));
+      if (f.offset_a) y = _mm512_add_ps(y, _mm512_mul_ps(v, _mm512_set1_ps(row.offset[i])));
+      if (f.bias) y = _mm512_add_ps(y, bias);
+      _mm512_mask_storeu_ps(c + i * ldc + j, valid, y);
     }
   }
 }
@@ -301,7 +318,7 @@ static void tiles(const Block& b) {
       default:
         Tile::template run<1, kVectors>(b, a, c, last);
     }
-    if (b.finish) finish_tile(*b.finish, b.row + i, b.column, rows, b.columns, c, b.ldc);
+    if (b.finish) finish_tile(*b.finish, RowConstants(*b.finish, b.row + i, rows), b.column, rows, b.columns, c, b.ldc);
   }
 }
 
@@ -325,14 +342,14 @@ FQTSTATS_INLINE __m512i broadcast_word(const std::uint8_t* from) {
   return _mm512_set1_epi32(word);
 }
 
+// c = sums, plus c itself where `keep` is all ones.
 template <int kVectors>
-FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, bool add, __mmask16 last) {
+FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last) {
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);
-    __m512i sum = sums[j];
-    if (add) sum = _mm512_add_epi32(sum, _mm512_maskz_loadu_epi32(valid, c + kLanes * j));
-    _mm512_mask_storeu_epi32(c + kLanes * j, valid, sum);
+    const __m512i before = _mm512_maskz_loadu_epi32(valid & keep, c + kLanes * j);
+    _mm512_mask_storeu_epi32(c + kLanes * j, valid, _mm512_add_epi32(sums[j], before));
   }
 }
 

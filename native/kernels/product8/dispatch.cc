@@ -22,9 +22,10 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-// A panel of kDepth k and 64 columns, and some rows of the other operand, fit the first-level cache; kRows rows of them
-// the second-level one; kSlab bytes of panels stay in the last-level one while they are used.
-constexpr std::int64_t kDepth = 640, kRows = 192, kSlab = std::int64_t{4} << 20;
+// Panels are kDepth k deep (twice that for packed nibbles): so deep that the sums in between, which go through memory,
+// cost little, and a panel and kBlock bytes of the other operand's rows fit the second-level cache. kSlab bytes of
+// panels stay in the last-level one while they are used.
+constexpr std::int64_t kDepth = 2048, kMostRows = 192, kBlock = 384 << 10, kSlab = 4 << 20;
 constexpr std::int64_t kRowStep = 24;         // rows: of a thread's share; whole tiles, whole bytes of 1-bit codes
 constexpr std::int64_t kGrain = 1 << 22;      // products: about 20 us
 constexpr std::int64_t kPackGrain = 1 << 17;  // bytes: about 10 us
@@ -77,7 +78,9 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
   const auto shares = std::clamp<std::int64_t>(m * n * k / kGrain, 1, threads);
   const bool by_panels = m < 2 * kRowStep * shares && panels >= shares;
   const std::int64_t rows_stride = cuts.depth + ((cuts.depth + 64) % kConflict == 0 ? 128 : 64);
-  const std::int64_t rows_bytes = kRows * rows_stride;
+  const std::int64_t block_rows =
+      std::clamp<std::int64_t>(kBlock / cuts.depth / kRowStep * kRowStep, kRowStep, kMostRows);
+  const std::int64_t rows_bytes = block_rows * rows_stride;
   auto* buffers = direct(a) ? nullptr : cpu::scratch<Rows, std::uint8_t>(shares * rows_bytes);
 
   for (std::int64_t s = 0; s < cuts.chunks; s += cuts.slab) {
@@ -111,8 +114,8 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
       Finish own{};
       if (finish) own = *finish;
       if (sums) own.sum_a = sums;
-      for (std::int64_t row = m0; row < m1; row += kRows) {
-        const std::int64_t rows = std::min(kRows, m1 - row);
+      for (std::int64_t row = m0; row < m1; row += block_rows) {
+        const std::int64_t rows = std::min(block_rows, m1 - row);
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
           const std::int64_t k0 = (s + chunk) * cuts.depth, kc = std::min(cuts.depth, k - k0);
           Block block{};

@@ -33,6 +33,7 @@ struct Tile {
   template <int kRows, int kVectors, int kPanel>
   __attribute__((noinline)) static void part(const Block& block, const std::uint8_t* rows, int first, std::int32_t* c,
                                              __mmask16 last) {
+    const __mmask16 keep = block.add ? 0xFFFF : 0;
     __m512i sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
@@ -60,7 +61,7 @@ struct Tile {
       }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc + kLanes * first, sums[i], block.add, last);
+    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc + kLanes * first, sums[i], keep, last);
   }
 };
 

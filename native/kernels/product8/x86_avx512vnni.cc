@@ -5,6 +5,12 @@
 namespace fqtstats::product8 {
 namespace {
 
+// sum += products of word (u8) and b (s8). An instruction, because gcc 12 copies what its intrinsic returns, and
+// spills.
+FQTSTATS_INLINE void add_products(__m512i& sum, __m512i word, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(word), "v"(b));
+}
+
 template <bool kNibbles>
 struct Tile {
   template <int kRows, int kVectors>
@@ -14,18 +20,24 @@ struct Tile {
     for (int i = 0; i < kRows; ++i) {
       const __m512i word = broadcast_word(a[i / 3] + i % 3 * lda);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], word, b[j]);
+      for (int j = 0; j < kVectors; ++j) add_products(sums[i][j], word, b[j]);
     }
   }
 
   template <int kRows, int kVectors>
   __attribute__((noinline)) static void run(const Block& block, const std::uint8_t* rows, std::int32_t* c,
                                             __mmask16 last) {
+    const __mmask16 keep = block.add ? 0xFFFF : 0;
     __m512i sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
+    // The results' cache lines, which are written (and read, where there are sums in them) only after the loop.
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * block.ldc + kLanes * j, 1);
     const std::int64_t lda = block.lda;
     const std::uint8_t* a[2] = {rows, rows + 3 * lda};
     const std::uint8_t* panel = block.panel;
@@ -41,6 +53,7 @@ struct Tile {
       a[0] += 4, a[1] += 4;
       if constexpr (kNibbles) {
         if (g + 1 == block.groups) break;
+        asm("" : "+r"(panel));  // load again: there are no registers to keep both halves
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j)
           b[j] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(panel + 64 * j), 4), low);
@@ -49,7 +62,7 @@ struct Tile {
       }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc, sums[i], block.add, last);
+    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc, sums[i], keep, last);
   }
 };
 

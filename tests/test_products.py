@@ -1,0 +1,239 @@
+"""The definition of the products of codes, against float64 NumPy on the decoded operands."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fqtstats.errors import InputError
+from fqtstats.ops import products
+from fqtstats.ops.codes import Affine, Codes, Geometry
+
+# (1 + 2^-24)^6 - 1, and room for this file's own float64 sums.
+BOUND = (1 + 2**-24) ** 6 - 1 + 2**-40
+
+
+def random_codes(g, shape, bits, axis=None, pad=(0, 0), zero=True, offset=True):
+    groups = 1 if axis is None else shape[axis]
+    affine = Affine(
+        step=torch.rand(groups, generator=g) + 0.01,
+        zero=torch.randint(2**bits, (groups,), generator=g, dtype=torch.int32) if zero else None,
+        offset=torch.randn(groups, generator=g) if offset else None,
+        axis=axis,
+    )
+    return Codes.pack(torch.randint(2**bits, shape, generator=g, dtype=torch.uint8), bits, affine, pad)
+
+
+class Parts:
+    """An operand's two summands, float64, decoded from its bytes: (code - zero) * step, and the offset everywhere."""
+
+    def __init__(self, codes):
+        per_byte = 8 // codes.bits
+        bits = np.unpackbits(codes.data.numpy(), axis=-1, bitorder="little")
+        weights = 2 ** np.arange(codes.bits)
+        *rows, count = codes.data.shape
+        values = (bits.reshape(*rows, count * per_byte, codes.bits) * weights).sum(-1)
+        values = values[..., : codes.shape[1]]
+        if len(codes.shape) == 4:
+            (ph, pw), (height, width) = codes.pad, codes.shape[2:]
+            values = values[:, ph : ph + height, pw : pw + width].transpose(0, 3, 1, 2)
+        shape = [1] * values.ndim
+        if codes.affine.axis is not None:
+            shape[codes.affine.axis] = -1
+        step, zero, offset = (
+            0.0 if t is None else t.numpy().astype(np.float64).reshape(shape)
+            for t in (codes.affine.step, codes.affine.zero, codes.affine.offset)
+        )
+        self.scaled = (values - zero) * step
+        self.offset = np.broadcast_to(offset, values.shape)
+
+
+def exact(product, a, b, bias=None):
+    """The product of the decoded operands in float64, and the sum of magnitudes that its error is relative to."""
+    a, b = Parts(a), Parts(b)
+    terms = [
+        product(a.scaled, b.scaled),
+        product(a.scaled, b.offset),
+        product(a.offset, b.scaled + b.offset),
+    ]
+    if bias is not None:
+        columns = bias.numpy().astype(np.float64).reshape(1, -1, *[1] * (terms[0].ndim - 2))
+        terms.append(np.broadcast_to(columns, terms[0].shape))
+    return sum(terms), sum(np.abs(t) for t in terms)
+
+
+def worst(got, product, a, b, bias=None):
+    """The largest error, as a multiple of the bound."""
+    y, magnitude = exact(product, a, b, bias)
+    assert got.shape == y.shape
+    assert got.dtype == torch.float32
+    error = np.abs(got.numpy().astype(np.float64) - y)
+    return float(np.max(error / (BOUND * magnitude + 1e-30), initial=0.0))
+
+
+def convolution_terms(geometry, x_size, kernel, out_size):
+    """Which elements meet: for every kernel element (p, q), the rows and columns of y and of x."""
+    (sh, sw), (ph, pw), (dh, dw) = geometry.stride, geometry.padding, geometry.dilation
+    for p, q in itertools.product(range(kernel[0]), range(kernel[1])):
+        oy = np.array([o for o in range(out_size[0]) if 0 <= o * sh + p * dh - ph < x_size[0]], dtype=int)
+        ox = np.array([o for o in range(out_size[1]) if 0 <= o * sw + q * dw - pw < x_size[1]], dtype=int)
+        yield p, q, np.ix_(oy, ox), np.ix_(oy * sh + p * dh - ph, ox * sw + q * dw - pw)
+
+
+def channel_groups(groups, inputs, outputs):
+    for i in range(groups):
+        yield (
+            slice(i * inputs // groups, (i + 1) * inputs // groups),
+            slice(i * outputs // groups, (i + 1) * outputs // groups),
+        )
+
+
+def forward(geometry, out_size):
+    def product(x, w):
+        y = np.zeros((x.shape[0], w.shape[0], *out_size))
+        for p, q, at_y, at_x in convolution_terms(geometry, x.shape[2:], w.shape[2:], out_size):
+            for i, o in channel_groups(geometry.groups, x.shape[1], w.shape[0]):
+                y[:, o][..., *at_y] += np.einsum("nihw,oi->nohw", x[:, i][..., *at_x], w[o, :, p, q])
+        return y
+
+    return product
+
+
+def grad_input(geometry, x_shape):
+    def product(g, w):
+        x = np.zeros(x_shape)
+        for p, q, at_y, at_x in convolution_terms(geometry, x_shape[2:], w.shape[2:], g.shape[2:]):
+            for i, o in channel_groups(geometry.groups, x_shape[1], w.shape[0]):
+                x[:, i][..., *at_x] += np.einsum("nohw,oi->nihw", g[:, o][..., *at_y], w[o, :, p, q])
+        return x
+
+    return product
+
+
+def grad_weight(geometry, w_shape):
+    def product(g, x):
+        w = np.zeros(w_shape)
+        for p, q, at_y, at_x in convolution_terms(geometry, x.shape[2:], w_shape[2:], g.shape[2:]):
+            for i, o in channel_groups(geometry.groups, x.shape[1], g.shape[1]):
+                w[o, :, p, q] += np.einsum("nohw,nihw->oi", g[:, o][..., *at_y], x[:, i][..., *at_x])
+        return w
+
+    return product
+
+
+LINEAR = {
+    "linear": (lambda a, b: a @ b.T, 0, 0),
+    "linear_grad_input": (lambda a, b: a @ b, 0, 1),
+    "linear_grad_weight": (lambda a, b: a.T @ b, 1, 1),
+}
+some = st.booleans()
+width = st.sampled_from((1, 2, 4, 8))
+
+
+@pytest.fixture(autouse=True)
+def _fallback_only(monkeypatch):
+    monkeypatch.setattr(products, "KERNELS", ())
+
+
+def linear_operands(g, name, m, n, k, bits, grouped=(True, True), zero=(True, True), offset=(True, True)):
+    _, axis_a, axis_b = LINEAR[name]
+    shapes = ((k, m) if axis_a else (m, k), (k, n) if axis_b else (n, k))
+    axes = (axis_a if grouped[0] else None, axis_b if grouped[1] else None)
+    return [random_codes(g, shapes[i], bits[i], axes[i], zero=zero[i], offset=offset[i]) for i in range(2)]
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 400)),
+    bits=st.tuples(width, width),
+    grouped=st.tuples(some, some),
+    zero=st.tuples(some, some),
+    offset=st.tuples(some, some),
+    with_bias=some,
+    seed=st.integers(0, 2**32),
+)
+def test_linear_products_within_the_bound(name, size, bits, grouped, zero, offset, with_bias, seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b = linear_operands(g, name, *size, bits, grouped, zero, offset)
+    bias = (torch.randn(size[1], generator=g),) if with_bias and name == "linear" else ()
+    assert worst(getattr(products, name)(a, b, *bias), LINEAR[name][0], a, b, *bias) <= 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    size=st.tuples(st.integers(5, 8), st.integers(5, 8)),
+    groups=st.sampled_from((1, 2)),
+    bits=st.tuples(width, width),
+    grouped=st.tuples(some, some),
+    offset=st.tuples(some, some),
+    pad=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    with_bias=some,
+    seed=st.integers(0, 2**32),
+)
+def test_convolutions_within_the_bound(
+    stride, padding, dilation, kernel, size, groups, bits, grouped, offset, pad, with_bias, seed
+):
+    rng = torch.Generator().manual_seed(seed)
+    geometry = Geometry(stride, padding, dilation, groups)
+    n, inputs, outputs = 2, 6, 4
+    out_size = tuple((size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))
+    x_shape, w_shape, g_shape = (n, inputs, *size), (outputs, inputs // groups, *kernel), (n, outputs, *out_size)
+
+    def codes(shape, i, axis):
+        around = pad if i == 0 else (0, 0)
+        return random_codes(rng, shape, bits[i], axis if grouped[i] else None, around, offset=offset[i])
+
+    x, w = codes(x_shape, 0, 0), codes(w_shape, 1, 0)
+    bias = (torch.randn(outputs, generator=rng),) if with_bias else ()
+    y = products.convolution(x, w, geometry, *bias)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert worst(y, forward(geometry, out_size), x, w, *bias) <= 1
+
+    g, w = codes(g_shape, 0, 0), random_codes(rng, w_shape, bits[1], offset=offset[1])
+    dx = products.convolution_grad_input(g, w, geometry, size)
+    assert worst(dx, grad_input(geometry, x_shape), g, w) <= 1
+
+    g, x = codes(g_shape, 0, 1), random_codes(rng, x_shape, bits[1], pad=pad, offset=offset[1])
+    dw = products.convolution_grad_weight(g, x, geometry, kernel)
+    assert worst(dw, grad_weight(geometry, w_shape), g, x) <= 1
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_bound_detects_what_it_should(name):
+    # Negative controls: a zero point that is off by one, an offset left out, a sum rounded to bfloat16's precision.
+    a, b = linear_operands(torch.Generator().manual_seed(0), name, 9, 11, 300, (8, 8))
+    y, affine = getattr(products, name)(a, b), a.affine
+    product = LINEAR[name][0]
+    assert worst(y, product, a, b) <= 1
+    wrong = (
+        Affine(affine.step, affine.zero + 1, affine.offset, affine.axis),
+        Affine(affine.step, affine.zero, None, affine.axis),
+    )
+    for other in wrong:
+        assert worst(y, product, Codes(a.data, a.bits, a.shape, a.pad, other), b) > 100
+    assert worst(y.bfloat16().float(), product, a, b) > 100
+
+
+def test_the_bound_is_not_vacuous():
+    # Some error comes within a factor of six of it.
+    g = torch.Generator().manual_seed(0)
+    a, b = linear_operands(g, "linear", 64, 64, 300, (8, 8))
+    assert worst(products.linear(a, b), LINEAR["linear"][0], a, b) > 1 / 6
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [("linear", (1, 0)), ("linear_grad_input", (0, 0)), ("linear_grad_weight", (1, 0))]
+)
+def test_scales_along_the_contracted_axis_are_refused(name, axes):
+    g = torch.Generator().manual_seed(0)
+    a, b = (random_codes(g, (6, 6), 8, axis) for axis in axes)
+    with pytest.raises(InputError, match="which the product contracts"):
+        getattr(products, name)(a, b)
