@@ -1,6 +1,7 @@
 import hashlib
 import importlib
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -176,7 +177,7 @@ def run_isa(value, tmp_path):
     )
     return subprocess.run(
         [sys.executable, "-c", code, native.__file__],
-        env={"FQTSTATS_ISA": value},
+        env=os.environ | {"FQTSTATS_ISA": value},
         cwd=tmp_path,
         capture_output=True,
         text=True,
