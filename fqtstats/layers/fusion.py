@@ -229,8 +229,8 @@ class _Normalization:
         """With the statistics of the batch (``moments``) or the running ones, which are updated, as the module does."""
         like = module.running_mean if moments is None else moments.mean
         assert like is not None
-        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.double()
-        beta = torch.zeros_like(gamma) if module.bias is None else module.bias.double()
+        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.detach().double()
+        beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().double()
         running = module.running_mean, module.running_var
         if not _on_batch(module):
             mean, variance = (statistic.double() for statistic in running if statistic is not None)
