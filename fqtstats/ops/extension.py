@@ -82,5 +82,5 @@ def kernels() -> list[Kernel]:
     return listed
 
 
-FALLBACKS = ("philox_bits", "fused")
+FALLBACKS = ("philox_bits", "fused", "convolution8")
 """Operations, each of which can be had in torch operations, too."""
