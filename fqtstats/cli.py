@@ -1,7 +1,7 @@
 """The command line: ``fqtstats measure | bench | list``.
 
-Exit status: 0; 1 if a benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that says
-what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that
+says what to do); 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -246,45 +246,46 @@ def list_(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="measure")],
+    what: Annotated[
+        str, typer.Argument(help="quantize, gemm, conv, step, measure, several with commas, or all")
+    ] = "all",
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     rounds: Annotated[int, typer.Option(help="Interleaved pairs per row.")] = 9,
+    allocator: Annotated[
+        str, typer.Option(help="default, tuned (freed memory is kept: no page faults for large tensors) or both")
+    ] = "default",
 ) -> None:
     """Speed ratios against named baselines, measured side by side; exit status 1 if one misses what it must reach."""
     from fqtstats import benchmarks
+    from fqtstats.benchmarks import machine
+    from fqtstats.report.benchmarks import show
 
     _check_counts(rounds=(rounds, 1))
-    if what not in benchmarks.BENCHMARKS:
-        raise InputError(f"unknown benchmark {what!r}; known: {', '.join(benchmarks.BENCHMARKS)}")
+    names = list(benchmarks.BENCHMARKS) if what == "all" else _separated(what, "the benchmark")
+    for name in names:
+        if name not in benchmarks.BENCHMARKS:
+            raise InputError(f"unknown benchmark {name!r}; known: {', '.join(benchmarks.BENCHMARKS)}, all")
+    if allocator not in (*machine.ALLOCATORS, "both"):
+        raise InputError(f"expected --allocator {', '.join(machine.ALLOCATORS)} or both, got {allocator!r}")
     if json_file is not None:
         _check_writable(Path(json_file))
+    settings = machine.ALLOCATORS if allocator == "both" else (allocator,)
     with _progress() as bars:
-        task = bars.add_task(f"benchmarking {what}", total=None)
-        rows = benchmarks.BENCHMARKS[what](rounds, lambda done, total: bars.update(task, completed=done, total=total))
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    _columns(table, "name", "shape", "threads", "ratio", "must", "time / base")
-    for row in rows:
-        _row(
-            table,
-            row.name,
-            row.shape,
-            str(row.threads),
-            f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}]",
-            "-" if row.must is None else f"{row.must:.2f}x",
-            f"{row.seconds * 1e3:.0f}/{row.baseline_seconds * 1e3:.0f} ms",
+        task = bars.add_task("benchmarking", total=None)
+        rows = benchmarks.run_all(
+            names,
+            rounds,
+            settings,
+            lambda done, total, title: bars.update(task, completed=done, total=total, description=title),
         )
-    out.print(table)
-    out.print(
-        "ratio: baseline's time over ours, median of interleaved pairs [quartiles]", highlight=False, markup=False
-    )
-    for baseline in dict.fromkeys(row.baseline for row in rows):
-        out.print(f"baseline: {baseline}", highlight=False, markup=False)
+    show(rows, out)
     if json_file is not None:
+        content = {"machine": machine.describe(), "rounds": rounds, "rows": [row.as_dict() for row in rows]}
         try:
-            Path(json_file).write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+            Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {json_file!r}: {error.strerror}; choose another place") from error
-    if any(row.must is not None and row.ratio < row.must for row in rows):
+    if any(row.missed for row in rows):
         raise typer.Exit(1)
 
 

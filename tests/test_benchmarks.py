@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,28 +19,114 @@ from commands import Run, run
 from torch import Tensor, nn
 
 from fqtstats import benchmarks
-from fqtstats.benchmarks import Row, measure, pairs
+from fqtstats.benchmarks import Row, machine, measure, pairs
 from fqtstats.determinism import single_thread
 
 __all__ = ["run"]  # the fixture
 
 
-def test_pairs_are_interleaved_after_one_warm_up() -> None:
+@contextmanager
+def fixed_pair() -> Iterator[pairs.Pair]:
+    yield lambda: None, lambda: None
+
+
+def test_pairs_are_interleaved_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(pairs, "RETRIES", 1)
     calls: list[str] = []
     times = pairs.compare(lambda: calls.append("ours"), lambda: calls.append("base"), 3, lambda: calls.append("told"))
-    assert calls == ["ours", "base", *["ours", "base", "told"] * 3]
+    assert calls == [*["ours"] * 2, *["base"] * 2, *["ours", "base", "told"] * 3]
     assert [len(one) for one in times] == [3, 3]
 
 
-def test_ratio_is_the_median_over_pairs() -> None:
+def test_short_functions_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "MIN_SECONDS", 1e-3)
+    calls: list[str] = []
+    pairs.compare(lambda: calls.append("ours"), lambda: time.sleep(2e-3), 1, lambda: None)
+    assert len(calls) > 10
+
+
+def test_a_sample_that_waited_for_a_processor_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.0, 1.0, 1.0, 1.0])  # the first sample waited a second, the second did not
+    monkeypatch.setattr(pairs, "_waited", lambda: next(waits))
+    calls: list[str] = []
+    pairs._sample(lambda: calls.append("ours"), 3)
+    assert len(calls) == 6
+
+
+def test_ratio_is_the_median_over_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     # Drift doubles both times of the last pair; the ratios do not move.
-    row = pairs.row("n", "s", 1, "b", ([1.0, 1.0, 2.0], [3.0, 2.0, 8.0]), must=1.5, aim=3.0)
+    monkeypatch.setattr(pairs, "compare", lambda *_: ([1.0, 1.0, 2.0], [3.0, 2.0, 8.0]))
+    row = pairs.run(pairs.Case("n", "s", 1, "b", fixed_pair, must=3.5, aim=4.0, work=6.0), 3, lambda: None)
     assert (row.ratio, row.ratio_low, row.ratio_high) == (3.0, 2.5, 3.5)
-    assert (row.seconds, row.baseline_seconds) == (1.0, 3.0)
-    assert row.as_dict() == {
-        "name": "n", "shape": "s", "threads": 1, "baseline": "b", "ratio": 3.0, "ratio_low": 2.5, "ratio_high": 3.5,
-        "must": 1.5, "aim": 3.0, "seconds": 1.0, "baseline_seconds": 3.0,
-    }  # fmt: skip
+    assert (row.seconds, row.baseline_seconds, row.rate) == (1.0, 3.0, 6.0)
+    assert row.missed
+    fields = {"name": "n", "shape": "s", "threads": 1, "allocator": "default", "baseline": "b", "must": 3.5, "aim": 4.0}
+    assert fields.items() <= row.as_dict().items()
+
+
+def test_the_peak_is_measured_in_the_same_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "peak", lambda kind: {"int8": 10.0}[kind])
+
+    def compare(*arguments: Any) -> tuple[list[float], list[float]]:
+        arguments[3]()
+        return [2.0], [2.0]
+
+    monkeypatch.setattr(pairs, "compare", compare)
+    case = pairs.Case("n", "s", 2, "b", fixed_pair, work=8.0, peak="int8")
+    told: list[int] = []
+    row = pairs.run(case, 1, lambda: told.append(1))
+    assert (row.rate, row.of_peak) == (4.0, 4.0 / 20.0)
+    assert told == [1]
+
+
+@pytest.mark.parametrize("kind", machine.PEAKS)
+def test_every_peak_is_a_rate_or_absent(kind: str) -> None:
+    rate = machine.peak(kind)
+    assert (rate is None and kind != "copy") or (rate is not None and rate > 1e8)
+
+
+def test_unknown_peak() -> None:
+    with pytest.raises(ValueError, match="kind must be fp32, int8, bit or bit_table, got 'nope'"):
+        machine.peak("nope")
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "quantization": {"ROUNDING": ((8, 16),), "CHAINS": ((32, 16, 32),), "TRANSFORMS": ((8, None),), "COLUMNS": 16},
+    "products": {"SHAPES": ((32, 16, 64),)},
+    "convolutions": {"SHAPES": ((2, 8, 8, 4),)},
+    "step": {"BATCH": 2},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in benchmarks.BENCHMARKS if name != "measure"])
+def test_rows(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    module = importlib.import_module(f"fqtstats.benchmarks.{benchmarks.BENCHMARKS[name][0]}")
+    for constant, value in SMALL[module.__name__.rpartition(".")[2]].items():
+        monkeypatch.setattr(module, constant, value)
+    monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
+    state = torch.get_rng_state()
+    done = run("bench", name, "--rounds", "1", "--json", "rows.json")
+    assert torch.equal(torch.get_rng_state(), state)
+    content = json.loads(Path("rows.json").read_text())
+    assert content["machine"].keys() >= {"processor", "cores", "isa", "torch"}
+    rows = content["rows"]
+    # Tiny sizes say nothing about speed: whether the targets are met is open, but the status has to say it.
+    assert done.status == int(any(row["must"] is not None and row["ratio"] < row["must"] for row in rows))
+    assert all(np.isfinite(row["ratio"]) and row["allocator"] == "default" for row in rows)
+    assert {row["threads"] for row in rows} == {1, torch.get_num_threads()}
+    assert rows[0]["name"] in done.out
+
+
+def test_both_allocators(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned: list[str] = []
+    monkeypatch.setattr(machine, "tune_allocator", lambda: tuned.append("tuned"))
+    monkeypatch.setattr(benchmarks, "cases", lambda name: [pairs.Case(name, "s", 1, "b", fixed_pair)])
+    assert run("bench", "gemm,conv", "--rounds", "1", "--allocator", "both", "--json", "rows.json").status == 0
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    listed = [(row["name"], row["allocator"]) for row in rows]
+    assert listed == [("gemm", "default"), ("conv", "default"), ("gemm", "tuned"), ("conv", "tuned")]
+    assert tuned == ["tuned"]
 
 
 class Small(nn.Module):
@@ -70,6 +161,7 @@ def test_the_naive_replicate_computes_the_same_gradient(monkeypatch: pytest.Monk
 
 def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "BATCH", 2)
+    monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
     before, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
     try:
@@ -77,29 +169,29 @@ def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    # Two samples are no benchmark: whether the targets are met is open, but the status has to say it.
     assert done.err == ""
     assert torch.equal(torch.get_rng_state(), state)
-    rows = json.loads(Path("rows.json").read_text())
-    assert [row["name"] for row in rows] == [
-        *["one psq draw", "one ptq draw"] * 2,
-        "one psq draw, split",
-        "one ptq draw, split",
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    assert [(row["name"], row["threads"], row["must"]) for row in rows] == [
+        ("one psq draw, simulated", 1, 1.5),
+        ("one ptq draw, simulated", 1, 1.5),
+        ("one psq draw, native", 1, 3.0),
+        ("one ptq draw, native", 1, 3.0),
+        ("one psq draw, native", 2, None),
+        ("one ptq draw, native", 2, None),
+        ("one psq draw, native, split", 1, None),
+        ("one ptq draw, native, split", 1, None),
     ]
     assert done.status == int(any(row["must"] is not None and row["ratio"] < row["must"] for row in rows))
-    fields = {"name", "shape", "threads", "baseline", "ratio", "must", "aim"}
-    assert all(fields <= row.keys() for row in rows)
-    assert [(row["threads"], row["must"]) for row in rows] == [*[(1, 1.5)] * 2, *[(2, None)] * 2, *[(1, None)] * 2]
-    assert all(np.isfinite(row["ratio"]) and row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
+    assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows)
     lines = done.out.splitlines()
-    assert lines[-2].endswith("[quartiles]")
-    assert max(map(len, lines)) <= 80
-    assert f"{rows[0]['ratio']:.2f}x" in lines[1]
-    assert lines[-1] == "baseline: naive replicate (forward and backward)"
+    assert lines[0] == "one psq draw, simulated, against naive replicate (forward and backward)"
+    assert f"{rows[0]['ratio']:.2f}x" in lines[2]
+    assert max(map(len, lines)) <= 100
 
 
 def test_every_benchmark_is_listed_by_its_error(run: Run) -> None:
-    done = run("bench", "")
+    done = run("bench", "nope")
     assert done.status == 2
     assert all(name in done.err for name in benchmarks.BENCHMARKS)
     assert all(field in Row.__dataclass_fields__ for field in ("must", "aim"))

@@ -20,6 +20,7 @@ import fqtstats
 from fqtstats import cli, measurement, models, ops, policies, quantizers
 from fqtstats.data import SOURCES, data
 from fqtstats.errors import InputError
+from fqtstats.ops import products
 from fqtstats.training import pretrain
 
 __all__ = ["run"]  # the fixture
@@ -84,6 +85,47 @@ def test_several_configurations(fast: Run) -> None:
     described: Any = result.metadata["configurations"]
     assert ["PSQ(bits=6" in item["policy"]["grad_weight"] for item in described] == [True] * 4
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("a/b/r/figures").iterdir())
+
+
+def test_backends(run: Run) -> None:
+    """The native backend says how it computed and what it kept; ``both`` adds the comparison."""
+    assert run("measure", *FAST, "--out", "simulated").status == 0
+    native = run("measure", *FAST, "--backend", "native", "--out", "native")
+    assert native.status == 0, native.err
+    text = " ".join(native.out.split())
+    assert "products: forward integer 8x8 (3 layers); grad_input integer 8x8 (2 layers); grad_weight" in text
+    assert "kept for the backward pass: 0.0103 MB of activations (0.041 MB in float32, 3.99 times less)" in text
+    assert "native against simulated" not in text
+    both = run("measure", *FAST, "--backend", "both", "--out", "both")
+    assert both.status == 0, both.err
+    lines = both.out.splitlines()
+    rows = [line.split() for line in lines[lines.index(next(x for x in lines if x.startswith("native against"))) :]]
+    assert [row[1] for row in rows if row[:1] == ["3"]] == ["forward", "grad_input", "grad_weight"]
+    results = {name: fqtstats.load(name) for name in ("simulated", "native", "both")}
+    assert results["native"].table.equals(results["both"].table)
+    found = {name: result.metadata["backend"] for name, result in results.items()}
+    assert found == {"simulated": "simulated", "native": "native", "both": "native"}
+    parity = results["both"].metadata["configurations"][0]["parity"]
+    assert [row["ok"] for row in parity] == [True] * 8
+    # The same numbers are drawn; only roundings differ.
+    ours, theirs = (results[name].table["variance"] for name in ("native", "simulated"))
+    np.testing.assert_allclose(ours, theirs, rtol=0.2)
+    again = run("measure", *FAST, "--backend", "both", "--out", "both", "--resume")
+    assert (again.status, again.out) == (0, both.out)
+
+
+def test_backends_that_disagree_give_status_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = products.linear
+    monkeypatch.setattr(products, "linear", lambda *arguments: right(*arguments) * 1.001)
+    assert run("measure", *FAST, "--backend", "native", "--out", "native").status == 0
+    for _ in range(2):  # also when the finished run is shown again
+        done = run("measure", *FAST, "--backend", "both", "--out", "both", "--resume")
+        assert done.status == 1
+        assert done.out.count("DIFFERENT") == 3
+    told = run("measure", *FAST, "--backend", "both", "--out", "both", "--resume", "--json")
+    assert told.status == 1
+    rows = json.loads(told.out)["configurations"]
+    assert len(rows) == 1
 
 
 def test_json(fast: Run) -> None:
@@ -169,7 +211,7 @@ BAD_USAGE: list[tuple[list[str], list[str]]] = [
     (["--image-size", "0"], ["--image-size must be at least 1, got 0"]),
     (["--device", "tpu9"], ["cpu or cuda:0", "got 'tpu9'"]),
     (["--device", "meta"], ["cpu or cuda", "got 'meta'"]),
-    (["--backend", "magic"], ["unknown backend 'magic'", "simulated"]),
+    (["--backend", "magic"], ["unknown backend 'magic'", "simulated, native, both"]),
     (["--out", ""], ["--out FOLDER"]),
     (["--resume"], ["--resume", "add --out FOLDER"]),
     (["--draws", "many"], ["--draws", "'many'", "fqtstats measure --help"]),
@@ -306,7 +348,8 @@ def test_the_same_command_works_once_the_problem_is_gone(run: Run) -> None:
     [
         (["list", "nope"], ["unknown list 'nope'", "kernels"]),
         (["bench", "nope"], ["unknown benchmark 'nope'", "measure"]),
-        (["bench"], ["Missing argument"]),
+        (["bench", "gemm,,conv"], ["several separated by commas"]),
+        (["bench", "gemm", "--allocator", "jemalloc"], ["default, tuned or both", "'jemalloc'"]),
         (["bench", "measure", "--rounds", "0"], ["--rounds must be at least 1, got 0"]),
         (["bench", "measure", "--json", "nowhere/rows.json"], ["'nowhere/rows.json'", "does not exist"]),
         (["bench", "measure", "--json", "."], ["expected a file", "'.'"]),

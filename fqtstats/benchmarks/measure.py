@@ -9,7 +9,8 @@ repetition. It is deliberately independent of the package's layers and quantizer
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -18,45 +19,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqtstats import policies
-from fqtstats.benchmarks.pairs import Row, compare, row
+from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.capture import Session
 from fqtstats.determinism import seeded
 from fqtstats.layers import quantized
 from fqtstats.models.preact_resnet import PreActResNet
 
-__all__ = ["benchmark_measure"]
+__all__ = ["measure_cases"]
 
 BITS = 5
 BATCH = 128
 
 
-def benchmark_measure(rounds: int, tell: Callable[[int, int], None]) -> list[Row]:
-    """ResNet-20, batch 128, 3 x 32 x 32, PSQ and PTQ.
+def measure_cases() -> list[Case]:
+    """ResNet-20, batch 128, 3 x 32 x 32, PSQ and PTQ, on both backends.
 
     A draw always takes one thread, which makes it the same on every machine; the baseline takes one, and for
     information all that torch would use. The last rows, for information too, time what ``fqtstats.measure`` does per
     draw: a second backward pass tells the two quantizers' parts apart.
     """
-    before = torch.get_num_threads()
-    settings = [(threads, False) for threads in sorted({1, before})] + [(1, True)]
-    cases = [(name, threads, split) for threads, split in settings for name in ("psq", "ptq")]
-    done, total = 0, rounds * len(cases)
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        tell(done, total)
-
-    try:
-        with seeded(0):
-            return [_against_naive(*case, rounds, step) for case in cases]
-    finally:
-        torch.set_num_threads(before)
+    settings = [("simulated", 1, False), ("native", 1, False)]
+    settings += [("native", threads, False) for threads in {torch.get_num_threads()} - {1}]
+    settings += [("native", 1, True)]
+    return [_against_naive(name, *setting) for setting in settings for name in ("psq", "ptq")]
 
 
-def _against_naive(name: str, threads: int, split: bool, rounds: int, tell: Callable[[], None]) -> Row:
-    model = PreActResNet(3, 10, 3)
-    batch = (torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)))
+_MUST = {"simulated": (1.5, None), "native": (3.0, 10.0)}
+
+
+def _against_naive(name: str, backend: str, threads: int, split: bool) -> Case:
+    must, aim = _MUST[backend] if threads == 1 and not split else (None, None)
+    return Case(
+        name=f"one {name} draw, {backend}" + (", split" if split else ""),
+        shape=f"resnet20 {BATCH}x3x32x32",
+        threads=threads,
+        baseline="naive replicate (forward and backward)",
+        pair=lambda: _pair(name, backend, threads, split),
+        must=must,
+        aim=aim,
+    )
+
+
+@contextmanager
+def _pair(name: str, backend: str, threads: int, split: bool) -> Iterator[Pair]:
+    with seeded(0):
+        model = PreActResNet(3, 10, 3)
+        batch = (torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)))
     naive = copy.deepcopy(model)
     _make_naive(naive, per_sample=name == "psq")
 
@@ -69,7 +77,8 @@ def _against_naive(name: str, threads: int, split: bool, rounds: int, tell: Call
         torch.autograd.backward(loss_fn(naive, batch))
 
     with (
-        quantized(model, policies.get(f"statquant-{name}", bits=BITS)) as handle,
+        torch.random.fork_rng(devices=[]),
+        quantized(model, policies.get(f"statquant-{name}", bits=BITS), backend=backend) as handle,
         Session(model, handle, batch, loss_fn) as session,
     ):
         index = count()
@@ -80,15 +89,7 @@ def _against_naive(name: str, threads: int, split: bool, rounds: int, tell: Call
             if split:
                 session.draw(at, ("grad_input",))
 
-        times = compare(draw, replicate, rounds, tell)
-    return row(
-        f"one {name} draw, split" if split else f"one {name} draw",
-        f"resnet20 {BATCH}x3x32x32",
-        threads,
-        "naive replicate (forward and backward)",
-        times,
-        must=1.5 if threads == 1 and not split else None,
-    )
+        yield draw, replicate
 
 
 def _fake_quantize(x: Tensor, bits: int, dims: tuple[int, ...], noise: bool) -> Tensor:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from fqtstats.errors import InputError
-from fqtstats.ops import convolution8
+from fqtstats.ops import convolution1, convolution8, product1, product8
 from fqtstats.ops.codes import Codes, Geometry
 from fqtstats.ops.extension import native_module
 
@@ -43,7 +43,7 @@ __all__ = [
 Bilinear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-KERNELS: tuple[ModuleType, ...] = (convolution8,)
+KERNELS: tuple[ModuleType, ...] = (product1, convolution1, product8, convolution8,)
 """Modules of native kernels, the first that can is used.
 
 Each has functions of the names below, for arguments that were checked; one returns None where it has no kernel for

@@ -16,6 +16,8 @@ from typing import ClassVar
 
 import torch
 
+from fqtstats.ops.householder import Groups as NativeGroups
+from fqtstats.ops.householder import householder_forward, householder_inverse
 from fqtstats.quantizers.base import Frame, StochasticQuantizer, Transform, extremes, rows
 from fqtstats.quantizers.grid import affine, span_of
 
@@ -174,11 +176,27 @@ class BlockHouseholder(Transform):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``T x``: rows of ``x`` ``[N, C, S]`` in their own order, result in group order."""
-        return self._reflect_(x[self.order].mul_(self.row_scale))
+        return self.forward_extremes(x)[0]
+
+    def forward_extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``T x``, and the minimum and maximum of each of its rows, ``[N, 1, 1]``."""
+        native = householder_forward(x, self._native_groups())
+        if native is not None:
+            y, low, high = native
+            return y, low.view(-1, 1, 1), high.view(-1, 1, 1)
+        y = self._reflect_(x[self.order].mul_(self.row_scale))
+        return y, y.amin((1, 2), keepdim=True), y.amax((1, 2), keepdim=True)
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
+        if self.row_scale.dtype == torch.float32:
+            native = householder_inverse(y, self._native_groups())
+            if native is not None:
+                return native
         x = self._reflect_(y).div_(self.row_scale.to(y.dtype))
         return torch.empty_like(x).index_copy_(0, self.order, x)
+
+    def _native_groups(self) -> NativeGroups:
+        return NativeGroups(self.order, self.heads, self.sizes, self.row_scale)
 
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
         v = variance.double()

@@ -1,0 +1,179 @@
+"""Quantizing against what one would write in torch, and the whole chain from numbers to a product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fqtstats.benchmarks.pairs import Case, Pair
+from fqtstats.determinism import seeded
+from fqtstats.ops import products
+from fqtstats.ops.quantize import encode
+from fqtstats.quantizers import BHQ, PSQ, PTQ, quantizer
+from fqtstats.quantizers.bhq import BlockHouseholder, group_rows
+from fqtstats.quantizers.storage import store
+from fqtstats.random import stream
+
+__all__ = ["quantize_cases"]
+
+EXPRESSION = "rand(out=r); mul(x, s, out=y).add_(b).add_(r).floor_().clamp_(0, 255); codes.copy_(y)"
+ROUNDING = ((4096, 4096), (128, 16384))
+"""64 MB and 8 MB of float32."""
+CHAINS = ((4096, 64, 1024), (4096, 128, 576), (4096, 512, 576), (4096, 1024, 1024))
+"""M, N, K."""
+TRANSFORMS = ((128, 8.0), (1024, 50.0))
+COLUMNS = 4096
+
+
+def quantize_cases() -> list[Case]:
+    """Stochastic rounding with known extremes, row extremes, the block Householder transform, and the chain."""
+    cases = []
+    for threads in sorted({1, torch.get_num_threads()}):
+        one = threads == 1
+        for random_bits, must, aim in ((16, 10.0, 20.0), (24, 6.0, None), (8, None, None)):
+            cases += [
+                Case(
+                    name=f"stochastic rounding, {random_bits} random bits",
+                    shape=f"{n}x{d}",
+                    threads=threads,
+                    baseline=EXPRESSION,
+                    pair=_rounding(random_bits, n, d),
+                    must=must if one else None,
+                    aim=aim if one else None,
+                    work=5.0 * n * d,  # 4 bytes read, 1 written
+                    peak="copy",
+                )
+                for n, d in ROUNDING
+            ]
+        cases += [
+            Case(
+                name="minimum and maximum of rows",
+                shape=f"{n}x{d}",
+                threads=threads,
+                baseline="torch.aminmax(dim=1)",
+                pair=_extremes(n, d),
+                work=4.0 * n * d,
+                peak="copy",
+            )
+            for n, d in ROUNDING
+        ]
+        cases += [
+            Case(
+                name="block Householder transform",
+                shape=f"{n}x{COLUMNS}",
+                threads=threads,
+                baseline="T @ x, float32",
+                pair=_householder(n),
+                must=must if one else None,
+                work=8.0 * n * COLUMNS,
+                peak="copy",
+            )
+            for n, must in TRANSFORMS
+        ]
+        cases += [
+            Case(
+                name="extremes, rounding, int8 product, scales",
+                shape=f"{m}x{n}x{k}",
+                threads=threads,
+                baseline="the same in torch, with torch._int_mm",
+                pair=_chain(m, n, k),
+                must=(4.0 if n <= 128 else 2.5) if one else None,
+                aim=8.0 if one else None,
+                work=2.0 * m * n * k,
+                peak="int8",
+            )
+            for m, n, k in CHAINS
+        ]
+    return cases
+
+
+def _input(n: int, d: int) -> Tensor:
+    with seeded(0):
+        return torch.randn(n, d)
+
+
+def _expression(x: Tensor) -> Callable[[float, float], Tensor]:
+    """Stochastic rounding in torch, with every buffer made beforehand."""
+    noise, y, codes = torch.empty_like(x), torch.empty_like(x), torch.empty(x.shape, dtype=torch.uint8)
+
+    def run(scale: float, shift: float) -> Tensor:
+        torch.rand(x.shape, out=noise)
+        torch.mul(x, scale, out=y).add_(shift).add_(noise).floor_().clamp_(0, 255)
+        return codes.copy_(y)
+
+    return run
+
+
+def _rounding(random_bits: int, n: int, d: int) -> Callable[[], Iterator[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x = _input(n, d)
+        recipe, words = replace(PTQ(8, random_bits), grid="affine").recipe, stream().words()
+        low, high = torch.aminmax(x)
+        extremes = low.view(1), high.view(1)
+        scale = 255 / float(high - low)
+        expression = _expression(x)
+        yield (
+            lambda: encode(x, recipe, words, extremes=extremes),
+            lambda: expression(scale, -float(low) * scale),
+        )
+
+    return pair
+
+
+def _extremes(n: int, d: int) -> Callable[[], Iterator[Pair]]:
+    raise NotImplementedError
+
+
+def _householder(n: int) -> Callable[[], Iterator[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x = _input(n, COLUMNS)
+        x *= torch.logspace(0, -3, n).view(-1, 1)  # heavy-tailed rows, as in trained networks
+        low, high = torch.aminmax(x, dim=1)
+        transform = BlockHouseholder.of(group_rows((high - low).double()), torch.float32)
+        dense = transform.forward(torch.eye(n).view(n, n, 1)).view(n, n)
+        y = torch.empty_like(x)
+        view = x.view(n, COLUMNS, 1)
+        yield lambda: transform.forward(view), lambda: torch.mm(dense, x, out=y)
+
+    return pair
+
+
+def _chain(m: int, n: int, k: int) -> Callable[[], Iterator[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x, w = _input(m, k), _input(n, k)
+        gradient, words = PTQ(8, grid="affine"), stream()
+        stored = store(quantizer("symmetric", bits=8), w, words)
+        assert stored is not None
+        weights = stored.codes
+        step = float(weights.affine.step)
+        signed = (weights.unpack().to(torch.int16) - int(weights.affine.zero)).to(torch.int8)
+        sums = signed.sum(dim=1, dtype=torch.float32)
+        transposed = signed.t()
+        expression = _expression(x)
+
+        def ours() -> Tensor:
+            codes = store(gradient, x, words)
+            assert codes is not None
+            return products.linear(codes.codes, weights)
+
+        def torch_chain() -> Tensor:
+            low, high = (float(extreme) for extreme in torch.aminmax(x))
+            scale = 255 / (high - low)
+            codes = expression(scale, -low * scale).bitwise_xor_(128).view(torch.int8)  # codes - 128
+            product = torch._int_mm(codes, transposed).float()
+            return product.mul_(step / scale).add_(sums * (step * (128 / scale + low)))
+
+        yield ours, torch_chain
+
+    return pair
+
+
+__unused = (math, BHQ, PSQ)

@@ -1,0 +1,103 @@
+"""Native convolutions with a 1-bit operand: forward 1 x 1 bit, both gradients (4, 2 or 1) x 1 bit.
+
+The functions are those of ``fqtstats.ops.products``, for arguments that were checked there. They return None for other
+widths, channel groups, and the rare case that an integer sum could exceed 32 bits: int8 kernels or the fallback take
+those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fqtstats.ops.codes import Codes, Geometry
+from fqtstats.ops.extension import native_module
+
+__all__ = ["GRADIENT_BITS", "convolution", "convolution_grad_input", "convolution_grad_weight"]
+
+GRADIENT_BITS = (1, 2, 4)
+"""Widths of the incoming gradient that the backward kernels have."""
+
+
+def convolution(
+    x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | None = None, variant: str | None = None
+) -> torch.Tensor | None:
+    """As ``products.convolution``; `variant` names the instruction set to use."""
+    (n, _, *size), (channels, _, *kernel) = x.shape, w.shape
+    if (x.bits, w.bits) != (1, 1) or geometry.groups != 1 or 0 in (*x.shape, *w.shape):
+        return None
+    out_size = [
+        (s + 2 * p - d * (k - 1) - 1) // stride + 1
+        for s, k, stride, p, d in zip(size, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    ]
+    out = torch.empty(n, *out_size, channels)
+    done = native_module().convolution1_forward(
+        *_image(x),
+        *_weights(w),
+        *_slide(geometry),
+        None if bias is None else bias.detach().numpy(),
+        torch.get_num_threads(),
+        out.numpy(),
+        variant,
+    )
+    return out.permute(0, 3, 1, 2) if done else None
+
+
+def convolution_grad_input(
+    g: Codes, w: Codes, geometry: Geometry, size: tuple[int, int], variant: str | None = None
+) -> torch.Tensor | None:
+    """As ``products.convolution_grad_input``; `variant` names the instruction set to use."""
+    if g.bits not in GRADIENT_BITS or w.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *w.shape, *size):
+        return None
+    out = torch.empty(g.shape[0], *size, w.shape[1])
+    done = native_module().convolution1_grad_input(
+        g.data.numpy(),
+        g.bits,
+        *_image(g)[1:],
+        *_weights(w),
+        *_slide(geometry),
+        tuple(size),
+        torch.get_num_threads(),
+        out.numpy(),
+        variant,
+    )
+    return out.permute(0, 3, 1, 2) if done else None
+
+
+def convolution_grad_weight(
+    g: Codes, x: Codes, geometry: Geometry, kernel: tuple[int, int], variant: str | None = None
+) -> torch.Tensor | None:
+    """As ``products.convolution_grad_weight``; `variant` names the instruction set to use."""
+    if g.bits not in GRADIENT_BITS or x.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *x.shape, *kernel):
+        return None
+    out = torch.empty(g.shape[1], x.shape[1], *kernel)
+    done = native_module().convolution1_grad_weight(
+        g.data.numpy(),
+        g.bits,
+        *_image(g)[1:],
+        *_image(x),
+        *_slide(geometry),
+        tuple(kernel),
+        torch.get_num_threads(),
+        out.numpy(),
+        variant,
+    )
+    return out if done else None
+
+
+def _grid(codes: Codes) -> tuple[Any, ...]:
+    affine = codes.affine
+    return tuple(None if t is None else t.numpy() for t in (affine.step, affine.zero, affine.offset))
+
+
+def _image(codes: Codes) -> tuple[Any, ...]:
+    return codes.data.numpy(), codes.shape, codes.pad, *_grid(codes)
+
+
+def _weights(codes: Codes) -> tuple[Any, ...]:
+    return codes.data.numpy(), codes.shape, *_grid(codes)
+
+
+def _slide(geometry: Geometry) -> tuple[tuple[int, int], ...]:
+    return geometry.stride, geometry.padding, geometry.dilation

@@ -1,0 +1,236 @@
+// AVX-512 with VPOPCNTDQ, VBMI and VNNI.
+//
+// popcount: 6 rows x 32 columns, 24 accumulators of 8 64-bit sums; and, vpopcntq, vpaddq per 512 bits.
+// lookup: 8 rows x 2 blocks of 16 columns. vpermb looks up 16 columns x 4 nibbles at once: a byte of a block is the
+// nibble plus 16 times its place j, a table is the 4 x 16 subset sums. Four look-ups, at most 60 each, add up in a
+// byte; vpdpbusd then adds the four nibbles of a column to its 32-bit sum.
+#include <immintrin.h>
+
+#include "kernels/convolution1/convolution1.h"
+#include "kernels/convolution1/element.h"
+
+namespace fqtstats::convolution1 {
+
+#define FQTSTATS_INLINE __attribute__((always_inline)) static inline
+
+static void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::int64_t bits = 0;
+    for (std::int64_t k = 0; k < words; ++k, pixels += 8) bits += __builtin_popcountll(load64(pixels));
+    counts[i] = static_cast<std::int32_t>(bits);
+  }
+}
+
+// sums[0..31] += four registers of 64-bit sums.
+FQTSTATS_INLINE void add_to(std::int32_t* sums, __m512i c0, __m512i c1, __m512i c2, __m512i c3) {
+  const __m512i low =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c0)), _mm512_cvtepi64_epi32(c1), 1);
+  const __m512i high =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(c2)), _mm512_cvtepi64_epi32(c3), 1);
+  _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(sums), low));
+  _mm512_storeu_si512(sums + 16, _mm512_add_epi32(_mm512_loadu_si512(sums + 16), high));
+}
+
+FQTSTATS_INLINE __m512i add_bits(__m512i sum, __m512i a, __m512i b) {
+  return _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_and_si512(a, b)));
+}
+
+static void popcount(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
+                     std::int64_t ld) {
+  constexpr int kRows = kPopcountRows;
+  __m512i c0[kRows], c1[kRows], c2[kRows], c3[kRows];
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) c0[i] = c1[i] = c2[i] = c3[i] = _mm512_setzero_si512();
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    const std::uint8_t* a[kRows];
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) a[i] = source[i] + runs.offset[r];
+    for (std::int64_t k = 0; k < runs.length; ++k, panel += kPopcountPanel) {
+      const __m512i b0 = _mm512_loadu_si512(panel), b1 = _mm512_loadu_si512(panel + 64);
+      const __m512i b2 = _mm512_loadu_si512(panel + 128), b3 = _mm512_loadu_si512(panel + 192);
+#pragma GCC unroll 6
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i x = _mm512_set1_epi64(static_cast<long long>(load64(a[i] + 8 * k)));
+        c0[i] = add_bits(c0[i], x, b0);
+        c1[i] = add_bits(c1[i], x, b1);
+        c2[i] = add_bits(c2[i], x, b2);
+        c3[i] = add_bits(c3[i], x, b3);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) add_to(sums + i * ld, c0[i], c1[i], c2[i], c3[i]);
+}
+
+template <int kBits>
+static std::int32_t unpack_bits(const std::uint8_t* packed, std::int64_t n, std::uint8_t* codes) {
+  constexpr std::uint64_t kEvery = kBits == 4   ? 0x1C1814100C080400
+                                   : kBits == 2 ? 0x0E0C0A0806040200
+                                                : 0x0706050403020100;
+  const __m512i shifts = _mm512_set1_epi64(static_cast<long long>(kEvery)), mask = _mm512_set1_epi8((1 << kBits) - 1);
+  __m512i sum = _mm512_setzero_si512();
+  for (std::int64_t i = 0; i < n; i += 64, packed += 8 * kBits, codes += 64) {
+    const std::int64_t left = n - i, bytes = left >= 64 ? 8 * kBits : (left * kBits + 7) / 8;
+    const __m256i word = _mm256_maskz_loadu_epi8(static_cast<__mmask32>((1ULL << bytes) - 1), packed);
+    __m512i wide;  // the codes of each 64-bit slot, at its bottom
+    if constexpr (kBits == 4)
+      wide = _mm512_cvtepu32_epi64(word);
+    else if constexpr (kBits == 2)
+      wide = _mm512_cvtepu16_epi64(_mm256_castsi256_si128(word));
+    else
+      wide = _mm512_cvtepu8_epi64(_mm256_castsi256_si128(word));
+    const __mmask64 valid = left >= 64 ? ~0ULL : (1ULL << left) - 1;
+    const __m512i out =
+        _mm512_maskz_mov_epi8(valid, _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, wide), mask));
+    _mm512_storeu_si512(codes, out);
+    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(out, _mm512_setzero_si512()));
+  }
+  return static_cast<std::int32_t>(_mm512_reduce_add_epi64(sum));
+}
+
+static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n, std::uint8_t* codes) {
+  return bits == 4   ? unpack_bits<4>(packed, n, codes)
+         : bits == 2 ? unpack_bits<2>(packed, n, codes)
+                     : unpack_bits<1>(packed, n, codes);
+}
+
+// Four rounds of interleaving the first half with the second transpose 16 x 16 bytes, in each 128-bit lane.
+static void transpose(const std::uint8_t* codes, std::int64_t ld, std::int64_t n, std::uint8_t* out) {
+  for (std::int64_t c = 0; c < n; c += 64, codes += 64, out += 1024) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(codes + i * ld);
+#pragma GCC unroll 2
+    for (int round = 0; round < 2; ++round) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        b[2 * i] = _mm512_unpacklo_epi8(a[i], a[i + 8]);
+        b[2 * i + 1] = _mm512_unpackhi_epi8(a[i], a[i + 8]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_epi8(b[i], b[i + 8]);
+        a[2 * i + 1] = _mm512_unpackhi_epi8(b[i], b[i + 8]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      std::uint8_t* to = out + 16 * i;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(a[i]));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 256), _mm512_extracti32x4_epi32(a[i], 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 512), _mm512_extracti32x4_epi32(a[i], 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 768), _mm512_extracti32x4_epi32(a[i], 3));
+    }
+  }
+}
+
+static void tables(const std::uint8_t* codes, std::int64_t n, std::int64_t stride, std::uint8_t* out) {
+  // Lane j of a table sums codes 4 j + b over the bits b of the byte's place in the lane.
+  const __m512i b0 =
+      _mm512_set_epi32(0x0C0C0C0C, 0x0C0C0C0C, 0x0C0C0C0C, 0x0C0C0C0C, 0x08080808, 0x08080808, 0x08080808, 0x08080808,
+                       0x04040404, 0x04040404, 0x04040404, 0x04040404, 0, 0, 0, 0);
+  const __m512i one = _mm512_set1_epi8(1);
+  const __m512i b1 = _mm512_add_epi8(b0, one), b2 = _mm512_add_epi8(b1, one), b3 = _mm512_add_epi8(b2, one);
+  for (std::int64_t i = 0; i < n; ++i, codes += 16, out += stride) {
+    const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i low = _mm512_add_epi8(_mm512_maskz_shuffle_epi8(0xAAAAAAAAAAAAAAAA, x, b0),
+                                        _mm512_maskz_shuffle_epi8(0xCCCCCCCCCCCCCCCC, x, b1));
+    const __m512i high = _mm512_add_epi8(_mm512_maskz_shuffle_epi8(0xF0F0F0F0F0F0F0F0, x, b2),
+                                         _mm512_maskz_shuffle_epi8(0xFF00FF00FF00FF00, x, b3));
+    _mm512_storeu_si512(out, _mm512_add_epi8(low, high));
+  }
+}
+
+static void blocks(const std::uint8_t* const* row, std::int64_t offset, std::uint8_t* low, std::uint8_t* high) {
+  // Byte 16 l + 4 m + d of g[j] is nibble j of column 16 m + 4 l + d, so that interleaving the bytes of the four within
+  // 128-bit lanes leaves columns 16 m ... 16 m + 15 in register m.
+  const __m512i order =
+      _mm512_set_epi32(0x3F3E3D3C, 0x2F2E2D2C, 0x1F1E1D1C, 0x0F0E0D0C, 0x3B3A3938, 0x2B2A2928, 0x1B1A1918, 0x0B0A0908,
+                       0x37363534, 0x27262524, 0x17161514, 0x07060504, 0x33323130, 0x23222120, 0x13121110, 0x03020100);
+  __m512i g[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512i nibble = _mm512_set1_epi8(static_cast<char>(16 * j));
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b)
+      nibble = _mm512_mask_add_epi8(nibble, _cvtu64_mask64(load64(row[4 * j + b] + offset)), nibble,
+                                    _mm512_set1_epi8(static_cast<char>(1 << b)));
+    g[j] = _mm512_permutexvar_epi8(order, nibble);
+  }
+  const __m512i low01 = _mm512_unpacklo_epi8(g[0], g[1]), high01 = _mm512_unpackhi_epi8(g[0], g[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(g[2], g[3]), high23 = _mm512_unpackhi_epi8(g[2], g[3]);
+  _mm512_storeu_si512(low, _mm512_unpacklo_epi16(low01, low23));
+  _mm512_storeu_si512(low + 256, _mm512_unpackhi_epi16(low01, low23));
+  _mm512_storeu_si512(high, _mm512_unpacklo_epi16(high01, high23));
+  _mm512_storeu_si512(high + 256, _mm512_unpackhi_epi16(high01, high23));
+}
+
+template <int kRows>
+static void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint8_t* panel, std::int32_t* sums,
+                   std::int64_t ld) {
+  const __m512i one = _mm512_set1_epi8(1);
+  __m512i c0[kRows], c1[kRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    c0[i] = _mm512_loadu_si512(sums + i * ld);
+    c1[i] = _mm512_loadu_si512(sums + i * ld + 16);
+  }
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    const std::uint8_t* a[kRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) a[i] = source[i] + runs.offset[r];
+    for (std::int64_t k = 0; k < runs.length * kLookupStep; k += kLookupStep, panel += kLookupPanel) {
+      const __m512i x0 = _mm512_loadu_si512(panel), x1 = _mm512_loadu_si512(panel + 64);
+      const __m512i x2 = _mm512_loadu_si512(panel + 128), x3 = _mm512_loadu_si512(panel + 192);
+      const __m512i y0 = _mm512_loadu_si512(panel + 256), y1 = _mm512_loadu_si512(panel + 320);
+      const __m512i y2 = _mm512_loadu_si512(panel + 384), y3 = _mm512_loadu_si512(panel + 448);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i t0 = _mm512_loadu_si512(a[i] + k), t1 = _mm512_loadu_si512(a[i] + k + 64);
+        const __m512i t2 = _mm512_loadu_si512(a[i] + k + 128), t3 = _mm512_loadu_si512(a[i] + k + 192);
+        const __m512i x01 = _mm512_add_epi8(_mm512_permutexvar_epi8(x0, t0), _mm512_permutexvar_epi8(x1, t1));
+        const __m512i x23 = _mm512_add_epi8(_mm512_permutexvar_epi8(x2, t2), _mm512_permutexvar_epi8(x3, t3));
+        const __m512i y01 = _mm512_add_epi8(_mm512_permutexvar_epi8(y0, t0), _mm512_permutexvar_epi8(y1, t1));
+        const __m512i y23 = _mm512_add_epi8(_mm512_permutexvar_epi8(y2, t2), _mm512_permutexvar_epi8(y3, t3));
+        c0[i] = _mm512_dpbusd_epi32(c0[i], _mm512_add_epi8(x01, x23), one);
+        c1[i] = _mm512_dpbusd_epi32(c1[i], _mm512_add_epi8(y01, y23), one);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    _mm512_storeu_si512(sums + i * ld, c0[i]);
+    _mm512_storeu_si512(sums + i * ld + 16, c1[i]);
+  }
+}
+
+static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
+                   std::int64_t first, std::int64_t n) {
+  for (std::int64_t c = 0; c < n; c += 16) {
+    const __mmask16 valid = static_cast<__mmask16>(n - c >= 16 ? 0xFFFF : (1 << (n - c)) - 1);
+    const auto floats = [&](const float* p) {
+      return p ? _mm512_maskz_loadu_ps(valid, p + first + c) : _mm512_setzero_ps();
+    };
+    const auto integers = [&](const std::int32_t* p) {
+      return p ? _mm512_maskz_loadu_epi32(valid, p + first + c) : _mm512_setzero_si512();
+    };
+    const __m512 step = floats(columns.step), offset = floats(columns.offset), bias = floats(columns.bias);
+    const __m512i zero = integers(columns.zero), rest = integers(columns.rest);
+    for (int r = 0; r < rows; ++r) {
+      __m512i sum = _mm512_maskz_loadu_epi32(valid, sums + r * ld + c);
+      if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
+      if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
+      if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
+      if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v)));
+      if (columns.bias) y = _mm512_add_ps(y, bias);
+      _mm512_mask_storeu_ps(row[r].out + first + c, valid, y);
+    }
+  }
+}
+
+extern const Kernel avx512vbmi{
+    "avx512vbmi", cpu::Isa::avx512vbmi, count, popcount, unpack, transpose, tables, blocks, lookup<8>, lookup<1>,
+    finish};
+
+}  // namespace fqtstats::convolution1

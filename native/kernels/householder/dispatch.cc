@@ -1,0 +1,127 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "kernels/householder/householder.h"
+
+namespace fqtstats::householder {
+
+#define FQTSTATS_KERNEL(variant) extern const Kernel variant;
+#include "kernels/householder/kernels.inc"
+#undef FQTSTATS_KERNEL
+
+std::span<const Kernel> kernels() {
+  static const Kernel rows[] = {
+#define FQTSTATS_KERNEL(variant) variant,
+#include "kernels/householder/kernels.inc"
+#undef FQTSTATS_KERNEL
+  };
+  return rows;
+}
+
+namespace {
+
+constexpr std::int64_t kUnit = 16;         // columns of a cache line
+constexpr std::int64_t kCache = 1 << 15;   // elements of a strip: it and the next one stay in the second-level cache
+constexpr std::int64_t kWidest = 1 << 9;   // columns of a strip: u and the partial sums stay in the first-level cache
+constexpr std::int64_t kGrain = 1 << 16;   // elements: about 10 us, several times a thread's wake-up
+constexpr std::int64_t kStream = 1 << 21;  // elements, from which on the result would not stay in a cache
+
+std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
+
+// Columns [begin, end) of every row. low and high are this call's own.
+void transform(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns,
+               std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
+  const bool stream = t.rows * columns >= kStream && columns % kUnit == 0 &&
+                      reinterpret_cast<std::uintptr_t>(out) % (kUnit * sizeof(float)) == 0;
+  const auto rows = [&](std::int64_t first, std::int64_t n) {
+    Block block{.in = in,
+                .out = out,
+                .stride = columns,
+                .order = t.order + first,
+                .first = first,
+                .scale = t.scale + first,
+                .n = n,
+                .columns = 0,
+                .root = static_cast<float>(1 / std::sqrt(static_cast<double>(n))),
+                .spread = static_cast<float>(1 / (std::sqrt(static_cast<double>(n)) - 1)),
+                .low = low + first,
+                .high = high + first,
+                .memory = memory,
+                .width = width_of(n),
+                .stream = stream};
+    for (std::int64_t c = begin; c < end; c += block.width) {
+      block.in = in + c;
+      block.out = out + c;
+      block.columns = std::min(block.width, end - c);
+      kernel(block);
+    }
+  };
+  std::int64_t position = 0;
+  for (std::int64_t g = 0; g < t.groups; ++g) {
+    for (; position < t.heads[g]; ++position) rows(position, 1);
+    rows(position, static_cast<std::int64_t>(t.sizes[g]));
+    position += static_cast<std::int64_t>(t.sizes[g]);
+  }
+  for (; position < t.rows; ++position) rows(position, 1);
+#if defined(__x86_64__)
+  if (stream) _mm_sfence();  // orders such writes before whatever tells another thread of them
+#endif
+}
+
+struct Memory {};
+struct Partial {};
+
+void run(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns, int threads,
+         float* out, float* low, float* high) {
+  const std::int64_t units = (columns + kUnit - 1) / kUnit;
+  const std::int64_t parts =
+      std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
+  std::int64_t size = workspace(1) * width_of(1);
+  for (std::int64_t g = 0; g < t.groups; ++g) {
+    const auto n = static_cast<std::int64_t>(t.sizes[g]);
+    size = std::max(size, workspace(n) * width_of(n));
+  }
+  float* memory = cpu::scratch<Memory, float>(parts * size);
+  float* partial = cpu::scratch<Partial, float>(parts * 2 * t.rows);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    std::fill_n(partial + 2 * p * t.rows, t.rows, std::numeric_limits<float>::infinity());
+    std::fill_n(partial + (2 * p + 1) * t.rows, t.rows, -std::numeric_limits<float>::infinity());
+  }
+  cpu::split(parts, 1, static_cast<int>(parts), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t p = begin; p < end; ++p)
+      transform(kernel, t, in, columns, units * p / parts * kUnit, std::min(units * (p + 1) / parts * kUnit, columns),
+                memory + p * size, out, partial + 2 * p * t.rows, partial + (2 * p + 1) * t.rows);
+  });
+  if (low == nullptr) return;
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    float least = partial[i], largest = partial[t.rows + i];
+    for (std::int64_t p = 1; p < parts; ++p) {
+      const float a = partial[2 * p * t.rows + i], b = partial[(2 * p + 1) * t.rows + i];
+      if (a < least || a != a) least = a;
+      if (b > largest || b != b) largest = b;
+    }
+    low[i] = least + 0.0f;  // -0 becomes 0: which of the two came first depends on the lanes
+    high[i] = largest + 0.0f;
+  }
+}
+
+}  // namespace
+
+void forward(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
+             float* out, float* low, float* high) {
+  run(kernel.forward, transform, in, columns, threads, out, low, high);
+}
+
+void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
+             float* out) {
+  run(kernel.inverse, transform, in, columns, threads, out, nullptr, nullptr);
+}
+
+}  // namespace fqtstats::householder

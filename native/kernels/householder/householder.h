@@ -1,0 +1,72 @@
+// Block Householder transform of rows and its inverse, as fqtstats/quantizers/bhq.py defines them.
+//
+// The rows, taken in the order `order`, form groups of consecutive positions; a group of n >= 2 rows is reflected:
+//
+//   z_i = x_i scale_i                          (forward)
+//   m = sum(z) root,  root = f32(1 / sqrt n);  u = (m - z_0) spread,  spread = f32(1 / (sqrt n - 1))
+//   y_0 = m,  y_i = z_i - u                    (0 < i < n)
+//   x_i = y_i / scale_i                        (inverse, of the reflected rows)
+//
+// Rows outside of these groups are only scaled. Every operation is rounded to float32 on its own. sum(z) is a pairwise
+// tree: sum of n = sum of the first p + sum of the other n - p, p the largest power of two below n. So all variants and
+// any number of threads give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "cpu/isa.h"
+
+namespace fqtstats::householder {
+
+// A strip of columns of one group, or of one row that is only scaled (n = 1).
+struct Block {
+  const float* in;  // first column of row 0
+  float* out;
+  std::int64_t stride;        // elements from row to row, of both
+  const std::int64_t* order;  // [n] rows on the one side
+  std::int64_t first;         // the n rows from here on, on the other
+  const float* scale;         // [n]
+  std::int64_t n, columns;
+  float root, spread;
+  float *low, *high;  // [n] extremes of every row so far; NaN once there was one
+  float* memory;      // workspace(n) rows of `width` elements
+  std::int64_t width;
+  bool stream;  // write past the caches; then `out` and the stride are whole cache lines
+};
+
+// Rows of working memory: z, then u, then the partial sums of the tree.
+constexpr std::int64_t workspace(std::int64_t n) {
+  std::int64_t levels = 1;
+  while (n >> levels) ++levels;
+  return n + 2 + levels;
+}
+
+struct Kernel {
+  const char* name;
+  cpu::Isa isa;
+  // Rows order[i] of `in` to rows first + i of `out`, updating the extremes of the results.
+  void (*forward)(const Block& block);
+  // Rows first + i of `in` to rows order[i] of `out`.
+  void (*inverse)(const Block& block);
+};
+
+// Every variant that was built, fastest first.
+std::span<const Kernel> kernels();
+
+struct Transform {
+  std::int64_t rows, groups;
+  const std::int64_t* order;  // [rows] a permutation
+  const std::int64_t* heads;  // [groups] position of the first row of every group, ascending
+  const double* sizes;        // [groups] n >= 2; groups do not overlap
+  const float* scale;         // [rows] by position
+};
+
+// in and out: [rows, columns], row-major, not overlapping. low, high: [rows], of the rows of `out`; a row that holds
+// NaN has NaN for both, zeros are positive, and without columns they are +inf and -inf.
+void forward(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
+             float* out, float* low, float* high);
+void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
+             float* out);
+
+}  // namespace fqtstats::householder

@@ -1,0 +1,382 @@
+"""Layers on the native backend: integer products on codes, against the simulated backend on training batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fqtstats
+from fqtstats import Policy, models, quantizer
+from fqtstats.data import data
+from fqtstats.layers import state
+from fqtstats.layers.state import Draw
+from fqtstats.models.preact_resnet import PreActResNet
+from fqtstats.ops import products
+from fqtstats.quantizers import storage
+
+
+class Digits(nn.Module):
+    """Strides, a depthwise and an even "same" convolution, and a convolution on a reflected border."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1, padding_mode="reflect")
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=False)
+        self.even = nn.Conv2d(12, 12, 2, padding="same")
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.rows = nn.Conv1d(12, 8, 3, padding=2, dilation=2)
+        self.out = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(self.down(x))
+        x = x + self.depthwise(F.relu(self.even(x)))
+        return self.out(self.rows(x.flatten(2)).mean(2))
+
+
+def case(name, samples=24):
+    """Model, batch and loss of a training step."""
+    source = data("text" if name == "transformer" else "digits")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        if name == "cnn":
+            model = Digits()
+        elif name == "resnet":
+            model = PreActResNet(1, 10, 1)
+        else:
+            model = models.build(name, source, seed=0)
+    batch = next(iter(source.batches(4 if name == "transformer" else samples, seed=0)))
+    return model, batch, models.loss
+
+
+def everywhere(gradient, bits):
+    """A policy with ``bits`` at every place."""
+    q = quantizer(gradient, bits=bits)
+    return Policy(quantizer("minmax", bits=bits), quantizer("zero_on_grid", bits=bits), q, q)
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+NOT_ON_CODES = {
+    "ptq": {},
+    "psq": {"grad_weight": "float32: the scales of g vary along the contracted samples"},
+    "bhq": {"grad_weight": "float32: the scales of g vary along the contracted samples"},
+    "pcq": {"grad_input": "float32: the scales of g vary along the contracted output channels"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("bits", [8, 4, 1])
+@pytest.mark.parametrize("gradient", NOT_ON_CODES)
+@pytest.mark.parametrize("name", ["cnn", "resnet", "mlp", "transformer"])
+def test_parity_on_a_training_batch(name, gradient, bits):
+    model, batch, loss = case(name)
+    report = fqtstats.parity(model, batch, loss, everywhere(gradient, bits), seed=1)
+    assert report.ok, report.table[~report.table["ok"]].to_string()
+    on_codes = f"integer {bits}x{bits}"
+    expected = {"forward": on_codes, "grad_input": on_codes, "grad_weight": on_codes} | NOT_ON_CODES[gradient]
+    for row in report.table.itertuples():
+        assert row.arithmetic == expected[row.product], row
+        assert row.codes > 0
+        assert row.elements > 0
+        assert (row.error == 0) == (row.ulps == 0)
+    layers = sum(type(m) in (nn.Linear, nn.Conv1d, nn.Conv2d) for m in model.modules())
+    assert (report.table["product"] == "forward").sum() == layers
+
+
+def test_the_bound_holds_for_large_offsets():
+    """An input far from zero and a gradient that sums to zero: the native formula's terms dwarf the product."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 8)
+    batch = 100 + torch.randn(40, 64)
+    q = quantizer("ptq", bits=8, grid="affine")
+    policy = Policy(quantizer("minmax", bits=8), quantizer("minmax", bits=8), q, q)
+    report = fqtstats.parity(model, batch, lambda m, x: (m(x) - m(x).detach().mean(0)).pow(2).sum(), policy)
+    assert report.ok
+    assert report.table["ulps"].max() > 8
+
+
+def corrupted_store(q, x, stream, pad=(0, 0)):
+    stored = storage.store(q, x, stream, pad)
+    if stored is not None and stream.site == CORRUPTED:
+        data = stored.codes.data.clone()
+        data.view(-1)[0] ^= 1
+        stored = replace(stored, codes=replace(stored.codes, data=data))
+    return stored
+
+
+CORRUPTED = "weight"
+
+
+@pytest.mark.parametrize("place", ["activation", "weight", "grad_input", "grad_weight"])
+def test_a_single_wrong_code_fails_the_parity(monkeypatch, place):
+    monkeypatch.setattr(state, "store", corrupted_store)
+    monkeypatch.setitem(globals(), "CORRUPTED", place)
+    report = fqtstats.parity(small.mlp(), small.batch(), small.loss, everywhere("ptq", 4))
+    assert not report.ok
+    name = place if place.startswith("grad") else "forward"
+    wrong = report.table[~report.table["ok"]]
+    assert set(wrong["product"]) == {name}
+    assert (wrong["differing"] >= 1).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_grad_input", "linear_grad_weight"])
+@pytest.mark.parametrize("fault", [lambda y: y * (1 + 2e-5), lambda y: y.index_fill(0, torch.tensor([1]), math.nan)])
+def test_a_wrong_product_fails_the_parity(monkeypatch, name, fault):
+    right = getattr(products, name)
+    monkeypatch.setattr(products, name, lambda *arguments: fault(right(*arguments)))
+    inspected = "forward" if name == "linear" else name.removeprefix("linear_")
+    # NaN would end the pass further on: the last layer's forward product has no quantizer behind it.
+    model = nn.Sequential(nn.Linear(12, 10))
+    policy = everywhere("ptq", 8)
+    x, y = small.batch()
+    if name == "linear":
+        loss = lambda m, b: F.cross_entropy(m(x).nan_to_num(), y)  # noqa: E731
+    else:
+        loss = lambda m, b: F.cross_entropy(m(b), y)  # noqa: E731
+    report = fqtstats.parity(model, x.requires_grad_(), loss, policy)
+    assert not report.ok
+    assert set(report.table[~report.table["ok"]]["product"]) == {inspected}
+    assert (report.table["differing"] == 0).all()
+
+
+# --- how each product is computed -------------------------------------------------------------------------------------
+
+
+def arithmetic_of(layer, x, policy, backend="native"):
+    with fqtstats.quantized(layer, policy, backend=backend) as handle:
+        layer(x).square().sum().backward()
+        return handle.arithmetic[""]
+
+
+def test_products_that_cannot_be_integer_say_why():
+    x = torch.randn(5, 4, 6, 6, requires_grad=True)
+    q = {name: quantizer(name, bits=4) for name in ("ptq", "psq", "pcq", "bhq", "minmax")}
+    q["position"] = quantizer("pcq", bits=4, per_position=True)
+
+    def of(*places, groups=1, dtype=torch.float32):
+        policy = Policy(*[q.get(place, place) for place in places])
+        return arithmetic_of(nn.Conv2d(4, 4, 3, groups=groups).to(dtype), x.detach().to(dtype).requires_grad_(), policy)
+
+    whole = "integer 4x4"
+    assert of("minmax", "minmax", "psq", "pcq") == {"forward": whole, "grad_input": whole, "grad_weight": whole}
+    assert of("bhq", "ptq", "bhq", "ptq") == {
+        "forward": whole,
+        "grad_input": whole,
+        "grad_weight": "float32: the scales of x vary along the contracted samples",
+    }
+    assert of("minmax", None, "ptq", "psq") == {
+        "forward": "float32: w: no quantizer",
+        "grad_input": "float32: w: no quantizer",
+        "grad_weight": "float32: the scales of g vary along the contracted samples",
+    }
+    assert of("pcq", "psq", "ptq", "ptq") == {
+        "forward": "float32: the scales of x vary along the contracted channels",
+        "grad_input": "float32: the scales of w vary along the contracted output channels",
+        "grad_weight": whole,
+    }
+    assert (
+        of("pcq", "minmax", "ptq", "ptq", groups=2)["grad_weight"] == "float32: the scales of x vary along the channels"
+    )
+    assert of("minmax", "bhq", "ptq", "ptq")["forward"] == "float32: the transform of w mixes rows"
+    no_codes = "a quantizer without codes for products"
+    assert of("minmax", "minmax", lambda g, s: g, "position") == {
+        "forward": whole,
+        "grad_input": f"float32: g: {no_codes}",
+        "grad_weight": f"float32: g: {no_codes}",
+    }
+    assert set(of("minmax", "minmax", "ptq", "ptq", dtype=torch.float64).values()) == {
+        "float64: x: float64", "float64: g: float64",
+    }  # fmt: skip
+
+
+def test_a_gradient_that_sits_out_leaves_no_trace_and_one_that_changes_leaves_both():
+    layer, x = nn.Linear(6, 4), torch.randn(5, 6, requires_grad=True)
+    with fqtstats.quantized(layer, everywhere("bhq", 4), backend="native") as handle:
+        with handle.shared.drawing(Draw(sites=frozenset())):
+            layer(x).sum().backward()
+        assert list(handle.arithmetic[""]) == ["forward"]
+        layer(x).sum().backward()
+        layer(x[:1]).sum().backward()  # one row has one scale
+        assert handle.arithmetic[""]["grad_input"] == "integer 4x4"
+        assert handle.arithmetic[""]["grad_weight"] == (
+            "float32: the scales of g vary along the contracted samples; integer 4x4"
+        )
+
+
+def test_the_simulated_backend_has_no_arithmetic_to_list():
+    assert arithmetic_of(nn.Linear(6, 4), torch.randn(5, 6), everywhere("ptq", 4), "simulated") == {}
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def graph_tensors(y):
+    """The tensors that the layers' autograd nodes keep."""
+    seen, stack, found = set(), [y.grad_fn], []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack.extend(function for function, _ in node.next_functions)
+        if "Multiply" in type(node).__name__:
+            found.append([t for t in node.saved_tensors if t is not None])
+    return found
+
+
+@pytest.mark.parametrize("bits", [8, 4, 1])
+def test_only_codes_are_kept(bits):
+    model, batch, loss = case("cnn")
+    batch = (batch[0].requires_grad_(), batch[1])
+    with fqtstats.quantized(model, everywhere("ptq", bits), backend="native") as handle:
+        value = loss(model, batch)
+        kept = graph_tensors(value)
+        assert len(kept) == len(handle.layers)
+        assert {t.dtype for pair in kept for t in pair} == {torch.uint8}
+        total = sum(t.numel() for pair in kept for t in pair)
+        told = handle.kept
+        assert list(told) == list(handle.layers)
+        affine = sum(k.activation + k.weight for k in told.values()) - total
+        assert 0 < affine <= 24 * len(kept)  # step, zero and offset of every operand
+        wide = sum(k.activation_float32 for k in told.values())
+        if bits == 8:
+            assert 0.25 * wide < sum(k.activation for k in told.values()) < 0.6 * wide  # few channels: padded words
+        del value, kept
+        assert handle.kept == {}
+
+
+def test_bytes_kept_of_wide_activations():
+    model = nn.Sequential(nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(1024, 8))
+    x = torch.randn(4, 64, 4, 4, requires_grad=True)
+    for bits in (8, 4, 2, 1):
+        with fqtstats.quantized(model, everywhere("ptq", bits), backend="native") as handle:
+            y = model(x)
+            for kept in handle.kept.values():
+                assert kept.activation_float32 == 4 * x.numel()
+                assert kept.activation - 12 <= x.numel() * bits / 8 <= kept.activation
+            del y
+    with fqtstats.quantized(model, everywhere("ptq", 8)) as handle:
+        y = model(x)
+        assert all(kept.activation == kept.activation_float32 for kept in handle.kept.values())
+        with torch.no_grad():
+            z = model(x)
+        assert len(handle.kept) == 3
+        assert handle.kept["0"].activation == 4 * x.numel(), "an evaluation keeps nothing"
+        y.sum().backward()
+        del y, z
+
+
+def test_calls_of_a_layer_are_added_up():
+    layer = nn.Linear(8, 8)
+    with fqtstats.quantized(layer, everywhere("ptq", 8), backend="native") as handle:
+        y = layer(layer(layer(torch.randn(4, 8))))
+        assert handle.kept[""].activation_float32 == 3 * 4 * 4 * 8
+        y.sum().backward()
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+def gradients(model, batch, loss, policy, seed=3, step=2):
+    model.zero_grad()
+    with fqtstats.quantized(model, policy, backend="native", seed=seed) as handle:
+        handle.step = step
+        loss(model, batch).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("gradient", ["ptq", "bhq"])
+def test_threads_and_repetition_change_no_bit(gradient):
+    """Without other layers than those that are quantized: torch's own sums depend on the number of threads."""
+    model, batch = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, stride=2)), torch.randn(8, 3, 9, 9)
+    policy = replace(everywhere(gradient, 8), grad_weight=quantizer("ptq", bits=8))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            found.append(gradients(model, batch, lambda m, b: (m(b) * 0.5).sum(), policy))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_changes_no_code(memory_format):
+    layer = nn.Conv2d(6, 4, 3, padding=1)
+    x, g = torch.randn(5, 6, 7, 7), torch.randn(5, 4, 7, 7)
+    found = []
+    for form in (torch.contiguous_format, memory_format):
+        leaf = x.to(memory_format=form, copy=True).requires_grad_()
+        layer.zero_grad()
+        with fqtstats.quantized(layer, everywhere("ptq", 4), backend="native"):
+            y = layer(leaf)
+            y.backward(g.to(memory_format=form))
+        found.append((y, leaf.grad, layer.weight.grad.clone(), layer.bias.grad.clone()))
+    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(found[0][:3], found[1][:3], strict=True):
+        assert torch.equal(a, b)
+    assert torch.allclose(found[0][3], found[1][3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_keeps_the_codes_and_changes_no_bit(reentrant):
+    def run(wrap):
+        torch.manual_seed(0)
+        layers = nn.ModuleList([nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)])
+        x = y = torch.randn(4, 3, 6, 6, requires_grad=True)
+        with fqtstats.quantized(layers, everywhere("bhq", 4), backend="native") as handle:
+            handle.step = 1
+            for first, second in zip(layers[::2], layers[1::2], strict=True):
+                y = wrap(lambda y, a=first, b=second: torch.relu(b(torch.relu(a(y)))), y)
+            y.square().sum().backward()
+        return [x.grad, *(p.grad for p in layers.parameters())]
+
+    plain = run(lambda f, y: f(y))
+    again = run(lambda f, y: checkpoint(f, y, use_reentrant=reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+# --- unbiased ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["ptq", "psq", "bhq"])
+def test_draws_are_unbiased_around_the_qat_gradient(gradient):
+    """48 draws of 6 parameters and the total; some p-value below 1e-6 / 7 with probability 1e-6.
+
+    Finds the bias of rounding to nearest: the negative control below.
+    """
+    policy = fqtstats.policies.get(f"statquant-{gradient}", bits=4)
+    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 48, backend="native")
+    assert result.metadata["backend"] == "native"
+    assert (result.table["bias_p"] > 1e-6 / 7).all(), result.table[["layer", "parameter", "bias_p"]]
+    print(f"smallest bias p {result.table['bias_p'].min():.3g}")
+
+
+def test_a_bias_is_found():
+    nearest = quantizer("minmax", bits=4)
+    policy = Policy(*[quantizer("minmax", bits=8)] * 2, nearest, quantizer("ptq", bits=8))
+    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 48, backend="native")
+    assert result.table["bias_p"].min() < 1e-6 / 7
+
+
+def test_variance_agrees_with_the_simulated_backend():
+    """Two measurements with independent seeds: each variance within 5.5 joint standard errors, 14 rows; 1e-6."""
+    policy = fqtstats.policies.get("statquant-psq", bits=4)
+    tables = [
+        fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 64, seed=seed, backend=backend).table
+        for seed, backend in enumerate(("simulated", "native"))
+    ]
+    errors = [(t["variance_high"] - t["variance_low"]) / (2 * 1.998) for t in tables]
+    gap = (tables[0]["variance"] - tables[1]["variance"]).abs()
+    assert (gap <= 6.5 * np.hypot(*errors)).all()
