@@ -82,5 +82,5 @@ def kernels() -> list[Kernel]:
     return listed
 
 
-FALLBACKS = ("philox_bits", "householder", "product8", "product1", "convolution8", "convolution1", "fused")
+FALLBACKS = ("philox_bits", "householder", "product8", "product1", "convolution8", "convolution1", "fused", "quantize")
 """Operations, each of which can be had in torch operations, too."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
-from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.errors import InputError
 from fqtstats.formats import IntFormat, pack, uint, unpack
-from fqtstats.quantizers.grid import Grid
+from fqtstats.ops import quantize as native
+from fqtstats.ops.quantize import Recipe
+from fqtstats.quantizers.grid import RULES, Grid
 from fqtstats.random import Stream
 from fqtstats.rounding import nearest, stochastic, up_probability
 
@@ -69,6 +72,10 @@ class Quantizer(ABC):
 
 class Transform(ABC):
     """A linear, invertible map applied to the rows before rounding and undone after it."""
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``T x`` for ``x`` ``[N, C, S]``, in ``x``'s dtype, fresh memory."""
 
     @abstractmethod
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
@@ -159,9 +166,33 @@ class UniformQuantizer(Quantizer):
         """Storage format of the codes."""
         return uint(self.bits)
 
+    @property
     @abstractmethod
+    def recipe(self) -> Recipe:
+        """Which elements share a grid, which grid that is, and how coordinates are rounded."""
+
+    def view_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """The shape ``[N, C, S]`` in which a tensor of ``shape`` ``[N, ...]`` is quantized."""
+        return shape[0], shape[1] if len(shape) > 1 else 1, math.prod(shape[2:])
+
+    def transform(self, x: torch.Tensor) -> Transform | None:
+        """What is applied to the view ``[N, C, S]`` of ``x`` before rounding."""
+        return None
+
+    def _view(self, x: torch.Tensor) -> torch.Tensor:
+        return rows(x).view(self.view_shape(x.shape))
+
+    def _grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
+        return RULES[self.recipe.rule](low, high, self.format.levels)
+
     def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
         """Grid coordinates ``[N, C, S]`` of ``x``, fresh memory, and the frame that undoes them."""
+        view = self._view(x)
+        transform = self.transform(x)
+        y = view if transform is None else transform.forward(view)
+        grid = self._grid(*extremes(y, self.recipe.axis))
+        n, c, s = view.shape
+        return grid.coordinates(y), Frame(x.shape, (n, c, s), grid, transform)
 
     @abstractmethod
     def _round(self, y: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -274,23 +305,24 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return compute.reshape(x.shape[0], channels, -1).contiguous()
 
 
-def extremes(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Minimum and maximum over ``dims`` of the view ``[N, C, S]``, kept as size-1 axes.
+def extremes(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimum and maximum of each group of the view ``[N, C, S]``, with the axes that a group spans kept as size 1.
+
+    Args:
+        x: the view.
+        axis: one group per index of this axis, or None for one group.
 
     Raises:
         NonFiniteError: ``x`` holds NaN or Inf.
     """
-    low, high = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
-    # NaN and Inf propagate into the extremes: looking at those is enough, and cheap.
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-        count = int((~torch.isfinite(x)).sum())
-        raise NonFiniteError(
-            f"expected finite numbers, got {count} NaN or Inf among {x.numel()}; lower the learning rate or rescale "
-            "the loss",
-            count=count,
-            numel=x.numel(),
-        )
-    return low, high
+    shape = [n if i == axis else 1 for i, n in enumerate(x.shape)]
+    found = native.extremes(x, axis)
+    if found is None:
+        shared = [i for i in range(x.dim()) if i != axis]
+        found = x.amin(shared), x.amax(shared)
+    low, high = found
+    native.require_finite(low, high, x)
+    return low.view(shape), high.view(shape)
 
 
 def step_bound(grid: Grid, low: torch.Tensor, high: torch.Tensor, per_group: float) -> float:

@@ -18,8 +18,8 @@ import torch
 
 from fqtstats.ops.householder import Groups as NativeGroups
 from fqtstats.ops.householder import householder_forward, householder_inverse
-from fqtstats.quantizers.base import Frame, StochasticQuantizer, Transform, extremes, rows
-from fqtstats.quantizers.grid import affine, span_of
+from fqtstats.ops.quantize import Recipe, require_finite_ranges
+from fqtstats.quantizers.base import StochasticQuantizer, Transform, extremes, rows
 
 __all__ = ["BHQ", "BlockHouseholder", "Groups", "group_rows"]
 
@@ -246,21 +246,18 @@ class BHQ(StochasticQuantizer):
 
     name: ClassVar[str] = "bhq"
 
-    def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
-        view = rows(x)
-        n, c, s = view.shape
-        transform = self._transform(view)
-        y = view if transform is None else transform.forward(view)
-        grid = affine(*extremes(y, (1, 2)), self.format.levels)
-        return grid.coordinates(y), Frame(x.shape, (n, c, s), grid, transform)
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(0, "affine", self.bits, self.random_bits)
 
-    def _transform(self, view: torch.Tensor) -> BlockHouseholder | None:
+    def transform(self, x: torch.Tensor) -> BlockHouseholder | None:
+        view = rows(x)
         groups = self._groups(view)
         return None if groups is None else BlockHouseholder.of(groups, view.dtype)
 
     @staticmethod
     def _groups(view: torch.Tensor) -> Groups | None:
-        ranges = span_of(*extremes(view, (1, 2))).view(-1)
+        ranges = require_finite_ranges(*extremes(view, 0)).view(-1)
         if ranges.numel() < 2 or not bool((ranges > 0).any()):
             return None
         return group_rows(ranges)
@@ -272,7 +269,7 @@ class BHQ(StochasticQuantizer):
         up to the first. Valid for the ``t`` that is used, unlike the published form, which is its minimum over ``t``.
         """
         view = rows(x)
-        low, high = extremes(view, (1, 2))
+        low, high = extremes(view, 0)
         groups = self._groups(view)
         per_row = view[0].numel() / (4 * self.format.levels**2)
         # Each transformed row also carries the rounding of transform and decoder: a few units in the last place of the
@@ -298,7 +295,7 @@ class BHQ(StochasticQuantizer):
         groups = self._groups(view)
         per_row = view[0].numel() / (4 * self.format.levels**2)
         if groups is None:
-            low, high = extremes(view, (1, 2))
+            low, high = extremes(view, 0)
             return float(per_row * (high.double() - low.double()).square().sum())
         n = groups.size.double()
         two_thirds = 2 / 3

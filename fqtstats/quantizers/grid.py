@@ -11,13 +11,14 @@ multiplication and one addition on the way out. Nothing adds an absolute epsilon
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from fqtstats.errors import NonFiniteError
+from fqtstats.ops.quantize import Rule, require_finite_ranges
 
-__all__ = ["Grid", "affine", "span_of", "symmetric", "zero_on_grid"]
+__all__ = ["RULES", "Grid", "affine", "symmetric", "zero_on_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ def affine(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = span_of(low, high)
+    span = require_finite_ranges(low, high)
     return _grid(span / levels, span == 0, levels, offset=low, zero=None, dtype=low.dtype)
 
 
@@ -97,7 +98,7 @@ def zero_on_grid(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = span_of(low, high)
+    span = require_finite_ranges(low, high)
     minimum, maximum = low.double().clamp(max=0), high.double().clamp(min=0)
     lowest = (minimum < 0).double()
     highest = levels - (maximum > 0).double()
@@ -121,7 +122,7 @@ def symmetric(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = span_of(low, high)
+    span = require_finite_ranges(low, high)
     half = (levels - 1) // 2
     largest = torch.maximum(low.abs(), high.abs()).double()
     zero = torch.where(span == 0, 0.0, float(half))
@@ -133,25 +134,6 @@ def _covering_step(minimum: torch.Tensor, maximum: torch.Tensor, zero: torch.Ten
     below = torch.where(minimum < 0, -minimum / zero, 0.0)
     above = torch.where(maximum > 0, maximum / (levels - zero), 0.0)
     return torch.maximum(below, above)
-
-
-def span_of(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """``high - low`` per group, float64.
-
-    Raises:
-        NonFiniteError: a range exceeds the largest number of the groups' dtype.
-    """
-    span = high.double() - low.double()
-    limit = torch.finfo(low.dtype).max
-    bad = ~(span <= limit)  # also true for NaN
-    if bool(bad.any()):
-        raise NonFiniteError(
-            f"expected a finite range in every group, got {int(bad.sum())} of {bad.numel()} groups whose range exceeds "
-            f"the largest {low.dtype} ({limit:.3g}); rescale the loss",
-            count=int(bad.sum()),
-            numel=bad.numel(),
-        )
-    return span
 
 
 def _grid(
@@ -182,3 +164,11 @@ def _grid(
         zero=None if zero is None else zero.to(dtype),
         prescale=prescale.to(dtype) if bool(tiny.any()) else None,
     )
+
+
+RULES: Mapping[Rule, Callable[[torch.Tensor, torch.Tensor, int], Grid]] = {
+    "affine": affine,
+    "zero_on_grid": zero_on_grid,
+    "symmetric": symmetric,
+}
+"""How a grid follows from the groups' minimum and maximum and the largest code."""

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fqtstats.ops import native_module
+from fqtstats.ops import quantize as native
 from fqtstats.ops.codes import Affine, Codes
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
+from fqtstats.quantizers import QUANTIZERS
+from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer, rows
 from fqtstats.random import Stream
 
 __all__ = ["Stored", "store"]
@@ -28,7 +31,9 @@ class Stored:
 
     def decode(self) -> torch.Tensor:
         """The numbers that the codes stand for, float32: what the quantizer gives when it is called."""
-        x = self.codes.decode()
+        x = native.decode(self.codes)
+        if x is None:
+            x = self.codes.decode()
         if self.transform is None:
             return x
         n, c = x.shape[:2]
@@ -40,7 +45,7 @@ def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int
 
     Args:
         q: a quantizer.
-        x: ``[N, C]`` or ``[N, C, H, W]``, float32, any strides.
+        x: ``[N, C]`` or ``[N, C, H, W]``, any strides; float32, or bfloat16 or float16, which are quantized in float32.
         stream: where its random numbers come from.
         pad: pixels around every image.
 
@@ -53,12 +58,29 @@ def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int
     """
     if not isinstance(q, UniformQuantizer) or x.dtype == torch.float64 or x.dim() not in (2, 4):
         return None
+    if q.view_shape(x.shape)[1] != x.shape[1]:
+        return None
+    stored = _store_native(q, x, stream, pad)
+    if stored is not None:
+        return stored
     quantized = q.encode(x, stream)
     affine = _affine(quantized)
     if affine is None:
         return None
     codes = quantized.codes().view(x.shape)
     return Stored(Codes.pack(codes, q.format.storage_bits, affine, pad), quantized.frame.transform)
+
+
+def _store_native(q: UniformQuantizer, x: torch.Tensor, stream: Stream, pad: tuple[int, int]) -> Stored | None:
+    # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
+    ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
+    if not ours or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    transform = q.transform(x)
+    if transform is not None:
+        x = transform.forward(rows(x)).view(x.shape)
+    codes = native.encode(x, q.recipe, stream.words(), pad)
+    return None if codes is None else Stored(codes, transform)
 
 
 def _affine(quantized: Quantized) -> Affine | None:

@@ -8,15 +8,15 @@ Shape legend: N samples, D elements per sample, B = 2^bits - 1 bins, R_i the ran
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from fqtstats.errors import InputError
-from fqtstats.quantizers.base import Frame, StochasticQuantizer, extremes, rows, step_bound
-from fqtstats.quantizers.grid import Grid, affine, zero_on_grid
+from fqtstats.ops.quantize import Recipe, Rule
+from fqtstats.quantizers.base import StochasticQuantizer, extremes, step_bound
 
 __all__ = ["PCQ", "PSQ", "PTQ"]
 
@@ -25,33 +25,19 @@ __all__ = ["PCQ", "PSQ", "PTQ"]
 class _Grouped(StochasticQuantizer):
     """Stochastic rounding on one grid per group of elements."""
 
-    def _view(self, x: torch.Tensor) -> torch.Tensor:
-        return rows(x)
-
-    @property
-    @abstractmethod
-    def _dims(self) -> tuple[int, ...]:
-        """Axes of ``[N, C, S]`` that share a grid."""
-
-    def _grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
-        return affine(low, high, self.format.levels)
-
-    def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
-        view = self._view(x)
-        grid = self._grid(*extremes(view, self._dims))
-        n, c, s = view.shape
-        return grid.coordinates(view), Frame(x.shape, (n, c, s), grid, None)
+    def _recipe(self, axis: int | None, rule: Rule = "affine") -> Recipe:
+        return Recipe(axis, rule, self.bits, self.random_bits)
 
     def bound(self, x: torch.Tensor) -> float:
         """``sum_i n_i step_i^2 / 4`` over groups of ``n_i`` elements."""
         view = self._view(x)
-        low, high = extremes(view, self._dims)
+        low, high = extremes(view, self.recipe.axis)
         return step_bound(self._grid(low, high), low, high, view.numel() / low.numel())
 
     def published_bound(self, x: torch.Tensor) -> float:
         """``sum_i n_i R_i^2 / (4 B^2)``."""
         view = self._view(x)
-        low, high = extremes(view, self._dims)
+        low, high = extremes(view, self.recipe.axis)
         span = high.double() - low.double()
         return float(span.square().sum() * (view.numel() / low.numel() / (4 * self.format.levels**2)))
 
@@ -79,12 +65,8 @@ class PTQ(_Grouped):
             raise InputError(f"grid must be 'zero' or 'affine', got {self.grid!r}")
 
     @property
-    def _dims(self) -> tuple[int, ...]:
-        return (0, 1, 2)
-
-    def _grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
-        build = zero_on_grid if self.grid == "zero" else affine
-        return build(low, high, self.format.levels)
+    def recipe(self) -> Recipe:
+        return self._recipe(None, "zero_on_grid" if self.grid == "zero" else "affine")
 
 
 @dataclass(frozen=True)
@@ -97,8 +79,8 @@ class PSQ(_Grouped):
     name: ClassVar[str] = "psq"
 
     @property
-    def _dims(self) -> tuple[int, ...]:
-        return (1, 2)
+    def recipe(self) -> Recipe:
+        return self._recipe(0)
 
 
 @dataclass(frozen=True)
@@ -116,10 +98,10 @@ class PCQ(_Grouped):
     per_position: bool = False
     name: ClassVar[str] = "pcq"
 
-    def _view(self, x: torch.Tensor) -> torch.Tensor:
-        view = rows(x)
-        return view.view(view.shape[0], -1, 1) if self.per_position else view
-
     @property
-    def _dims(self) -> tuple[int, ...]:
-        return (0, 2)
+    def recipe(self) -> Recipe:
+        return self._recipe(1)
+
+    def view_shape(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        n, c, s = super().view_shape(shape)
+        return (n, c * s, 1) if self.per_position else (n, c, s)
