@@ -1,4 +1,4 @@
-"""Convolutions of codes of up to 8 bits by the extension's direct kernels: :mod:`fqtstats.ops.products` defines them."""
+"""Convolutions of codes of up to 8 bits by direct native kernels; :mod:`fqtstats.ops.products` defines them."""
 
 from __future__ import annotations
 

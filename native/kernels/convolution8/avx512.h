@@ -11,14 +11,15 @@ namespace {
 namespace avx512f {
 
 void finish(const Finish& f) {
-  const Columns& c = f.columns;
+  const Columns c = f.columns;
+  const int columns = f.column_count;
   for (int i = 0; i < f.row_count; ++i) {
-    const Row& row = f.rows[i];
+    const Row row = f.rows[i];
     const std::int32_t* acc = f.acc + i * f.stride;
     const __m512i sum = _mm512_set1_epi32(row.sum), zero = _mm512_set1_epi32(row.zero);
     const __m512 step = _mm512_set1_ps(row.step);
-    for (int j = 0; j < f.column_count; j += kLanes) {
-      const int left = f.column_count - j;
+    for (int j = 0; j < columns; j += kLanes) {
+      const int left = columns - j;
       const __mmask16 mask = static_cast<__mmask16>(left < kLanes ? (1 << left) - 1 : 0xFFFF);
       const __m512i shifts = _mm512_mullo_epi32(sum, _mm512_loadu_si512(c.shift + j));
       const __m512i zeros = _mm512_mullo_epi32(zero, _mm512_loadu_si512(c.sum + j));
@@ -77,11 +78,11 @@ void transpose(const void* in, std::int64_t in_stride, std::int64_t rows, std::i
     }
 }
 
-void interleave(const std::uint8_t* const* in, int count, std::uint8_t flip, std::uint8_t* out, std::int64_t stride) {
-  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
+void interleave(const std::uint8_t* const* in, int count, std::uint8_t flip, std::uint8_t* out, std::int64_t stride,
+                std::int32_t* sums) {
   const __mmask64 mask = count < kPanel ? (1ULL << count) - 1 : ~0ULL;
-  const auto load = [&](const std::uint8_t* p) {
-    return p == nullptr ? _mm512_setzero_si512() : _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), flips);
+  const auto load = [mask](const std::uint8_t* p) {
+    return p == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(mask, p);
   };
   const __m512i r0 = load(in[0]), r1 = load(in[1]), r2 = load(in[2]), r3 = load(in[3]);
   const __m512i lo0 = _mm512_unpacklo_epi8(r0, r1), hi0 = _mm512_unpackhi_epi8(r0, r1);
@@ -90,10 +91,20 @@ void interleave(const std::uint8_t* const* in, int count, std::uint8_t flip, std
   __m512i q0 = _mm512_unpacklo_epi16(lo0, lo1), q1 = _mm512_unpackhi_epi16(lo0, lo1);
   __m512i q2 = _mm512_unpacklo_epi16(hi0, hi1), q3 = _mm512_unpackhi_epi16(hi0, hi1);
   transpose_lanes(q0, q1, q2, q3);
-  _mm512_storeu_si512(out, q0);
-  if (count > 16) _mm512_storeu_si512(out + stride, q1);
-  if (count > 32) _mm512_storeu_si512(out + 2 * stride, q2);
-  if (count > 48) _mm512_storeu_si512(out + 3 * stride, q3);
+  int flips = 0;
+  for (int k = 0; k < 4; ++k) flips |= in[k] == nullptr ? 0 : flip << (8 * k);
+  const __m512i flip4 = _mm512_set1_epi32(flips);
+  const auto store = [&](int j, __m512i q) {
+    // Two bytes, then two pairs: no sum saturates.
+    const __m512i pairs = _mm512_maddubs_epi16(q, _mm512_set1_epi8(1));
+    const __m512i four = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    _mm512_storeu_si512(sums + j * kLanes, _mm512_add_epi32(_mm512_loadu_si512(sums + j * kLanes), four));
+    _mm512_storeu_si512(out + j * stride, _mm512_xor_si512(q, flip4));
+  };
+  store(0, q0);
+  if (count > 16) store(1, q1);
+  if (count > 32) store(2, q2);
+  if (count > 48) store(3, q3);
 }
 
 void row_sums(const std::uint8_t* in, std::int64_t stride, std::int64_t count, std::int64_t bytes, std::int32_t* out) {

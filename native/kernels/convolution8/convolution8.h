@@ -84,16 +84,13 @@ struct Kernel {
   // out[j][i] = in[i][j] ^ flip, i < rows, j < columns, of 32-bit words; strides in bytes
   void (*transpose)(const void* in, std::int64_t in_stride, std::int64_t rows, std::int64_t columns, std::uint32_t flip,
                     void* out, std::int64_t out_stride);
-  // out[j / 16 * stride + j % 16 * 4 + k] = in[k][j] ^ flip, or 0 where in[k] is nullptr; j < count <= kPanel, and any
-  // value from `count` up to a multiple of kLanes
+  // out[j / 16 * stride + j % 16 * 4 + k] = in[k][j] ^ flip, or 0 where in[k] is nullptr, and sums[j] += the four
+  // in[k][j]; j < count <= kPanel, and any value from `count` up to a multiple of kLanes
   void (*interleave)(const std::uint8_t* const* in, int count, std::uint8_t flip, std::uint8_t* out,
-                     std::int64_t stride);
+                     std::int64_t stride, std::int32_t* sums);
   // out[i] = sum of in[i * stride + j], j < bytes
   void (*row_sums)(const std::uint8_t* in, std::int64_t stride, std::int64_t count, std::int64_t bytes,
                    std::int32_t* out);
-  // out[j] = sum of in[i * stride + j], i < count, for j < bytes
-  void (*column_sums)(const std::uint8_t* in, std::int64_t stride, std::int64_t count, std::int64_t bytes,
-                      std::int32_t* out);
 };
 
 // Every variant that was built, fastest first.

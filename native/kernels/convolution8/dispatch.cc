@@ -388,17 +388,21 @@ class Product {
   }
 
   void pack_gradient(const Panel& p) {
+    struct Sums;
     const int64_t word = p.vectors * kLanes * 4, first = p.column % w_.channels;
-    for (int64_t tap = 0; tap < taps_; ++tap) {
-      const uint8_t* in = filters_.data + p.group * terms_ * filters_.image + tap * filters_.pixel + first;
-      const int64_t place = plan_.vertical.place[tap / w_.width] * w_.width + plan_.horizontal.place[tap % w_.width];
-      for (int64_t q = 0; q < words_; ++q) {
+    int32_t* sums = cpu::scratch<Sums, int32_t>(taps_ * kPanel);
+    std::fill_n(sums, taps_ * kPanel, 0);
+    for (int64_t q = 0; q < words_; ++q)
+      for (int64_t tap = 0; tap < taps_; ++tap) {
+        const uint8_t* in = filters_.data + (p.group * terms_ + 4 * q) * filters_.image + tap * filters_.pixel + first;
         const uint8_t* rows[4];
-        for (int64_t k = 0; k < 4; ++k) rows[k] = 4 * q + k < terms_ ? in + (4 * q + k) * filters_.image : nullptr;
-        kernel_.interleave(rows, p.count, kFlip, panel_data_ + p.offset + (place * words_ + q) * word, kLanes * 4);
+        for (int64_t k = 0; k < 4; ++k) rows[k] = 4 * q + k < terms_ ? in + k * filters_.image : nullptr;
+        const int64_t place = plan_.vertical.place[tap / w_.width] * w_.width + plan_.horizontal.place[tap % w_.width];
+        kernel_.interleave(rows, p.count, kFlip, panel_data_ + p.offset + (place * words_ + q) * word, kLanes * 4,
+                           sums + tap * kPanel);
       }
-      kernel_.column_sums(in, filters_.image, terms_, p.count, tap_sums_ + tap * tap_stride_ + p.column);
-    }
+    for (int64_t tap = 0; tap < taps_; ++tap)
+      std::copy_n(sums + tap * kPanel, p.count, tap_sums_ + tap * tap_stride_ + p.column);
   }
 
   // Per class and column: class_sums_ = -sum b', and v of fqtstats/ops/products.py.
@@ -484,19 +488,29 @@ class Product {
       const bool wide = c.taps * words_ * 4 > kExactTerms;
       const int64_t per_image = c.pixel_end - c.pixel_begin, total = per_image * (end - begin);
       int64_t n = begin, pixel = c.pixel_begin;
+      const uint8_t* image = nullptr;  // of image n
+      const int32_t* sums = nullptr;
+      float* out = nullptr;
+      Row of_image{};
       for (int64_t q = 0; q < total; q += height) {
         const int count = static_cast<int>(std::min<int64_t>(height, total - q));
         for (int i = 0; i < count; ++i) {
+          if (pixel == c.pixel_begin) {
+            image = data + n * image_.image;
+            sums = sums_ == nullptr ? nullptr : sums_ + (n * groups_ + panel.group) * positions_;
+            out = out_ + n * positions_ * columns_ + panel.column;
+            of_image.zero = a_.zero == nullptr ? 0 : a_.zero[n * by];
+            of_image.step = a_.step[n * by];
+            of_image.second = a_.offset == nullptr ? 0 : a_.offset[n * by];
+          }
           const Plan::Pixel at = plan_.pixels[pixel];
-          rows[i] = data + n * image_.image + at.in;
-          Row& row = scales[i];
-          row.out = out_ + (n * positions_ + at.out) * columns_ + panel.column;
-          row.zero = a_.zero == nullptr ? 0 : a_.zero[n * by];
-          row.sum = sums_ == nullptr ? 0 : sums_[(n * groups_ + panel.group) * positions_ + at.out] - terms * row.zero;
-          row.step = a_.step[n * by];
+          rows[i] = image + at.in;
+          Row& row = scales[i] = of_image;
+          row.out = out + at.out * columns_;
+          for (int j = 0; j < panel.count; j += kLanes) __builtin_prefetch(row.out + j, 1);
+          if (sums != nullptr) row.sum = sums[at.out] - terms * row.zero;
           if (columns.first != nullptr)
             row.first = static_cast<float>(static_cast<double>(row.step) * static_cast<double>(row.sum));
-          if (columns.second != nullptr) row.second = a_.offset[n * by];
           if (++pixel == c.pixel_end) {
             pixel = c.pixel_begin;
             ++n;
@@ -590,130 +604,147 @@ class WeightGradient {
   void run() {
     struct Panels;
     struct Rows;
-    sum_taps();
+    struct PixelsX;
+    struct PixelsG;
     const int64_t images = round_up(g_.n, 4);
     fill(plan_.panels, groups_, g_.channels / groups_, 0);
     panel_data_ = cpu::scratch<Panels, uint8_t>(pixels_ * images * kPanel);
     row_vectors_ = ceil_div(rows_, kLanes);
     row_data_ = cpu::scratch<Rows, uint8_t>(x_.height * x_.width * row_vectors_ * kLanes * images);
-    const int64_t blocks = ceil_div(g_.n, block_);
+    sums_x_.stride = round_up(rows_, kPanel);
+    sums_g_.stride = kPanel;
+    sums_x_.pixels = cpu::scratch<PixelsX, int32_t>(x_.height * x_.width * sums_x_.stride);
+    sums_g_.pixels = cpu::scratch<PixelsG, int32_t>(pixels_ * sums_g_.stride);
     int64_t packed = -1;
-    for (std::size_t j = 0; j < plan_.panels.size(); ++j) {
-      const Panel& panel = plan_.panels[j];
+    for (const Panel& panel : plan_.panels) {
       if (panel.group != packed) {
         packed = panel.group;
-        cpu::split(blocks * x_.height, 8, threads_, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) pack_rows(packed, i / x_.height, i % x_.height);
+        cpu::split(x_.height, ceil_div(kGrain, images * x_.width * rows_), threads_, [&](int64_t begin, int64_t end) {
+          for (int64_t y = begin; y < end; ++y) pack_rows(packed, y);
         });
+        sum_rows();
       }
-      cpu::split(blocks * g_.height, 8, threads_, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) pack_panel(panel, i / g_.height, i % g_.height);
-      });
-      const int height = kernel_.height[panel.vectors - 1];
-      cpu::split(ceil_div(rows_, height), 1, threads_,
+      cpu::split(g_.height, ceil_div(kGrain, images * g_.width * panel.count), threads_,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t y = begin; y < end; ++y) pack_panel(panel, y);
+                 });
+      sum_columns(panel);
+      cpu::split(ceil_div(rows_, kernel_.height[panel.vectors - 1]), 1, threads_,
                  [&](int64_t begin, int64_t end) { multiply(panel, begin, end); });
     }
   }
 
  private:
-  static constexpr int64_t kDepth = 1024;    // terms that one call of the tile adds up
-  static constexpr int64_t kTileRows = 768;  // rows of sums, of up to kPanel columns each, that a thread keeps
+  static constexpr int64_t kGrain = 1 << 18;  // bytes, for a thread to pack
+  static constexpr int64_t kDepth = 1024;     // terms that one call of the tile adds up
+  static constexpr int64_t kTileRows = 768;   // rows of sums, of up to kPanel columns each, that a thread keeps
 
   int64_t words_of(int64_t block) const { return std::min(block_, round_up(g_.n - block * block_, 4)) / 4; }
 
   // Bytes of a word of one pixel and block, for `lanes` channels, up to the block.
   int64_t before(int64_t block, int64_t pixels, int64_t lanes) const { return block * block_ * pixels * lanes; }
 
-  // Per tap: sums over the output pixels whose tap is inside the image, of the codes of x, of g - 128 and of 1.
-  void sum_taps() {
-    struct PixelsX;
-    struct PixelsG;
-    struct RowsX;
-    struct RowsG;
-    struct SumsX;
-    struct SumsG;
-    struct U;
-    const int64_t line_x = x_.width * image_.pixel, line_g = g_.width * dy_.pixel;
-    int32_t* x = cpu::scratch<PixelsX, int32_t>(x_.height * line_x);
-    int32_t* g = cpu::scratch<PixelsG, int32_t>(g_.height * line_g);
-    cpu::split(x_.height, ceil_div(1 << 18, line_x * g_.n), threads_, [&](int64_t begin, int64_t end) {
-      for (int64_t y = begin; y < end; ++y)
-        kernel_.column_sums(image_.data + y * image_.row, image_.image, g_.n, line_x, x + y * line_x);
-    });
-    cpu::split(g_.height, ceil_div(1 << 18, line_g * g_.n), threads_, [&](int64_t begin, int64_t end) {
-      for (int64_t y = begin; y < end; ++y)
-        kernel_.column_sums(dy_.data + y * dy_.row, dy_.image, g_.n, line_g, g + y * line_g);
-    });
-    stride_x_ = image_.pixel;
-    stride_g_ = dy_.pixel + kPanel;
-    int32_t* rows_x = cpu::scratch<RowsX, int32_t>(x_.height * stride_x_);
-    int32_t* rows_g = cpu::scratch<RowsG, int32_t>(g_.height * stride_g_);
-    sums_x_ = cpu::scratch<SumsX, int32_t>(taps_ * stride_x_);
-    sums_g_ = cpu::scratch<SumsG, int32_t>(taps_ * stride_g_);
-    u_ = x_.offset == nullptr ? nullptr : cpu::scratch<U, float>(taps_ * stride_g_);
-    std::fill_n(sums_g_, taps_ * stride_g_, 0);
-    const auto add = [](const int32_t* in, int64_t count, int32_t* to) {
-      for (int64_t j = 0; j < count; ++j) to[j] += in[j];
+  // Sums of codes: of all images per pixel, and over the output pixels whose tap is inside the image per tap.
+  struct TapSums {
+    int32_t* pixels = nullptr;  // [pixel][stride]
+    int32_t* taps = nullptr;    // [tap][stride]
+    int64_t stride = 0;
+  };
+
+  // Packs four images to a word: in[image][line of pixels] to out[pixel][vector][word][kLanes][4].
+  void interleave(const Image& from, int64_t channel, int64_t channels, int64_t block, int64_t y, int64_t width,
+                  uint8_t flip, uint8_t* out, int64_t pixel, int64_t word, int64_t vector, int32_t* sums,
+                  int64_t sums_stride) const {
+    const int64_t images = g_.n - block * block_;
+    const uint8_t* in = from.data + block * block_ * from.image + y * from.row + channel;
+    for (int64_t q = 0; q < words_of(block); ++q)
+      for (int64_t x = 0; x < width; ++x)
+        for (int64_t c = 0; c < channels; c += kPanel) {
+          const uint8_t* rows[4];
+          for (int64_t k = 0; k < 4; ++k)
+            rows[k] = 4 * q + k < images ? in + (4 * q + k) * from.image + x * from.pixel + c : nullptr;
+          kernel_.interleave(rows, static_cast<int>(std::min<int64_t>(kPanel, channels - c)), flip,
+                             out + x * pixel + q * word + c / kLanes * vector, vector, sums + x * sums_stride + c);
+        }
+  }
+
+  // Row y of x, channels of a group, to [block][pixel][vector of channels][word][kLanes][4].
+  void pack_rows(int64_t group, int64_t y) const {
+    int32_t* sums = sums_x_.pixels + y * x_.width * sums_x_.stride;
+    std::fill_n(sums, x_.width * sums_x_.stride, 0);
+    for (int64_t block = 0; block < ceil_div(g_.n, block_); ++block) {
+      const int64_t vector = words_of(block) * kLanes * 4, pixel = row_vectors_ * vector;
+      interleave(image_, group * rows_, rows_, block, y, x_.width, 0,
+                 row_data_ + before(block, x_.height * x_.width, row_vectors_ * kLanes) + y * x_.width * pixel, pixel,
+                 kLanes * 4, vector, sums, sums_x_.stride);
+    }
+  }
+
+  // Row y of the panel's channels of g to [block][pixel][word][columns][4].
+  void pack_panel(const Panel& panel, int64_t y) const {
+    int32_t* sums = sums_g_.pixels + y * g_.width * sums_g_.stride;
+    std::fill_n(sums, g_.width * sums_g_.stride, 0);
+    for (int64_t block = 0; block < ceil_div(g_.n, block_); ++block) {
+      const int64_t word = panel.vectors * kLanes * 4, pixel = words_of(block) * word;
+      interleave(dy_, panel.column, panel.count, block, y, g_.width, kFlip,
+                 panel_data_ + before(block, pixels_, panel.vectors * kLanes) + y * g_.width * pixel, pixel, word,
+                 kLanes * 4, sums, sums_g_.stride);
+    }
+  }
+
+  // s.taps from s.pixels; `gradient`: the pixels are those of g.
+  template <typename Tag>
+  void sum_taps(TapSums& s, bool gradient, int64_t height, int64_t width) {
+    struct Lines;
+    const int64_t kernel_height = taps_ / kernel_width_;
+    int32_t* lines = cpu::scratch<Lines, int32_t>(height * s.stride);
+    s.taps = cpu::scratch<Tag, int32_t>(taps_ * s.stride);
+    std::fill_n(s.taps, taps_ * s.stride, 0);
+    const auto add = [&](const int32_t* in, int32_t* to) {
+      for (int64_t j = 0; j < s.stride; ++j) to[j] += in[j];
     };
     for (int64_t kx = 0; kx < kernel_width_; ++kx) {
       const Axis::Span& h = plan_.horizontal.spans[kx];
-      std::fill_n(rows_x, x_.height * stride_x_, 0);
-      std::fill_n(rows_g, g_.height * stride_g_, 0);
-      for (int64_t y = 0; y < x_.height; ++y)
+      std::fill_n(lines, height * s.stride, 0);
+      for (int64_t y = 0; y < height; ++y)
         for (int64_t j = 0; j < h.count; ++j)
-          add(x + y * line_x + (h.from + j * h.by) * image_.pixel, x_.channels, rows_x + y * stride_x_);
-      for (int64_t y = 0; y < g_.height; ++y)
-        for (int64_t j = 0; j < h.count; ++j)
-          add(g + y * line_g + (h.first + j * h.step) * dy_.pixel, g_.channels, rows_g + y * stride_g_);
-      for (int64_t ky = 0; ky < taps_ / kernel_width_; ++ky) {
+          add(s.pixels + (y * width + (gradient ? h.first + j * h.step : h.from + j * h.by)) * s.stride,
+              lines + y * s.stride);
+      for (int64_t ky = 0; ky < kernel_height; ++ky) {
         const Axis::Span& v = plan_.vertical.spans[ky];
-        const int64_t tap = ky * kernel_width_ + kx, n = g_.n * h.count * v.count;
-        int32_t *to_x = sums_x_ + tap * stride_x_, *to_g = sums_g_ + tap * stride_g_;
-        std::fill_n(to_x, stride_x_, 0);
-        for (int64_t j = 0; j < v.count; ++j) {
-          add(rows_x + (v.from + j * v.by) * stride_x_, x_.channels, to_x);
-          add(rows_g + (v.first + j * v.step) * stride_g_, g_.channels, to_g);
-        }
-        for (int64_t j = 0; j < g_.channels; ++j) {
-          if (u_ != nullptr)  // of fqtstats/ops/products.py; shift = 128 - zero
-            u_[tap * stride_g_ + j] = static_cast<float>(static_cast<double>(columns_.step[j]) *
-                                                         static_cast<double>(to_g[j] - n * (128 - columns_.shift[j])));
-          to_g[j] = static_cast<int32_t>(128 * n - to_g[j]);  // -sum (g - 128)
-        }
+        for (int64_t j = 0; j < v.count; ++j)
+          add(lines + (gradient ? v.first + j * v.step : v.from + j * v.by) * s.stride,
+              s.taps + (ky * kernel_width_ + kx) * s.stride);
       }
     }
   }
 
-  // x of a group to [block][pixel][vector of channels][word][kLanes][4].
-  void pack_rows(int64_t group, int64_t block, int64_t y) {
-    const int64_t words = words_of(block), images = g_.n - block * block_;
-    for (int64_t x = 0; x < x_.width; ++x) {
-      const uint8_t* in = image_.data + block * block_ * image_.image + y * image_.row + x * image_.pixel;
-      uint8_t* out = row_data_ + before(block, x_.height * x_.width, row_vectors_ * kLanes) +
-                     (y * x_.width + x) * row_vectors_ * words * kLanes * 4;
-      for (int64_t c = 0; c < rows_; c += kPanel)
-        for (int64_t q = 0; q < words; ++q) {
-          const uint8_t* rows[4];
-          for (int64_t k = 0; k < 4; ++k)
-            rows[k] = 4 * q + k < images ? in + (4 * q + k) * image_.image + group * rows_ + c : nullptr;
-          kernel_.interleave(rows, static_cast<int>(std::min<int64_t>(kPanel, rows_ - c)), 0,
-                             out + (c / kLanes * words + q) * kLanes * 4, words * kLanes * 4);
-        }
-    }
+  void sum_rows() {
+    struct Tag;
+    sum_taps<Tag>(sums_x_, false, x_.height, x_.width);
   }
 
-  // The panel's channels of g to [block][pixel][word][columns][4].
-  void pack_panel(const Panel& panel, int64_t block, int64_t y) {
-    const int64_t words = words_of(block), images = g_.n - block * block_, width = panel.vectors * kLanes;
-    for (int64_t x = 0; x < g_.width; ++x) {
-      const uint8_t* in = dy_.data + block * block_ * dy_.image + y * dy_.row + x * dy_.pixel + panel.column;
-      uint8_t* out = panel_data_ + before(block, pixels_, width) + (y * g_.width + x) * words * width * 4;
-      for (int64_t q = 0; q < words; ++q) {
-        const uint8_t* rows[4];
-        for (int64_t k = 0; k < 4; ++k) rows[k] = 4 * q + k < images ? in + (4 * q + k) * dy_.image : nullptr;
-        kernel_.interleave(rows, panel.count, kFlip, out + q * width * 4, kLanes * 4);
+  // sums_g_.taps = -sum (g - 128), and u of fqtstats/ops/products.py.
+  void sum_columns(const Panel& panel) {
+    struct Tag;
+    struct U;
+    sum_taps<Tag>(sums_g_, true, g_.height, g_.width);
+    u_ = x_.offset == nullptr ? nullptr : cpu::scratch<U, float>(taps_ * kPanel);
+    for (int64_t tap = 0; tap < taps_; ++tap)
+      for (int64_t j = 0; j < kPanel; ++j) {
+        int32_t& sum = sums_g_.taps[tap * kPanel + j];
+        sum = 128 * terms_of(tap) - sum;
+        if (u_ == nullptr) continue;
+        // shift = 128 - zero, so that sum (g - zero) = sum (g - 128) + n shift.
+        const int64_t exact = int64_t{terms_of(tap)} * columns_.shift[panel.column + j] - sum;
+        u_[tap * kPanel + j] =
+            static_cast<float>(static_cast<double>(columns_.step[panel.column + j]) * static_cast<double>(exact));
       }
-    }
+  }
+
+  int32_t terms_of(int64_t tap) const {
+    return static_cast<int32_t>(g_.n * plan_.vertical.spans[tap / kernel_width_].count *
+                                plan_.horizontal.spans[tap % kernel_width_].count);
   }
 
   // The panel's columns of the tiles begin..end of rows, for every tap.
@@ -791,14 +822,13 @@ class WeightGradient {
     for (int64_t first = 0; first < channels; first += piece) {
       const int64_t count = std::min(piece, channels - first);
       for (int64_t tap = 0; tap < taps_; ++tap) {
-        const auto n = static_cast<int32_t>(g_.n * plan_.vertical.spans[tap / kernel_width_].count *
-                                            plan_.horizontal.spans[tap % kernel_width_].count);
+        const int32_t n = terms_of(tap);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t c = panel.group * rows_ + channel + first + i;
           Row& row = rows[i];
           row.out = y + (i * taps_ + tap) * width;
           row.zero = x_.zero == nullptr ? 0 : x_.zero[c * by];
-          row.sum = sums_x_[tap * stride_x_ + c] - n * row.zero;
+          row.sum = sums_x_.taps[tap * sums_x_.stride + channel + first + i] - n * row.zero;
           row.step = x_.step[c * by];
           row.first = x_.offset == nullptr ? 0 : x_.offset[c * by];
           if (columns_.offset != nullptr) {  // v of fqtstats/ops/products.py
@@ -808,9 +838,9 @@ class WeightGradient {
           }
         }
         const Columns columns{columns_.shift + panel.column,
-                              sums_g_ + tap * stride_g_ + panel.column,
+                              sums_g_.taps + tap * kPanel,
                               columns_.step + panel.column,
-                              u_ == nullptr ? nullptr : u_ + tap * stride_g_ + panel.column,
+                              u_ == nullptr ? nullptr : u_ + tap * kPanel,
                               columns_.offset == nullptr ? nullptr : columns_.offset + panel.column,
                               nullptr};
         const int64_t from = first * stride + tap * width;
@@ -832,9 +862,9 @@ class WeightGradient {
   float* const out_;
   Image dy_, image_;
   Weights columns_;
-  int32_t *sums_x_ = nullptr, *sums_g_ = nullptr;
+  TapSums sums_x_, sums_g_;
   float* u_ = nullptr;
-  int64_t stride_x_ = 0, stride_g_ = 0, row_vectors_ = 0;
+  int64_t row_vectors_ = 0;
   uint8_t *row_data_ = nullptr, *panel_data_ = nullptr;
   Plan& plan_ = Plan::of_thread();  // of the calling thread
 };

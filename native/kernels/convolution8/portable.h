@@ -41,12 +41,16 @@ namespace portable {
 }
 
 [[maybe_unused]] void interleave(const std::uint8_t* const* in, int count, std::uint8_t flip, std::uint8_t* out,
-                                 std::int64_t stride) {
-  for (int j = 0; j < (count + kLanes - 1) / kLanes * kLanes; ++j)
+                                 std::int64_t stride, std::int32_t* sums) {
+  for (int j = 0; j < (count + kLanes - 1) / kLanes * kLanes; ++j) {
+    std::int32_t sum = sums[j];
     for (int k = 0; k < 4; ++k) {
       const bool real = j < count && in[k] != nullptr;
       out[j / kLanes * stride + j % kLanes * 4 + k] = real ? static_cast<std::uint8_t>(in[k][j] ^ flip) : 0;
+      if (real) sum += in[k][j];
     }
+    sums[j] = sum;
+  }
 }
 
 [[maybe_unused]] void row_sums(const std::uint8_t* in, std::int64_t stride, std::int64_t count, std::int64_t bytes,
@@ -55,25 +59,6 @@ namespace portable {
     std::int32_t sum = 0;
     for (std::int64_t j = 0; j < bytes; ++j) sum += in[i * stride + j];
     out[i] = sum;
-  }
-}
-
-[[maybe_unused]] void column_sums(const std::uint8_t* in, std::int64_t stride, std::int64_t count, std::int64_t bytes,
-                                  std::int32_t* out) {
-  constexpr std::int64_t kPiece = 2048, kImages = 257;  // 257 * 255 < 2^16
-  std::uint16_t part[kPiece];
-  for (std::int64_t begin = 0; begin < bytes; begin += kPiece) {
-    const std::int64_t size = bytes - begin < kPiece ? bytes - begin : kPiece;
-    for (std::int64_t j = 0; j < size; ++j) out[begin + j] = 0;
-    for (std::int64_t first = 0; first < count; first += kImages) {
-      const std::int64_t last = count - first < kImages ? count : first + kImages;
-      for (std::int64_t j = 0; j < size; ++j) part[j] = 0;
-      for (std::int64_t i = first; i < last; ++i) {
-        const std::uint8_t* row = in + i * stride + begin;
-        for (std::int64_t j = 0; j < size; ++j) part[j] = static_cast<std::uint16_t>(part[j] + row[j]);
-      }
-      for (std::int64_t j = 0; j < size; ++j) out[begin + j] += part[j];
-    }
   }
 }
 

@@ -21,14 +21,7 @@ void tile(const Tile& t) {
 
 }  // namespace
 
-extern const Kernel scalar{"scalar",
-                           cpu::Isa::scalar,
-                           {1, 1, 1, 1},
-                           tile,
-                           portable::finish,
-                           portable::transpose,
-                           portable::interleave,
-                           portable::row_sums,
-                           portable::column_sums};
+extern const Kernel scalar{"scalar",         cpu::Isa::scalar,    {1, 1, 1, 1},         tile,
+                           portable::finish, portable::transpose, portable::interleave, portable::row_sums};
 
 }  // namespace fqtstats::convolution8

@@ -19,9 +19,19 @@ __attribute__((always_inline)) inline void tile(const Tile& t, std::int64_t offs
   constexpr int kWidth = V::kBytes / 4;  // columns of a vector
   const std::int64_t panel_step = t.vectors * (kLanes * 4), step = t.step;
   std::int32_t* const out = t.out + offset / 4;
-#define FQTSTATS_ROW(i)                                         \
-  const std::uint8_t* const a##i = t.rows[(i < kRows ? i : 0)]; \
-  typename V::Sum c##i##0 = V::zero(), c##i##1 = V::zero(), c##i##2 = V::zero(), c##i##3 = V::zero();
+  // Rows from `count` on go where the last one goes, before it.
+#define FQTSTATS_ROW(i)                                                                               \
+  [[maybe_unused]] const std::uint8_t* const a##i = t.rows[i < kRows ? i : 0];                        \
+  [[maybe_unused]] std::int32_t* const p##i = out + (i < t.count ? i : t.count - 1) * t.stride;       \
+  typename V::Sum c##i##0 = V::zero(), c##i##1 = V::zero(), c##i##2 = V::zero(), c##i##3 = V::zero(); \
+  if constexpr (i < kRows) {                                                                          \
+    if (t.add) {                                                                                      \
+      c##i##0 = V::load(p##i);                                                                        \
+      if constexpr (kColumns > 1) c##i##1 = V::load(p##i + kWidth);                                   \
+      if constexpr (kColumns > 2) c##i##2 = V::load(p##i + 2 * kWidth);                               \
+      if constexpr (kColumns > 3) c##i##3 = V::load(p##i + 3 * kWidth);                               \
+    }                                                                                                 \
+  }
   FQTSTATS_ROWS(FQTSTATS_ROW)
 #undef FQTSTATS_ROW
   for (const Run *run = t.runs, *end = run + t.run_count; run != end; ++run) {
@@ -46,18 +56,22 @@ __attribute__((always_inline)) inline void tile(const Tile& t, std::int64_t offs
       o += step;
     }
   }
-#define FQTSTATS_STORE(i, j)                                    \
-  if constexpr (i < kRows && j < kColumns) {                    \
-    std::int32_t* const p = out + i * t.stride + j * kWidth;    \
-    V::store(p, t.add ? V::add(V::load(p), c##i##j) : c##i##j); \
+#define FQTSTATS_ROW(i)                                               \
+  if constexpr (i < kRows) {                                          \
+    V::store(p##i, c##i##0);                                          \
+    if constexpr (kColumns > 1) V::store(p##i + kWidth, c##i##1);     \
+    if constexpr (kColumns > 2) V::store(p##i + 2 * kWidth, c##i##2); \
+    if constexpr (kColumns > 3) V::store(p##i + 3 * kWidth, c##i##3); \
   }
-#define FQTSTATS_ROW(i)                                                                 \
-  if (i < t.count) {                                                                    \
-    FQTSTATS_STORE(i, 0) FQTSTATS_STORE(i, 1) FQTSTATS_STORE(i, 2) FQTSTATS_STORE(i, 3) \
-  }
-  FQTSTATS_ROWS(FQTSTATS_ROW)
+  FQTSTATS_ROW(7)
+  FQTSTATS_ROW(6)
+  FQTSTATS_ROW(5)
+  FQTSTATS_ROW(4)
+  FQTSTATS_ROW(3)
+  FQTSTATS_ROW(2)
+  FQTSTATS_ROW(1)
+  FQTSTATS_ROW(0)
 #undef FQTSTATS_ROW
-#undef FQTSTATS_STORE
 }
 
 #undef FQTSTATS_ROWS

@@ -39,14 +39,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-extern const Kernel avx2{"avx2",
-                         cpu::Isa::avx2,
-                         {4, 4, 4, 4},
-                         multiply,
-                         portable::finish,
-                         portable::transpose,
-                         portable::interleave,
-                         portable::row_sums,
-                         portable::column_sums};
+extern const Kernel avx2{"avx2",           cpu::Isa::avx2,      {4, 4, 4, 4},         multiply,
+                         portable::finish, portable::transpose, portable::interleave, portable::row_sums};
 
 }  // namespace fqtstats::convolution8

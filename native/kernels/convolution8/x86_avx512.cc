@@ -46,14 +46,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-extern const Kernel avx512{"avx512",
-                           cpu::Isa::avx512,
-                           {4, 4, 4, 4},
-                           multiply,
-                           avx512f::finish,
-                           avx512f::transpose,
-                           avx512f::interleave,
-                           avx512f::row_sums,
-                           portable::column_sums};
+extern const Kernel avx512{"avx512",        cpu::Isa::avx512,   {4, 4, 4, 4},        multiply,
+                           avx512f::finish, avx512f::transpose, avx512f::interleave, avx512f::row_sums};
 
 }  // namespace fqtstats::convolution8
