@@ -364,22 +364,24 @@ def _adjoint(
     (x_data, w_data, y), call, product = large, record.call, record.product
     x, w = record.x.with_data(x_data), record.w.with_data(w_data)
     grad_w = grad_bias = gamma = beta = None
+    ends: list[torch.Tensor] = []
     g = g.contiguous(memory_format=torch.channels_last)
     normalization, f = record.normalization, record.map
     if normalization is not None:
         total, dot = fused.gradient_sums(g, y, f, normalization.mean.float())
         gamma = (dot * normalization.scale).float() if needs_gamma else None
         beta = total.float() if needs_beta else None
-        g = fused.gradient(g, y, f, normalization.adjoint(total, dot))[0]
+        g, *ends = fused.gradient(g, y, f, normalization.adjoint(total, dot))
     elif f.relu or f.pool:
         zero = torch.zeros_like(f.a)
-        g = fused.gradient(g, y, f, fused.Adjoint(zero, zero, zero, f.a))[0]
+        g, *ends = fused.gradient(g, y, f, fused.Adjoint(zero, zero, zero, f.a))
+    extremes = (ends[0], ends[1]) if ends else None
     kernel = w.shape[2:]
     if needs_w or needs_bias:
-        quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel))
+        quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
         grad_w = call.compute("grad_weight", product, quantized, x, w.shape) if needs_w else None
         grad_bias = quantized.decode().sum((0, 2, 3)) if needs_bias else None
     if further:
-        quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel))
+        quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel), extremes)
         g = call.compute("grad_input", product, quantized, w, x.shape)
     return g, [grad_w, grad_bias, gamma, beta]
