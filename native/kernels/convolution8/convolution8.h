@@ -26,7 +26,7 @@
 namespace fqtstats::convolution8 {
 
 inline constexpr int kLanes = 16, kPanel = 64;  // columns: of a vector, of the widest panel
-inline constexpr int kMaxHeight = 8;            // rows of the highest tile
+inline constexpr int kMaxHeight = 12;           // rows of the highest tile
 inline constexpr std::int64_t kExactTerms = 33025, kPartTerms = 65536;
 
 // `words` words of 4 codes: of a row, from `row` bytes beyond its pointer on; of a panel, from word `panel` on.

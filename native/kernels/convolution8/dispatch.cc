@@ -606,6 +606,10 @@ class WeightGradient {
     struct Rows;
     struct PixelsX;
     struct PixelsG;
+    if (g_.n == 0) {
+      std::fill_n(out_, g_.channels * rows_ * taps_, 0.0F);
+      return;
+    }
     const int64_t images = round_up(g_.n, 4);
     fill(plan_.panels, groups_, g_.channels / groups_, 0);
     panel_data_ = cpu::scratch<Panels, uint8_t>(pixels_ * images * kPanel);
@@ -629,7 +633,7 @@ class WeightGradient {
                    for (int64_t y = begin; y < end; ++y) pack_panel(panel, y);
                  });
       sum_columns(panel);
-      cpu::split(ceil_div(rows_, kernel_.height[panel.vectors - 1]), 1, threads_,
+      cpu::split(ceil_div(rows_, height_of(panel)), 1, threads_,
                  [&](int64_t begin, int64_t end) { multiply(panel, begin, end); });
     }
   }
@@ -638,6 +642,9 @@ class WeightGradient {
   static constexpr int64_t kGrain = 1 << 18;  // bytes, for a thread to pack
   static constexpr int64_t kDepth = 1024;     // terms that one call of the tile adds up
   static constexpr int64_t kTileRows = 768;   // rows of sums, of up to kPanel columns each, that a thread keeps
+
+  // Most layers have a multiple of 16 channels: tiles of more than 8 rows would not divide them.
+  int height_of(const Panel& panel) const { return std::min(8, kernel_.height[panel.vectors - 1]); }
 
   int64_t words_of(int64_t block) const { return std::min(block_, round_up(g_.n - block * block_, 4)) / 4; }
 
@@ -751,7 +758,7 @@ class WeightGradient {
   void multiply(const Panel& panel, int64_t begin, int64_t end) const {
     struct Sums;
     struct Totals;
-    const int height = kernel_.height[panel.vectors - 1];
+    const int height = height_of(panel);
     const int64_t width = panel.vectors * kLanes;
     const int64_t chunk = std::max<int64_t>(1, kTileRows / (height * taps_)), size = chunk * height * taps_ * width;
     const bool wide = g_.n * pixels_ > kExactTerms;
@@ -795,7 +802,7 @@ class WeightGradient {
       runs[count++] = {at * row_vectors_ * vector, pixel * words, words};
     }
     if (add && count == 0) return;
-    const int height = kernel_.height[panel.vectors - 1];
+    const int height = height_of(panel);
     const uint8_t* data = row_data_ + before(block, x_.height * x_.width, row_vectors_ * kLanes);
     const auto* panel_data = reinterpret_cast<const std::int8_t*>(panel_data_ + before(block, pixels_, width));
     for (int64_t tile = begin; tile < end; ++tile) {

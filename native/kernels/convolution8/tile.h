@@ -11,7 +11,7 @@
 namespace fqtstats::convolution8 {
 namespace {
 
-#define FQTSTATS_ROWS(ROW) ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6) ROW(7)
+#define FQTSTATS_ROWS(ROW) ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11)
 
 // Columns from byte `offset` of a panel's word on.
 template <typename V, int kRows, int kColumns>
@@ -20,17 +20,17 @@ __attribute__((always_inline)) inline void tile(const Tile& t, std::int64_t offs
   const std::int64_t panel_step = t.vectors * (kLanes * 4), step = t.step;
   std::int32_t* const out = t.out + offset / 4;
   // Rows from `count` on go where the last one goes, before it.
-#define FQTSTATS_ROW(i)                                                                               \
-  [[maybe_unused]] const std::uint8_t* const a##i = t.rows[i < kRows ? i : 0];                        \
-  [[maybe_unused]] std::int32_t* const p##i = out + (i < t.count ? i : t.count - 1) * t.stride;       \
-  typename V::Sum c##i##0 = V::zero(), c##i##1 = V::zero(), c##i##2 = V::zero(), c##i##3 = V::zero(); \
-  if constexpr (i < kRows) {                                                                          \
-    if (t.add) {                                                                                      \
-      c##i##0 = V::load(p##i);                                                                        \
-      if constexpr (kColumns > 1) c##i##1 = V::load(p##i + kWidth);                                   \
-      if constexpr (kColumns > 2) c##i##2 = V::load(p##i + 2 * kWidth);                               \
-      if constexpr (kColumns > 3) c##i##3 = V::load(p##i + 3 * kWidth);                               \
-    }                                                                                                 \
+#define FQTSTATS_ROW(i)                                                                                   \
+  [[maybe_unused]] const std::uint8_t* const a##i = t.rows[i < kRows ? i : 0];                            \
+  [[maybe_unused]] std::int32_t* const p##i = out + (i < t.count ? i : t.count - 1) * t.stride;           \
+  typename V::Sum c##i##_0 = V::zero(), c##i##_1 = V::zero(), c##i##_2 = V::zero(), c##i##_3 = V::zero(); \
+  if constexpr (i < kRows) {                                                                              \
+    if (t.add) {                                                                                          \
+      c##i##_0 = V::load(p##i);                                                                           \
+      if constexpr (kColumns > 1) c##i##_1 = V::load(p##i + kWidth);                                      \
+      if constexpr (kColumns > 2) c##i##_2 = V::load(p##i + 2 * kWidth);                                  \
+      if constexpr (kColumns > 3) c##i##_3 = V::load(p##i + 3 * kWidth);                                  \
+    }                                                                                                     \
   }
   FQTSTATS_ROWS(FQTSTATS_ROW)
 #undef FQTSTATS_ROW
@@ -42,13 +42,13 @@ __attribute__((always_inline)) inline void tile(const Tile& t, std::int64_t offs
       const typename V::Panel b1 = kColumns > 1 ? V::panel(b + V::kBytes) : b0;
       const typename V::Panel b2 = kColumns > 2 ? V::panel(b + 2 * V::kBytes) : b0;
       const typename V::Panel b3 = kColumns > 3 ? V::panel(b + 3 * V::kBytes) : b0;
-#define FQTSTATS_ROW(i)                                           \
-  if constexpr (i < kRows) {                                      \
-    const typename V::Word x = V::word(a##i + o);                 \
-    c##i##0 = V::dot(c##i##0, x, b0);                             \
-    if constexpr (kColumns > 1) c##i##1 = V::dot(c##i##1, x, b1); \
-    if constexpr (kColumns > 2) c##i##2 = V::dot(c##i##2, x, b2); \
-    if constexpr (kColumns > 3) c##i##3 = V::dot(c##i##3, x, b3); \
+#define FQTSTATS_ROW(i)                                             \
+  if constexpr (i < kRows) {                                        \
+    const typename V::Word x = V::word(a##i + o);                   \
+    c##i##_0 = V::dot(c##i##_0, x, b0);                             \
+    if constexpr (kColumns > 1) c##i##_1 = V::dot(c##i##_1, x, b1); \
+    if constexpr (kColumns > 2) c##i##_2 = V::dot(c##i##_2, x, b2); \
+    if constexpr (kColumns > 3) c##i##_3 = V::dot(c##i##_3, x, b3); \
   }
       FQTSTATS_ROWS(FQTSTATS_ROW)
 #undef FQTSTATS_ROW
@@ -56,13 +56,17 @@ __attribute__((always_inline)) inline void tile(const Tile& t, std::int64_t offs
       o += step;
     }
   }
-#define FQTSTATS_ROW(i)                                               \
-  if constexpr (i < kRows) {                                          \
-    V::store(p##i, c##i##0);                                          \
-    if constexpr (kColumns > 1) V::store(p##i + kWidth, c##i##1);     \
-    if constexpr (kColumns > 2) V::store(p##i + 2 * kWidth, c##i##2); \
-    if constexpr (kColumns > 3) V::store(p##i + 3 * kWidth, c##i##3); \
+#define FQTSTATS_ROW(i)                                                \
+  if constexpr (i < kRows) {                                           \
+    V::store(p##i, c##i##_0);                                          \
+    if constexpr (kColumns > 1) V::store(p##i + kWidth, c##i##_1);     \
+    if constexpr (kColumns > 2) V::store(p##i + 2 * kWidth, c##i##_2); \
+    if constexpr (kColumns > 3) V::store(p##i + 3 * kWidth, c##i##_3); \
   }
+  FQTSTATS_ROW(11)
+  FQTSTATS_ROW(10)
+  FQTSTATS_ROW(9)
+  FQTSTATS_ROW(8)
   FQTSTATS_ROW(7)
   FQTSTATS_ROW(6)
   FQTSTATS_ROW(5)

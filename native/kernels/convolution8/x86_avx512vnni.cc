@@ -24,7 +24,7 @@ void multiply(const Tile& t) {
     case 1:
       return tile<Vector, 8, 1>(t, 0);
     case 2:
-      return tile<Vector, 8, 2>(t, 0);
+      return t.count > 8 ? tile<Vector, 12, 2>(t, 0) : tile<Vector, 8, 2>(t, 0);
     case 3:
       return tile<Vector, 8, 3>(t, 0);
     default:
@@ -34,7 +34,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-extern const Kernel avx512vnni{"avx512vnni",    cpu::Isa::avx512vnni, {8, 8, 8, 6},        multiply,
+extern const Kernel avx512vnni{"avx512vnni",    cpu::Isa::avx512vnni, {8, 12, 8, 6},      multiply,
                                avx512f::finish, avx512f::transpose,   avx512f::interleave, avx512f::row_sums};
 
 }  // namespace fqtstats::convolution8
