@@ -38,6 +38,19 @@ struct Range {
   int n;  // 1..32; 1..31 for int32 output
 };
 
+// The first two rounds where only the block varies: with p = M0 b they give x0 = (q >> 32) ^ x0_key for q = M1 x2 of
+// x2 = (p >> 32) ^ first_key, then x1 = q, x2 = p ^ x2_key and x3.
+struct Start {
+  std::uint32_t first_key, x0_key, x2_key, x3;
+};
+
+static inline Start start(const Range& r) {
+  const std::uint64_t p1 = std::uint64_t{kM1} * r.key.c2;
+  const std::uint64_t p0 = std::uint64_t{kM0} * (static_cast<std::uint32_t>(p1 >> 32) ^ r.c1 ^ r.key.k0);
+  return {r.key.c3 ^ r.key.k1, static_cast<std::uint32_t>(p1) ^ (r.key.k0 + kW0),
+          static_cast<std::uint32_t>(p0 >> 32) ^ (r.key.k1 + kW1), static_cast<std::uint32_t>(p0)};
+}
+
 struct Kernel {
   const char* name;
   cpu::Isa isa;

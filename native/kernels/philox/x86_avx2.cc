@@ -27,6 +27,13 @@ __attribute__((always_inline)) static inline void advance(State& s, __m256i m0, 
   s.x3 = p0;
 }
 
+// Two rounds of the blocks whose products with M0 are `p`.
+__attribute__((always_inline)) static inline State begin(__m256i p, __m256i m1, __m256i first_key, __m256i x0_key,
+                                                         __m256i x2_key, __m256i x3) {
+  const __m256i q = _mm256_mul_epu32(_mm256_xor_si256(_mm256_srli_epi64(p, 32), first_key), m1);
+  return {_mm256_xor_si256(_mm256_srli_epi64(q, 32), x0_key), q, _mm256_xor_si256(p, x2_key), x3};
+}
+
 // Words of even and odd blocks back to one word per 32-bit lane.
 static inline __m256i interleave(__m256i even, __m256i odd) {
   return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
@@ -59,17 +66,23 @@ static void fill_layout(const Range& r, T* out) {
     keys[2 * i + 1] = _mm256_set1_epi64x(r.key.k1 + i * kW1);
   }
   const __m256i m0 = _mm256_set1_epi64x(kM0), m1 = _mm256_set1_epi64x(kM1);
-  const __m256i c1 = _mm256_set1_epi64x(r.c1), c2 = _mm256_set1_epi64x(r.key.c2), c3 = _mm256_set1_epi64x(r.key.c3);
+  const Start first = start(r);
+  const __m256i first_key = _mm256_set1_epi64x(first.first_key), x0_key = _mm256_set1_epi64x(first.x0_key);
+  const __m256i x2_key = _mm256_set1_epi64x(first.x2_key), x3 = _mm256_set1_epi64x(first.x3);
   const __m128i shift = _mm_cvtsi32_si128(32 - r.n);
-  __m256i even = _mm256_add_epi64(_mm256_set1_epi64x(r.block), _mm256_set_epi64x(6, 4, 2, 0));
+  // Products with M0 of even blocks; those of the odd ones lie M0 further.
+  const __m256i lanes = _mm256_mul_epu32(_mm256_set_epi64x(6, 4, 2, 0), m0);
+  const __m256i step = _mm256_set1_epi64x(std::int64_t{kM0} * kLanes);
+  __m256i even = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<long long>(std::uint64_t{kM0} * r.block)), lanes);
   T rest[kTile];
   for (std::int64_t i = 0; i < r.count; i += kTile) {
     T* to = r.count - i < kTile ? rest : out + i;
     for (int lane = 0; lane < kTileBlocks; lane += kLanes) {
-      State a{even, c1, c2, c3}, b{_mm256_add_epi64(even, _mm256_set1_epi64x(1)), c1, c2, c3};
-      even = _mm256_add_epi64(even, _mm256_set1_epi64x(kLanes));
-#pragma GCC unroll 10
-      for (int k = 0; k < kRounds; ++k) {
+      State a = begin(even, m1, first_key, x0_key, x2_key, x3);
+      State b = begin(_mm256_add_epi64(even, m0), m1, first_key, x0_key, x2_key, x3);
+      even = _mm256_add_epi64(even, step);
+#pragma GCC unroll 8
+      for (int k = 2; k < kRounds; ++k) {
         advance(a, m0, m1, keys[2 * k], keys[2 * k + 1]);
         advance(b, m0, m1, keys[2 * k], keys[2 * k + 1]);
       }

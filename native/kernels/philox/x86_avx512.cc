@@ -28,6 +28,13 @@ __attribute__((always_inline)) static inline void advance(State& s, __m512i m0, 
   s.x3 = p0;
 }
 
+// Two rounds of the blocks whose products with M0 are `p`.
+__attribute__((always_inline)) static inline State begin(__m512i p, __m512i m1, __m512i first_key, __m512i x0_key,
+                                                         __m512i x2_key, __m512i x3) {
+  const __m512i q = _mm512_mul_epu32(_mm512_xor_si512(_mm512_srli_epi64(p, 32), first_key), m1);
+  return {_mm512_xor_si512(_mm512_srli_epi64(q, 32), x0_key), q, _mm512_xor_si512(p, x2_key), x3};
+}
+
 // Words of even and odd blocks back to one word per 32-bit lane.
 static inline __m512i interleave(__m512i even, __m512i odd) {
   return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, static_cast<_MM_PERM_ENUM>(0xA0));
@@ -60,18 +67,24 @@ static void fill_layout(const Range& r, T* out) {
     keys[2 * i + 1] = _mm512_set1_epi64(r.key.k1 + i * kW1);
   }
   const __m512i m0 = _mm512_set1_epi64(kM0), m1 = _mm512_set1_epi64(kM1);
-  const __m512i c1 = _mm512_set1_epi64(r.c1), c2 = _mm512_set1_epi64(r.key.c2), c3 = _mm512_set1_epi64(r.key.c3);
+  const Start first = start(r);
+  const __m512i first_key = _mm512_set1_epi64(first.first_key), x0_key = _mm512_set1_epi64(first.x0_key);
+  const __m512i x2_key = _mm512_set1_epi64(first.x2_key), x3 = _mm512_set1_epi64(first.x3);
   const __m128i shift = _mm_cvtsi32_si128(32 - r.n);
-  __m512i even = _mm512_add_epi64(_mm512_set1_epi64(r.block), _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0));
+  // Products with M0 of even blocks; those of other blocks lie a multiple of M0 further.
+  const __m512i lanes = _mm512_mul_epu32(_mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0), m0);
+  const __m512i tile = _mm512_set1_epi64(std::int64_t{kM0} * kTileBlocks);
+  __m512i even = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(std::uint64_t{kM0} * r.block)), lanes);
   T rest[kStep];
   for (std::int64_t i = 0; i < r.count; i += kStep) {
-    const __m512i one = _mm512_set1_epi64(1), tile = _mm512_set1_epi64(kTileBlocks);
     const __m512i next = _mm512_add_epi64(even, tile);
-    State a{even, c1, c2, c3}, b{_mm512_add_epi64(even, one), c1, c2, c3};
-    State c{next, c1, c2, c3}, d{_mm512_add_epi64(next, one), c1, c2, c3};
+    State a = begin(even, m1, first_key, x0_key, x2_key, x3);
+    State b = begin(_mm512_add_epi64(even, m0), m1, first_key, x0_key, x2_key, x3);
+    State c = begin(next, m1, first_key, x0_key, x2_key, x3);
+    State d = begin(_mm512_add_epi64(next, m0), m1, first_key, x0_key, x2_key, x3);
     even = _mm512_add_epi64(next, tile);
-#pragma GCC unroll 10
-    for (int k = 0; k < kRounds; ++k) {
+#pragma GCC unroll 8
+    for (int k = 2; k < kRounds; ++k) {
       advance(a, m0, m1, keys[2 * k], keys[2 * k + 1]);
       advance(b, m0, m1, keys[2 * k], keys[2 * k + 1]);
       advance(c, m0, m1, keys[2 * k], keys[2 * k + 1]);

@@ -25,10 +25,11 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-constexpr std::int64_t kPositions = 512;  // of one image, at a time; a multiple of every Philox tile
-constexpr std::int64_t kRun = 4096;       // consecutive elements at a time: their random bits stay in the L1 cache
-constexpr std::int64_t kGrain = 32768;    // elements per thread, some 10 us
-constexpr std::int64_t kLane = 16;        // positions whose random bits are transposed at a time
+constexpr std::int64_t kPositions =
+    1024;  // of one image, at a time; a multiple of every Philox tile; long runs for the prefetcher
+constexpr std::int64_t kRun =
+    1024;  // consecutive elements at a time: few enough to read ahead while their random bits are made
+constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -170,6 +171,7 @@ class Encoder {
     prescale_[g] = grid.prescale;
     scale_[g] = grid.scale;
     zero_code_[g] = grid.zero;
+    if (!grid.from_low || grid.prescale != 1) other_.store(true, std::memory_order_relaxed);
     if (grid.from_low) from_low_.store(true, std::memory_order_relaxed);
     return true;
   }
@@ -200,6 +202,7 @@ class Encoder {
       Rectangle r = rectangle(begin, c, end - begin, count);
       r.x = at(in_, element);
       r.x_stride = in_.c;
+      prefetch(r.x, r.rows * count);
       r.bits = run_of_bits(element, r.rows * count);
       r.bits_stride = r.codes_stride = count;
       r.codes = codes();
@@ -214,13 +217,7 @@ class Encoder {
     const std::int64_t s = chunks.begin(chunk), length = chunks.length(chunk);
     for (std::int64_t c = 0; c < in_.c; c += kTile) {
       const std::int64_t channels = std::min(kTile, in_.c - c);
-      std::uint8_t* block = in_.channels_last ? last(n, c, channels, s, length) : first(n, c, channels, s, length);
-      for (std::int64_t p = 0; p < length;) {
-        const std::int64_t many = place_.run(s + p, length - p);
-        kernel_.pack(block + p * kTile, kTile, many, channels, place_.layout.bits,
-                     out_ + place_.offset(n, s + p) + c * place_.layout.bits / 8, place_.row);
-        p += many;
-      }
+      in_.channels_last ? last(n, c, channels, s, length) : first(n, c, channels, s, length);
     }
     if (chunk == 0) border(n);
   }
@@ -235,9 +232,18 @@ class Encoder {
     r.count = count;
     r.grids = {offset_ + g, prescale_ + g, scale_ + g, zero_code_ + g};
     r.columns = recipe_.axis == Axis::channel;
-    r.two_to_n = static_cast<float>(1 << recipe_.random_bits);
-    r.levels = static_cast<float>(recipe_.levels);
+    r.from_low = !other_;
+    r.random_bits = recipe_.random_bits;
+    r.levels = recipe_.levels;
     return r;
+  }
+
+  // The memory is read while the random bits are made.
+  void prefetch(const void* x, std::int64_t count) const {
+    if (recipe_.random_bits == 0) return;
+    const char* line = static_cast<const char*>(x);
+    for (const char* end = line + count * (in_.type == Type::bf16 ? 2 : 4); line < end; line += 64)
+      __builtin_prefetch(line);
   }
 
   // Rows that follow each other and share a grid are one.
@@ -252,51 +258,73 @@ class Encoder {
     kernel_.encode[type()](r);
   }
 
-  // Channels first: every channel's run of positions, then the transpose. Returns [length][kTile].
-  std::uint8_t* first(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
+  // Channels first: every channel's run of positions, then the transpose.
+  void first(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
     const std::int64_t step = std::max<std::int64_t>(kRun / length, 1);
     for (std::int64_t i = 0; i < channels; i += step) {
       Rectangle r = rectangle(n, c + i, std::min(step, channels - i), length);
       r.x = at(in_, (n * in_.c + c + i) * in_.s + s);
       r.x_stride = in_.s;
+      for (std::int64_t j = 0; j < r.rows; ++j) prefetch(at(in_, (n * in_.c + c + i + j) * in_.s + s), length);
       r.bits = bits_of(n, c + i, r.rows, s, length, &r.bits_stride);
       r.codes = codes() + i * length;
       r.codes_stride = length;
       r.columns = false;
       run(r, recipe_.axis == Axis::channel);
     }
-    std::uint8_t* block = codes() + kTile * kPositions + kTile;
-    kernel_.transpose_codes(codes(), length, channels, length, block, kTile);
-    return block;
+    std::uint8_t* block = tile_of_codes();
+    for (std::int64_t p = 0; p < length; p += kTile) {
+      const std::int64_t many = std::min(kTile, length - p);
+      kernel_.transpose_codes(codes() + p, length, channels, many, block, kTile);
+      put(n, c, channels, s + p, many, block);
+    }
   }
 
-  // Channels last: the random bits are transposed. Returns [length][kTile].
-  std::uint8_t* last(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
+  // Channels last: the random bits are transposed.
+  void last(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
     struct Transposed;
     std::int64_t stride = 0;
     const std::int32_t* bits = bits_of(n, c, channels, s, length, &stride);
-    const std::int64_t step = bits == nullptr ? length : kLane;
-    for (std::int64_t p = 0; p < length; p += step) {
-      Rectangle r = rectangle(n, c, std::min(step, length - p), channels);
+    std::uint8_t* block = tile_of_codes();
+    for (std::int64_t p = 0; p < length; p += kTile) {
+      const std::int64_t many = std::min(kTile, length - p);
+      Rectangle r = rectangle(n, c, many, channels);
       r.x = at(in_, (n * in_.s + s + p) * in_.c + c);
       r.x_stride = in_.c;
       if (bits != nullptr) {
-        std::int32_t* turned = cpu::scratch<Transposed, std::int32_t>(kLane * kTile);
-        kernel_.transpose_bits(bits + p, stride, channels, r.rows, turned, kTile);
+        std::int32_t* turned = cpu::scratch<Transposed, std::int32_t>(kTile * kTile);
+        kernel_.transpose_bits(bits + p, stride, channels, many, turned, kTile);
         r.bits = turned;
         r.bits_stride = kTile;
       }
-      r.codes = codes() + p * kTile;
+      r.codes = block;
       r.codes_stride = kTile;
       run(r, false);
+      put(n, c, channels, s + p, many, block);
     }
-    return codes();
   }
 
-  // The codes of one block, twice: as they are computed, and transposed.
+  // Packs the codes [count][kTile] of positions s, s + 1, .. to where they belong.
+  void put(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t count,
+           const std::uint8_t* block) {
+    for (std::int64_t p = 0; p < count;) {
+      const std::int64_t many = place_.run(s + p, count - p);
+      kernel_.pack(block + p * kTile, kTile, many, channels, place_.layout.bits,
+                   out_ + place_.offset(n, s + p) + c * place_.layout.bits / 8, place_.row);
+      p += many;
+    }
+  }
+
+  // Codes of a block of channels as they are computed where channels come first, or of a run.
   std::uint8_t* codes() const {
     struct Codes;
-    return cpu::scratch<Codes, std::uint8_t>(2 * (kTile * kPositions + kTile));
+    return cpu::scratch<Codes, std::uint8_t>(kTile * kPositions + kTile);
+  }
+
+  // Codes of up to kTile positions of a block of channels.
+  std::uint8_t* tile_of_codes() const {
+    struct Tile;
+    return cpu::scratch<Tile, std::uint8_t>(kTile * kTile);
   }
 
   // Random bits of elements index .. index + count - 1.
@@ -372,7 +400,7 @@ class Encoder {
   float* offset_;
   float *prescale_, *scale_, *zero_code_;
   const philox::Kernel* philox_ = nullptr;
-  std::atomic<bool> not_finite_ = false, overflows_ = false, from_low_ = false;
+  std::atomic<bool> not_finite_ = false, overflows_ = false, from_low_ = false, other_ = false;
 };
 
 }  // namespace
@@ -440,8 +468,8 @@ void decode(const Kernel& kernel, const std::uint8_t* codes, const Layout& layou
   const Chunks chunks(matrix ? n : s);
   cpu::split(images * chunks.count(), kGrain / (chunks.size * c) + 1, threads,
              [&](std::int64_t begin, std::int64_t end) {
-               std::uint8_t* block = cpu::scratch<Block, std::uint8_t>(2 * (kTile * kPositions + kLane * kTile));
-               std::uint8_t* turned = block + kTile * kPositions + kLane * kTile;
+               std::uint8_t* block = cpu::scratch<Block, std::uint8_t>(2 * (kTile * kPositions + kTile * kTile));
+               std::uint8_t* turned = block + kTile * kPositions + kTile * kTile;
                for (std::int64_t i = begin; i < end; ++i) {
                  const std::int64_t image = i / chunks.count(), chunk = i % chunks.count();
                  const std::int64_t first = chunks.begin(chunk), length = chunks.length(chunk);

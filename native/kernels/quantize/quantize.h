@@ -15,7 +15,7 @@
 // (the channels of one sample and position) starts at a multiple of 4 bytes (8 for 1-bit codes), the rest of its last
 // word is 0. Images may carry a border of positions, whose codes equal `zero`.
 //
-// Input is finite; elements outside the given extremes are clamped. All variants give the same results on any number of
+// Every element lies within the extremes of its group. All variants give the same results on any number of
 // threads.
 #pragma once
 
@@ -44,10 +44,11 @@ struct Rectangle {
   std::uint8_t* codes;  // one byte each
   std::int64_t codes_stride;
   Grids grids;
-  bool columns;    // element i has grid i; otherwise row r has grid r * grid_step
-  int grid_step;   // 0 or 1
-  float two_to_n;  // 2^n
-  float levels;
+  bool columns;   // element i has grid i; otherwise row r has grid r * grid_step
+  int grid_step;  // 0 or 1
+  bool from_low;  // every grid starts at its minimum, without prescale: y >= 0 and zero = 0
+  int random_bits;
+  int levels;
 };
 
 // The way back, likewise; contiguous in both.

@@ -35,6 +35,7 @@ void extremes(const void* x, std::int64_t count, float* low, float* high) {
 
 template <typename T>
 void encode(const Rectangle& t) {
+  const float two_to_n = static_cast<float>(1 << t.random_bits), levels = static_cast<float>(t.levels);
   for (std::int64_t r = 0; r < t.rows; ++r)
     for (std::int64_t i = 0; i < t.count; ++i) {
       const std::int64_t g = t.columns ? i : r * t.grid_step;
@@ -42,13 +43,13 @@ void encode(const Rectangle& t) {
       const float y = ((x - t.grids.offset[g]) * t.grids.prescale[g]) * t.grids.scale[g];
       float rounded;
       if (t.bits != nullptr) {
-        const float floor = std::floor(y), threshold = (y - floor) * t.two_to_n;  // integers below 2^25 are exact
+        const float floor = std::floor(y), threshold = (y - floor) * two_to_n;  // integers below 2^25 are exact
         rounded = floor + (static_cast<float>(t.bits[r * t.bits_stride + i]) < std::floor(threshold) ? 1.0f : 0.0f);
       } else {
         rounded = std::nearbyint(y);
       }
       const float code = rounded + t.grids.zero[g];
-      t.codes[r * t.codes_stride + i] = static_cast<std::uint8_t>(code > 0 ? (code < t.levels ? code : t.levels) : 0);
+      t.codes[r * t.codes_stride + i] = static_cast<std::uint8_t>(code > 0 ? (code < levels ? code : levels) : 0);
     }
 }
 

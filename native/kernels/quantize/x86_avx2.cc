@@ -114,7 +114,7 @@ static void column_extremes(const void* data, std::int64_t rows, std::int64_t st
 namespace {
 
 struct Constants {
-  __m256 two_to_n, levels, one;
+  __m256 two_to_n, one;
 };
 
 struct Line {
@@ -131,7 +131,7 @@ static inline Line line(const Grids& g, std::int64_t i, std::int64_t count) {
   return {load(g.offset + i, count), load(g.prescale + i, count), load(g.scale + i, count), load(g.zero + i, count)};
 }
 
-// Codes of eight elements, one per 32-bit lane.
+// Codes of eight elements, one per 32-bit lane, not yet clamped.
 template <bool kStochastic>
 static inline __m256i code(__m256 x, __m256i bits, const Line& g, const Constants& k) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
@@ -145,21 +145,20 @@ static inline __m256i code(__m256 x, __m256i bits, const Line& g, const Constant
   } else {
     rounded = _mm256_round_ps(y, kNearest);
   }
-  // max first: it gives 0 for NaN.
-  rounded = _mm256_min_ps(_mm256_max_ps(_mm256_add_ps(rounded, g.zero), _mm256_setzero_ps()), k.levels);
-  return _mm256_cvttps_epi32(rounded);
+  return _mm256_cvttps_epi32(_mm256_add_ps(rounded, g.zero));
 }
 
-// 32 codes from one per dword.
-static inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d) {
+// 32 codes from one per dword, clamped.
+static inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d, __m256i largest) {
   const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
-  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)), order);
+  const __m256i codes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  return _mm256_min_epu8(_mm256_permutevar8x32_epi32(codes, order), largest);
 }
 
 template <typename T, bool kStochastic, bool kColumns>
 static void encode_rows(const Rectangle& r) {
-  const Constants k{_mm256_set1_ps(r.two_to_n), _mm256_set1_ps(r.levels), _mm256_set1_ps(1)};
-  const __m256i none = _mm256_setzero_si256();
+  const Constants k{_mm256_set1_ps(static_cast<float>(1 << r.random_bits)), _mm256_set1_ps(1)};
+  const __m256i none = _mm256_setzero_si256(), largest = _mm256_set1_epi8(static_cast<char>(r.levels));
   for (std::int64_t row = 0; row < r.rows; ++row) {
     const T* x = static_cast<const T*>(r.x) + row * r.x_stride;
     const std::int32_t* bits = kStochastic ? r.bits + row * r.bits_stride : nullptr;
@@ -174,16 +173,16 @@ static void encode_rows(const Rectangle& r) {
     std::int64_t i = 0;
     for (; i + 32 <= r.count; i += 32)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i),
-                          narrow(part(i), part(i + 8), part(i + 16), part(i + 24)));
+                          narrow(part(i), part(i + 8), part(i + 16), part(i + 24), largest));
     for (; i + 8 <= r.count; i += 8)
       _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + i),
-                       _mm256_castsi256_si128(narrow(part(i), none, none, none)));
+                       _mm256_castsi256_si128(narrow(part(i), none, none, none, largest)));
     if (i < r.count) {
       const std::int64_t left = r.count - i;
       const __m256i b = kStochastic ? load(bits + i, left) : none;
       const __m256i c = code<kStochastic>(load(x + i, left), b, kColumns ? line(r.grids, i, left) : same, k);
       std::uint8_t rest[32];
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), narrow(c, none, none, none));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), narrow(c, none, none, none, largest));
       std::memcpy(codes + i, rest, static_cast<std::size_t>(left));
     }
   }

@@ -108,7 +108,9 @@ static void column_extremes(const void* data, std::int64_t rows, std::int64_t st
 namespace {
 
 struct Constants {
-  __m512 two_to_n, levels, one;
+  __m512 two_to_n, one;
+  __m512i mask, top;  // 2^n - 1, and levels * 2^n
+  __m128i shift;      // n
 };
 
 struct Line {
@@ -117,35 +119,48 @@ struct Line {
 
 }  // namespace
 
+template <bool kFromLow>
 static inline Line line(const Grids& g, std::int64_t i, __mmask16 m) {
+  if constexpr (kFromLow)
+    return {load(g.offset + i, m), _mm512_setzero_ps(), load(g.scale + i, m), _mm512_setzero_ps()};
   return {load(g.offset + i, m), load(g.prescale + i, m), load(g.scale + i, m), load(g.zero + i, m)};
 }
 
-// Codes of 16 elements, one per 32-bit lane.
-template <bool kStochastic>
+// Codes of 16 elements, one per 32-bit lane, not yet clamped.
+template <bool kStochastic, bool kFromLow>
 static inline __m512i code(__m512 x, __m512i bits, const Line& g, const Constants& k) {
-  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC,
-                kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m512 y = _mm512_mul_ps(_mm512_mul_ps(_mm512_sub_ps(x, g.offset), g.prescale), g.scale);
-  __m512 rounded;
-  if constexpr (kStochastic) {
+  constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  x = _mm512_sub_ps(x, g.offset);
+  if constexpr (kFromLow && kStochastic) {
+    // y >= 0, so that its fraction is exact and y 2^n in fixed point (scaled by an exact power of two) has the integers
+    // to compare: up if and only if adding 2^n - 1 - bits carries.
+    const __m512i fixed = _mm512_cvttps_epu32(_mm512_mul_ps(x, _mm512_mul_ps(g.scale, k.two_to_n)));
+    const __m512i carry = _mm512_add_epi32(_mm512_min_epu32(fixed, k.top), _mm512_sub_epi32(k.mask, bits));
+    return _mm512_srl_epi32(carry, k.shift);
+  } else if constexpr (kFromLow) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(x, g.scale));
+  } else {
+    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(x, g.prescale), g.scale);
+    if constexpr (!kStochastic) return _mm512_cvtps_epi32(_mm512_add_ps(_mm512_roundscale_ps(y, 0), g.zero));
     const __m512 floor = _mm512_roundscale_ps(y, kDown);
     const __m512i threshold = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_sub_ps(y, floor), k.two_to_n));
-    rounded = _mm512_mask_add_ps(floor, _mm512_cmplt_epi32_mask(bits, threshold), floor, k.one);
-  } else {
-    rounded = _mm512_roundscale_ps(y, kNearest);
+    const __m512 rounded = _mm512_mask_add_ps(floor, _mm512_cmplt_epi32_mask(bits, threshold), floor, k.one);
+    return _mm512_cvttps_epi32(_mm512_add_ps(rounded, g.zero));
   }
-  // max first: it gives 0 for NaN.
-  rounded = _mm512_min_ps(_mm512_max_ps(_mm512_add_ps(rounded, g.zero), _mm512_setzero_ps()), k.levels);
-  return _mm512_cvttps_epi32(rounded);
 }
 
-template <typename T, bool kStochastic, bool kColumns>
+template <typename T, bool kStochastic, bool kFromLow, bool kColumns>
 static void encode_rows(const Rectangle& r) {
-  const Constants k{_mm512_set1_ps(r.two_to_n), _mm512_set1_ps(r.levels), _mm512_set1_ps(1)};
+  const int n = r.random_bits;
+  const Constants k{_mm512_set1_ps(static_cast<float>(1 << n)), _mm512_set1_ps(1), _mm512_set1_epi32((1 << n) - 1),
+                    _mm512_set1_epi32(static_cast<int>(static_cast<unsigned>(r.levels) << n)), _mm_cvtsi32_si128(n)};
   // Of the order in which two levels of packing leave the dwords.
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-  const __m512i none = _mm512_setzero_si512();
+  const __m512i none = _mm512_setzero_si512(), largest = _mm512_set1_epi8(static_cast<char>(r.levels));
+  const auto narrow = [&](__m512i a, __m512i b, __m512i c, __m512i d) __attribute__((always_inline)) {
+    const __m512i codes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    return _mm512_min_epu8(_mm512_permutexvar_epi32(order, codes), largest);
+  };
   for (std::int64_t row = 0; row < r.rows; ++row) {
     const T* x = static_cast<const T*>(r.x) + row * r.x_stride;
     const std::int32_t* bits = kStochastic ? r.bits + row * r.bits_stride : nullptr;
@@ -153,30 +168,34 @@ static void encode_rows(const Rectangle& r) {
     const std::int64_t g = row * r.grid_step;
     const Line same{_mm512_set1_ps(r.grids.offset[g]), _mm512_set1_ps(r.grids.prescale[g]),
                     _mm512_set1_ps(r.grids.scale[g]), _mm512_set1_ps(r.grids.zero[g])};
+    const auto part = [&](std::int64_t i) __attribute__((always_inline)) {
+      const __m512i b = kStochastic ? _mm512_loadu_si512(bits + i) : none;
+      return code<kStochastic, kFromLow>(load(x + i), b, kColumns ? line<kFromLow>(r.grids, i, 0xFFFF) : same, k);
+    };
     std::int64_t i = 0;
-    for (; i + 64 <= r.count; i += 64) {
-      const auto part = [&](int j) __attribute__((always_inline)) {
-        const __m512i b = kStochastic ? _mm512_loadu_si512(bits + i + j) : none;
-        return code<kStochastic>(load(x + i + j), b, kColumns ? line(r.grids, i + j, 0xFFFF) : same, k);
-      };
-      const __m512i low = _mm512_packs_epi32(part(0), part(16)), high = _mm512_packs_epi32(part(32), part(48));
-      _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high)));
-    }
+    for (; i + 64 <= r.count; i += 64)
+      _mm512_storeu_si512(codes + i, narrow(part(i), part(i + 16), part(i + 32), part(i + 48)));
     for (; i < r.count; i += 16) {
       const __mmask16 m = lanes(r.count - i);
       const __m512i b = kStochastic ? _mm512_maskz_loadu_epi32(m, bits + i) : none;
-      const __m512i c = code<kStochastic>(load(x + i, m), b, kColumns ? line(r.grids, i, m) : same, k);
-      _mm_mask_storeu_epi8(codes + i, m, _mm512_cvtepi32_epi8(c));
+      const Line own = kColumns ? line<kFromLow>(r.grids, i, m) : same;
+      const __m512i c = code<kStochastic, kFromLow>(load(x + i, m), b, own, k);
+      _mm_mask_storeu_epi8(codes + i, m, _mm512_castsi512_si128(narrow(c, none, none, none)));
     }
   }
 }
 
+template <typename T, bool kStochastic>
+static void encode_as(const Rectangle& r) {
+  if (r.from_low)
+    r.columns ? encode_rows<T, kStochastic, true, true>(r) : encode_rows<T, kStochastic, true, false>(r);
+  else
+    r.columns ? encode_rows<T, kStochastic, false, true>(r) : encode_rows<T, kStochastic, false, false>(r);
+}
+
 template <typename T>
 static void encode(const Rectangle& r) {
-  if (r.bits != nullptr)
-    r.columns ? encode_rows<T, true, true>(r) : encode_rows<T, true, false>(r);
-  else
-    r.columns ? encode_rows<T, false, true>(r) : encode_rows<T, false, false>(r);
+  r.bits != nullptr ? encode_as<T, true>(r) : encode_as<T, false>(r);
 }
 
 template <bool kColumns>
