@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 
 import fqtstats
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.layers.fusion import FusedSequential, fuse_
+from fqtstats.layers.fusion import FusedSequential, Stage, _Normalization, fuse_
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.state import Draw
 from fqtstats.ops import fused
@@ -129,7 +130,7 @@ def test_moments_against_numpy(shift):
     y = images(5, 9, 11, 7, scale=0.5, shift=shift)
     m = fused.moments(y)
     exact = y.numpy().astype(np.longdouble).transpose(0, 2, 3, 1).reshape(-1, 9)
-    assert np.allclose(m.mean.numpy(), exact.mean(0).astype(float), rtol=1e-14, atol=0)
+    assert np.allclose(m.mean.numpy(), exact.mean(0).astype(float), rtol=1e-14, atol=1e-15)
     assert np.allclose(m.square.numpy(), (exact.var(0) * len(exact)).astype(float), rtol=1e-12, atol=0)
     assert torch.equal(m.low, y.amin((0, 2, 3)))
     assert torch.equal(m.high, y.amax((0, 2, 3)))
@@ -143,7 +144,7 @@ def test_what_is_not_finite_shows_in_the_extremes_of_its_channel(bad, pool):
     f = fused.Map(torch.ones(20), torch.zeros(20), False, pool)
     for end in fused.extremes(y, fused.moments(y), f):
         assert torch.isnan(end).nonzero().flatten().tolist() == [17]
-    if bad != bad:
+    if math.isnan(bad):
         out = fused.apply(y, f)
         assert torch.equal(torch.isnan(out), torch.isnan(F.max_pool2d(y, 2) if pool else y))
         assert int(torch.isnan(out).sum()) == 1
@@ -215,8 +216,6 @@ def test_folded_normalization_is_within_its_bound():
         norm = stage[1]
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-        from fqtstats.layers.fusion import Stage, _Normalization
-
         m = fused.moments(y)
         f = _Normalization.of(norm, m, y.numel() // 33).map(Stage(stage[0], norm, False, False))
         got = fused.apply(y, f).double()
@@ -307,7 +306,8 @@ def passed(model, x, g):
 
 
 def relative(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 X = images(6, 3, 12, 10)
@@ -377,18 +377,8 @@ def test_codes_between_stages_differ_only_near_boundaries(training, monkeypatch)
     assert bool((off[tuple(different.t())] <= TIE).all())
 
 
-def test_gradients_of_float_modules():
-    # Quantizers fine enough not to matter: the fused backward pass against autograd of the plain network.
-    model = network()
-    plain = copy.deepcopy(model)
-    handle = fqtstats.prepare_(model, policy("statquant-qat"), backend="native")
-    fuse_(model, handle)
-    for a, b in zip(passed(model, X, G), passed(plain, X, G), strict=True):
-        assert relative(a, b) < 0.1
-
-
 def test_many_backward_passes_over_one_graph():
-    one, other, handles, _ = twins(network(), policy("statquant-psq", 4))
+    one, other, handles, _ = twins(network(channels=6), policy("statquant-psq", 4))
     grads = []
     for model, handle in zip((one, other), handles, strict=True):
         out = model(X)
@@ -436,14 +426,16 @@ def test_frozen_parameters_and_input_get_no_gradient():
 
 
 def test_cumulative_and_absent_running_statistics():
-    for change in ({"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.3, "eps": 0.1}):
+    changes = {"momentum": None}, {"track_running_stats": False}, {"affine": False}, {"momentum": 0.3, "eps": 0.1}
+    for change in changes:
         model = network(pools=(True,))
         model[1] = nn.BatchNorm2d(10, **change)
         one, other, _, chains = twins(model, policy())
         assert chains
         for _ in range(3):
             a, b = one(X), other(X)
-        one.eval(), other.eval()
+        one.eval()
+        other.eval()
         assert relative(b, a) < 1e-5
         assert relative(other(X), one(X)) < 1e-5
         for p, q in zip(other.buffers(), one.buffers(), strict=True):
@@ -565,9 +557,10 @@ def test_quantizers_without_8_bit_codes_take_numbers(monkeypatch):
         grad_input=fqtstats.quantizer("ptq", bits=4),
         grad_weight=fqtstats.quantizer("ptq", bits=4),
     )
-    one, other, _, chains = twins(network(normalized=False), narrow)
+    one, other, handles, chains = twins(network(normalized=False), narrow)
     assert chains
     assert fused_calls(other, X, monkeypatch) == 3
+    handles[1].step = 0  # counts calls anew
     for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
         assert torch.equal(a, b)
 
@@ -580,7 +573,7 @@ def test_what_is_not_finite_names_the_layer():
         fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
         with pytest.raises(NonFiniteError, match="layer '0', weight" if place == 0 else "layer '4', activation"):
             model(X)
-    model = network()
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
-    with pytest.raises(NonFiniteError, match=r"layer '8', grad_weight"):
-        model(X).backward(G * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"layer '0', grad_weight"):
+        model(X).backward(images(6, 4, 12, 10) * float("inf"))

@@ -229,8 +229,8 @@ class _Normalization:
         """With the statistics of the batch (``moments``) or the running ones, which are updated, as the module does."""
         like = module.running_mean if moments is None else moments.mean
         assert like is not None
-        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.double()
-        beta = torch.zeros_like(gamma) if module.bias is None else module.bias.double()
+        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.detach().double()
+        beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().double()
         running = module.running_mean, module.running_var
         if not _on_batch(module):
             mean, variance = (statistic.double() for statistic in running if statistic is not None)
@@ -364,22 +364,24 @@ def _adjoint(
     (x_data, w_data, y), call, product = large, record.call, record.product
     x, w = record.x.with_data(x_data), record.w.with_data(w_data)
     grad_w = grad_bias = gamma = beta = None
+    ends: list[torch.Tensor] = []
     g = g.contiguous(memory_format=torch.channels_last)
     normalization, f = record.normalization, record.map
     if normalization is not None:
         total, dot = fused.gradient_sums(g, y, f, normalization.mean.float())
         gamma = (dot * normalization.scale).float() if needs_gamma else None
         beta = total.float() if needs_beta else None
-        g = fused.gradient(g, y, f, normalization.adjoint(total, dot))[0]
+        g, *ends = fused.gradient(g, y, f, normalization.adjoint(total, dot))
     elif f.relu or f.pool:
         zero = torch.zeros_like(f.a)
-        g = fused.gradient(g, y, f, fused.Adjoint(zero, zero, zero, f.a))[0]
+        g, *ends = fused.gradient(g, y, f, fused.Adjoint(zero, zero, zero, f.a))
+    extremes = (ends[0], ends[1]) if ends else None
     kernel = w.shape[2:]
     if needs_w or needs_bias:
-        quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel))
+        quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
         grad_w = call.compute("grad_weight", product, quantized, x, w.shape) if needs_w else None
         grad_bias = quantized.decode().sum((0, 2, 3)) if needs_bias else None
     if further:
-        quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel))
+        quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel), extremes)
         g = call.compute("grad_input", product, quantized, w, x.shape)
     return g, [grad_w, grad_bias, gamma, beta]

@@ -15,7 +15,7 @@ from fqtstats.layers import recomputation
 from fqtstats.layers.operand import Operand, images
 from fqtstats.layers.product import Product, ProductName, compute, how
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.quantizers.storage import store
+from fqtstats.quantizers.storage import Extremes, store
 from fqtstats.random import Stream, stream
 
 __all__ = ["BACKENDS", "SITES", "Call", "Draw", "Inspector", "Kept", "LayerState", "Shared", "Site"]
@@ -190,7 +190,14 @@ class Call:
         shared = self.layer.shared
         return Stream(shared.seed, self.step, self.layer.name, site, draw, self.index, shared.replica)
 
-    def operand(self, place: str, x: torch.Tensor, pad: tuple[int, int] = (0, 0), draw: int = 0) -> Operand:
+    def operand(
+        self,
+        place: str,
+        x: torch.Tensor,
+        pad: tuple[int, int] = (0, 0),
+        draw: int = 0,
+        extremes: Extremes | None = None,
+    ) -> Operand:
         """``x`` as a product takes it, through the quantizer at ``place`` of the policy.
 
         Args:
@@ -198,6 +205,7 @@ class Call:
             x: in the dtype that products are computed in.
             pad: pixels around images of codes.
             draw: index of the draw.
+            extremes: of ``x``, where they are known already.
 
         Raises:
             NonFiniteError: ``x`` holds NaN or Inf; names layer and place.
@@ -207,7 +215,7 @@ class Call:
         if q is None:
             return Operand.real(x, "no quantizer")
         shared = self.layer.shared
-        operand = self._encoded(q, place, x, pad, draw) if shared.backend == "native" else None
+        operand = self._encoded(q, place, x, pad, draw, extremes) if shared.backend == "native" else None
         if operand is None:
             why = "float64" if x.dtype == torch.float64 else "a quantizer without codes for products"
             operand = Operand.real(self.quantize(q, place, x, draw), why)
@@ -216,13 +224,15 @@ class Call:
         return operand
 
     def _encoded(
-        self, q: QuantizerLike, place: str, x: torch.Tensor, pad: tuple[int, int], draw: int
+        self, q: QuantizerLike, place: str, x: torch.Tensor, pad: tuple[int, int], draw: int, extremes: Extremes | None
     ) -> Operand | None:
         with torch.no_grad(), self._named(place):
-            stored = store(q, images(x), self.stream(place, draw), pad)
+            stored = store(q, images(x), self.stream(place, draw), pad, extremes)
         return None if stored is None else Operand(stored)
 
-    def gradient(self, site: Site, g: torch.Tensor, pad: tuple[int, int] = (0, 0)) -> Operand:
+    def gradient(
+        self, site: Site, g: torch.Tensor, pad: tuple[int, int] = (0, 0), extremes: Extremes | None = None
+    ) -> Operand:
         """The incoming gradient as the product at ``site`` takes it in the current draw.
 
         Raises:
@@ -235,7 +245,7 @@ class Call:
                 draw.observe(self.layer, site, q, g)
         if q is not None and site not in draw.sites:
             return Operand.real(g)
-        return self.operand(site, g, pad, draw.index)
+        return self.operand(site, g, pad, draw.index, extremes)
 
     def compute(self, name: ProductName, product: Product, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
         """:func:`fqtstats.layers.product.compute`, noted and shown to the inspector."""

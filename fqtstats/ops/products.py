@@ -44,7 +44,12 @@ __all__ = [
 Bilinear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-KERNELS: tuple[ModuleType, ...] = (product1, convolution1, product8, convolution8,)
+KERNELS: tuple[ModuleType, ...] = (
+    product1,
+    convolution1,
+    product8,
+    convolution8,
+)
 """Modules of native kernels, the first that can is used.
 
 Each has functions of the names below, for arguments that were checked; one returns None where it has no kernel for

@@ -14,7 +14,7 @@ from fqtstats.quantizers import QUANTIZERS
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer, rows
 from fqtstats.random import Stream
 
-__all__ = ["Stored", "store"]
+__all__ = ["Extremes", "Stored", "store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,17 @@ class Stored:
         return self.transform.inverse(x.reshape(n, c, -1)).view(x.shape)
 
 
-def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int] = (0, 0)) -> Stored | None:
+Extremes = tuple[torch.Tensor, torch.Tensor]
+"""Minimum and maximum of every sample and channel of a tensor, float32 ``[N, C]``; NaN both where it holds NaN."""
+
+
+def store(
+    q: QuantizerLike,
+    x: torch.Tensor,
+    stream: Stream,
+    pad: tuple[int, int] = (0, 0),
+    extremes: Extremes | None = None,
+) -> Stored | None:
     """``q`` of ``x`` as codes: the same codes, bit for bit, as ``q.encode(x, stream)``.
 
     Args:
@@ -48,6 +58,7 @@ def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int
         x: ``[N, C]`` or ``[N, C, H, W]``, any strides; float32, or bfloat16 or float16, which are quantized in float32.
         stream: where its random numbers come from.
         pad: pixels around every image.
+        extremes: of ``x``, where they are known already; saves a pass over it.
 
     Returns:
         None where ``q`` has no codes, or none with a scale per tensor, row or channel in float32: then there is no
@@ -60,7 +71,7 @@ def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int
         return None
     if q.view_shape(x.shape)[1] != x.shape[1]:
         return None
-    stored = _store_native(q, x, stream, pad)
+    stored = _store_native(q, x, stream, pad, extremes)
     if stored is not None:
         return stored
     quantized = q.encode(x, stream)
@@ -71,16 +82,28 @@ def store(q: QuantizerLike, x: torch.Tensor, stream: Stream, pad: tuple[int, int
     return Stored(Codes.pack(codes, q.format.storage_bits, affine, pad), quantized.frame.transform)
 
 
-def _store_native(q: UniformQuantizer, x: torch.Tensor, stream: Stream, pad: tuple[int, int]) -> Stored | None:
+def _store_native(
+    q: UniformQuantizer, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
+) -> Stored | None:
     # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
     if not ours or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
         return None
     transform = q.transform(x)
     if transform is not None:
-        x = transform.forward(rows(x)).view(x.shape)
-    codes = native.encode(x, q.recipe, stream.words(), pad)
+        x, extremes = transform.forward(rows(x)).view(x.shape), None
+    if extremes is not None:
+        extremes = _of_groups(extremes, q.recipe.axis)
+    codes = native.encode(x, q.recipe, stream.words(), pad, extremes=extremes)
     return None if codes is None else Stored(codes, transform)
+
+
+def _of_groups(extremes: Extremes, axis: int | None) -> Extremes:
+    """Extremes of the whole tensor (``[1]``), or of the indices of an axis."""
+    low, high = extremes
+    if axis is None:
+        return low.amin().view(1), high.amax().view(1)
+    return low.amin(1 - axis), high.amax(1 - axis)
 
 
 def _affine(quantized: Quantized) -> Affine | None:

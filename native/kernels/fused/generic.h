@@ -29,6 +29,20 @@ FQTSTATS_INLINE void over_channels(std::int64_t channels, const Body& body) {
   if (c < channels) body.template operator()<true>(c, V::first(channels - c));
 }
 
+// Pixels that a register's worth of channels takes at a time: the sums stay in registers that long. More of them would
+// read memory in strides that prefetchers do not follow.
+constexpr std::int64_t kGroup = 4;
+
+// Calls body(part, start) on consecutive parts of at most kGroup pixels of a run.
+template <class Body>
+FQTSTATS_INLINE void over_groups(const Run& run, const Body& body) {
+  const std::int64_t pixel = (run.below == nullptr ? 1 : 2) * run.channels;
+  for (std::int64_t i = 0; i < run.count; i += kGroup) {
+    const std::int64_t count = run.count - i < kGroup ? run.count - i : kGroup;
+    body(Run{run.y + i * pixel, run.below == nullptr ? nullptr : run.below + i * pixel, count, run.channels}, i);
+  }
+}
+
 // The four pixels of a window at the same channels.
 struct Window {
   const float *y0, *y1, *y2, *y3;
@@ -82,20 +96,6 @@ FQTSTATS_INLINE void moments_of(const Run& run, const float* shift, double* sum,
   V::template store_wide<kTail>(square + c, q, tail);
   V::template store<kTail>(low + c, lo, tail);
   V::template store<kTail>(high + c, hi, tail);
-}
-
-// Pixels of which a register's worth of channels is summed up at a time: as many streams as prefetchers follow, and
-// enough to keep the sums in registers.
-constexpr std::int64_t kGroup = 16;
-
-// Calls body(part, start) on consecutive parts of at most kGroup pixels of a run.
-template <class Body>
-FQTSTATS_INLINE void over_groups(const Run& run, const Body& body) {
-  const std::int64_t pixel = (run.below == nullptr ? 1 : 2) * run.channels;
-  for (std::int64_t i = 0; i < run.count; i += kGroup) {
-    const std::int64_t count = run.count - i < kGroup ? run.count - i : kGroup;
-    body(Run{run.y + i * pixel, run.below == nullptr ? nullptr : run.below + i * pixel, count, run.channels}, i);
-  }
 }
 
 template <class V>
@@ -198,52 +198,62 @@ static void gradient_sums(const Run& run, const Map& map, const float* mean, con
   });
 }
 
-template <class V, bool kPooled>
+template <class V, bool kPooled, bool kTail>
 FQTSTATS_INLINE void gradient_of(const Run& run, const Map& map, const Adjoint& adjoint, const float* g, float* out,
-                                 float* out_below, float* low, float* high) {
-  const auto floor = V::set(map.floor);
-  for (std::int64_t i = 0; i < run.count; ++i)
+                                 float* out_below, float* low, float* high, std::int64_t c, typename V::T tail) {
+  const auto load = [&](const float* p) __attribute__((always_inline)) { return V::template load<kTail>(p + c, tail); };
+  const auto a = load(map.a), b = load(map.b), floor = V::set(map.floor);
+  const auto mean = load(adjoint.mean), p = load(adjoint.p), q = load(adjoint.q), r = load(adjoint.r);
+  auto lo = load(low), hi = load(high);
+  auto bad = V::unordered(lo);
+  const auto emit = [&](typename V::F h, typename V::F y, float* to) __attribute__((always_inline)) {
+    const auto dy = V::mul(V::sub(V::sub(h, p), V::mul(V::sub(y, mean), q)), r);
+    V::template store<kTail>(to + c, dy, tail);
+    lo = V::min(lo, dy);
+    hi = V::max(hi, dy);
+    bad = V::either(bad, V::unordered(dy));
+  };
+  for (std::int64_t i = 0; i < run.count; ++i) {
+    const auto incoming = g == nullptr ? V::set(0) : load(g + i * run.channels);
+    if constexpr (kPooled) {
+      const Window w = window(run, i);
+      const auto y0 = load(w.y0), y1 = load(w.y1), y2 = load(w.y2), y3 = load(w.y3);
+      const Maximum<V> m = maximum<V>(a, b, y0, y1, y2, y3);
+      const auto h = V::keep(V::greater(m.t, floor), incoming);
+      float *top = out + 2 * i * run.channels, *bottom = out_below + 2 * i * run.channels;
+      emit(V::drop(V::either(m.at1, V::either(m.at2, m.at3)), h), y0, top);
+      emit(V::keep(m.at1, h), y1, top + run.channels);
+      emit(V::keep(m.at2, h), y2, bottom);
+      emit(V::keep(m.at3, h), y3, bottom + run.channels);
+    } else {
+      const auto y = load(run.y + i * run.channels);
+      emit(V::keep(V::greater(affine<V>(y, a, b), floor), incoming), y, out + i * run.channels);
+    }
+  }
+  V::template store<kTail>(low + c, V::pick(bad, V::set(std::numeric_limits<float>::quiet_NaN()), lo), tail);
+  V::template store<kTail>(high + c, hi, tail);
+}
+
+template <class V, bool kPooled>
+FQTSTATS_INLINE void gradient_groups(const Run& run, const Map& map, const Adjoint& adjoint, const float* g, float* out,
+                                     float* out_below, float* low, float* high) {
+  over_groups(run, [&](const Run& part, std::int64_t start) __attribute__((always_inline)) {
+    const float* from = g == nullptr ? nullptr : g + start * run.channels;
+    const std::int64_t pixel = (kPooled ? 2 : 1) * start * run.channels;
+    float* below = kPooled ? out_below + pixel : nullptr;
     over_channels<V>(run.channels, [&]<bool kTail>(std::int64_t c, typename V::T tail) __attribute__((always_inline)) {
-      const auto load = [&](const float* p)
-                            __attribute__((always_inline)) { return V::template load<kTail>(p + c, tail); };
-      const auto a = load(map.a), b = load(map.b);
-      const auto mean = load(adjoint.mean), p = load(adjoint.p), q = load(adjoint.q), r = load(adjoint.r);
-      auto lo = load(low), hi = load(high);
-      auto bad = V::unordered(lo);
-      const auto emit = [&](typename V::F h, typename V::F y, float* to) __attribute__((always_inline)) {
-        const auto dy = V::mul(V::sub(V::sub(h, p), V::mul(V::sub(y, mean), q)), r);
-        V::template store<kTail>(to + c, dy, tail);
-        lo = V::min(lo, dy);
-        hi = V::max(hi, dy);
-        bad = V::either(bad, V::unordered(dy));
-      };
-      const auto incoming = g == nullptr ? V::set(0) : load(g + i * run.channels);
-      if constexpr (kPooled) {
-        const Window w = window(run, i);
-        const auto y0 = load(w.y0), y1 = load(w.y1), y2 = load(w.y2), y3 = load(w.y3);
-        const Maximum<V> m = maximum<V>(a, b, y0, y1, y2, y3);
-        const auto h = V::keep(V::greater(m.t, floor), incoming);
-        float *top = out + 2 * i * run.channels, *bottom = out_below + 2 * i * run.channels;
-        emit(V::drop(V::either(m.at1, V::either(m.at2, m.at3)), h), y0, top);
-        emit(V::keep(m.at1, h), y1, top + run.channels);
-        emit(V::keep(m.at2, h), y2, bottom);
-        emit(V::keep(m.at3, h), y3, bottom + run.channels);
-      } else {
-        const auto y = load(run.y + i * run.channels);
-        emit(V::keep(V::greater(affine<V>(y, a, b), floor), incoming), y, out + i * run.channels);
-      }
-      V::template store<kTail>(low + c, V::pick(bad, V::set(std::numeric_limits<float>::quiet_NaN()), lo), tail);
-      V::template store<kTail>(high + c, hi, tail);
+      gradient_of<V, kPooled, kTail>(part, map, adjoint, from, out + pixel, below, low, high, c, tail);
     });
+  });
 }
 
 template <class V>
 static void gradient(const Run& run, const Map& map, const Adjoint& adjoint, const float* g, float* out,
                      float* out_below, float* low, float* high) {
   if (run.below == nullptr)
-    gradient_of<V, false>(run, map, adjoint, g, out, out_below, low, high);
+    gradient_groups<V, false>(run, map, adjoint, g, out, out_below, low, high);
   else
-    gradient_of<V, true>(run, map, adjoint, g, out, out_below, low, high);
+    gradient_groups<V, true>(run, map, adjoint, g, out, out_below, low, high);
 }
 
 }  // namespace
