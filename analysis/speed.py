@@ -40,13 +40,16 @@ def main() -> None:
 def table(content: dict[str, Any]) -> str:
     """The rows as Markdown."""
     machine = content["machine"]
-    lines = [
-        "# Speed of the native kernels",
-        "",
+    about = (
         f"`{' '.join(COMMAND)}` on {machine['processor']} ({machine['cores']} cores, {machine['isa']}; torch "
         f"{machine['torch']}, {machine['system']}). Ratio: the baseline's time over ours, median over "
         f"{content['rounds']} interleaved pairs [quartiles]; of peak: share of the rate that the bounding instruction "
-        "(or `copy_` over 64 MB) reached in the same run. A **bold** ratio falls short of its must.",
+        "(or `copy_` over 64 MB) reached in the same run. A **bold** ratio falls short of its must."
+    )
+    lines = [
+        "# Speed of the native kernels",
+        "",
+        about,
         "",
         "| what | shape | threads | memory | against | ratio | must | aim | time | of peak |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Integer convolutions, the quantization of their input included, against PyTorch's float32 ones in channels-last memory.
+"""Integer convolutions, the quantization of their input included, against PyTorch's in float32, channels-last.
 
 The weights are quantized beforehand: a layer does that once per step, for any number of images.
 """
@@ -6,7 +6,7 @@ The weights are quantized beforehand: a layer does that once per step, for any n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ def convolution_cases() -> list[Case]:
     ]
 
 
-def _pair(bits: int, n: int, i: int, o: int, size: int) -> Callable[[], Iterator[Pair]]:
+def _pair(bits: int, n: int, i: int, o: int, size: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         with seeded(0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def gemm_cases() -> list[Case]:
     return cases
 
 
-def _pair(operands: Operands, baseline: str, m: int, n: int, k: int) -> Callable[[], Iterator[Pair]]:
+def _pair(operands: Operands, baseline: str, m: int, n: int, k: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         with seeded(0):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -13,10 +11,11 @@ from torch import Tensor
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.ops import products
-from fqtstats.ops.quantize import encode
-from fqtstats.quantizers import BHQ, PSQ, PTQ, quantizer
+from fqtstats.ops.quantize import encode, extremes
+from fqtstats.quantizers import quantizer
 from fqtstats.quantizers.bhq import BlockHouseholder, group_rows
 from fqtstats.quantizers.storage import store
+from fqtstats.quantizers.uniform import PTQ
 from fqtstats.random import stream
 
 __all__ = ["quantize_cases"]
@@ -109,28 +108,34 @@ def _expression(x: Tensor) -> Callable[[float, float], Tensor]:
     return run
 
 
-def _rounding(random_bits: int, n: int, d: int) -> Callable[[], Iterator[Pair]]:
+def _rounding(random_bits: int, n: int, d: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         x = _input(n, d)
-        recipe, words = replace(PTQ(8, random_bits), grid="affine").recipe, stream().words()
+        recipe, words = PTQ(8, random_bits, "affine").recipe, stream().words()
         low, high = torch.aminmax(x)
-        extremes = low.view(1), high.view(1)
+        known = low.view(1), high.view(1)
         scale = 255 / float(high - low)
         expression = _expression(x)
         yield (
-            lambda: encode(x, recipe, words, extremes=extremes),
+            lambda: encode(x, recipe, words, extremes=known),
             lambda: expression(scale, -float(low) * scale),
         )
 
     return pair
 
 
-def _extremes(n: int, d: int) -> Callable[[], Iterator[Pair]]:
-    raise NotImplementedError
+def _extremes(n: int, d: int) -> Callable[[], AbstractContextManager[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x = _input(n, d)
+        view = x.view(n, d, 1)
+        yield lambda: extremes(view, 0), lambda: torch.aminmax(x, dim=1)
+
+    return pair
 
 
-def _householder(n: int) -> Callable[[], Iterator[Pair]]:
+def _householder(n: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         x = _input(n, COLUMNS)
@@ -145,7 +150,7 @@ def _householder(n: int) -> Callable[[], Iterator[Pair]]:
     return pair
 
 
-def _chain(m: int, n: int, k: int) -> Callable[[], Iterator[Pair]]:
+def _chain(m: int, n: int, k: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         x, w = _input(m, k), _input(n, k)
@@ -153,6 +158,7 @@ def _chain(m: int, n: int, k: int) -> Callable[[], Iterator[Pair]]:
         stored = store(quantizer("symmetric", bits=8), w, words)
         assert stored is not None
         weights = stored.codes
+        assert weights.affine.zero is not None
         step = float(weights.affine.step)
         signed = (weights.unpack().to(torch.int16) - int(weights.affine.zero)).to(torch.int8)
         sums = signed.sum(dim=1, dtype=torch.float32)
@@ -174,6 +180,3 @@ def _chain(m: int, n: int, k: int) -> Callable[[], Iterator[Pair]]:
         yield ours, torch_chain
 
     return pair
-
-
-__unused = (math, BHQ, PSQ)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def step_cases() -> list[Case]:
     return cases
 
 
-def _pair(kind: str) -> Callable[[], Iterator[Pair]]:
+def _pair(kind: str) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         with seeded(0):

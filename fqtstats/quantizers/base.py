@@ -78,6 +78,10 @@ class Transform(ABC):
         """``T x`` for ``x`` ``[N, C, S]``, in ``x``'s dtype, fresh memory."""
 
     @abstractmethod
+    def forward_extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``T x``, and the minimum and maximum of each of its rows, ``[N, 1, 1]``: found on the way."""
+
+    @abstractmethod
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         """``T^-1 y`` for ``y`` ``[N, C, S]``, in ``y``'s dtype; consumes its argument."""
 

@@ -175,11 +175,10 @@ class BlockHouseholder(Transform):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``T x``: rows of ``x`` ``[N, C, S]`` in their own order, result in group order."""
+        # Rows of x in their own order, the result in group order.
         return self.forward_extremes(x)[0]
 
     def forward_extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``T x``, and the minimum and maximum of each of its rows, ``[N, 1, 1]``."""
         native = householder_forward(x, self._native_groups())
         if native is not None:
             y, low, high = native

@@ -89,12 +89,18 @@ def _store_native(
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
     if not ours or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
         return None
-    transform = q.transform(x)
+    # A transform mixes rows, the same way in every column: any order of the columns will do.
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    by_rows = x.movedim(1, -1) if channels_last else x
+    transform = q.transform(by_rows)
+    groups: Extremes | None
     if transform is not None:
-        x, extremes = transform.forward(rows(x)).view(x.shape), None
-    if extremes is not None:
-        extremes = _of_groups(extremes, q.recipe.axis)
-    codes = native.encode(x, q.recipe, stream.words(), pad, extremes=extremes)
+        y, low, high = transform.forward_extremes(rows(by_rows))
+        y, groups = y.view(by_rows.shape), (low.view(-1), high.view(-1))
+        x = y.movedim(-1, 1) if channels_last else y
+    else:
+        groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
+    codes = native.encode(x, q.recipe, stream.words(), pad, extremes=groups)
     return None if codes is None else Stored(codes, transform)
 
 
