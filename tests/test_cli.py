@@ -21,6 +21,7 @@ from fqtstats import cli, measurement, models, ops, policies, quantizers
 from fqtstats.data import SOURCES, data
 from fqtstats.errors import InputError
 from fqtstats.ops import products
+from fqtstats.ops.extension import FALLBACKS
 from fqtstats.training import pretrain
 
 __all__ = ["run"]  # the fixture
@@ -163,7 +164,7 @@ def test_a_single_batch_has_no_sampling_variance_and_says_so(run: Run) -> None:
         ("policies", policies.POLICIES),
         ("models", models.MODELS),
         ("data", SOURCES),
-        ("kernels", ["philox_bits", "product1"]),
+        ("kernels", FALLBACKS),
     ],
 )
 def test_list(run: Run, what: str, names: Any) -> None:
