@@ -329,13 +329,20 @@ def spoiled():
         yield name, "variant", "no such", ValueError
     yield "convolution8", "bias", torch.zeros(4), ValueError
     yield "convolution8", "bias", torch.zeros(3, dtype=torch.float64), TypeError
+    yield "convolution8_grad_weight", "out", torch.empty(3, 4, 0, 3), ValueError
     yield "convolution8_grad_weight", "x", torch.zeros(3, 5, 6, 4, dtype=torch.uint8), ValueError
 
 
 @pytest.mark.parametrize(("name", "key", "value", "error"), list(spoiled()))
 def test_a_wrong_argument_is_refused_by_name(name, key, value, error):
     # What a size contradicts is the other size.
-    named = {"stride": "output|stride", "padding": "output|padding", "groups": "groups", "x_pad": "x|output"}
+    named = {
+        "out": "out|kernel",
+        "stride": "output|stride",
+        "padding": "output|padding",
+        "groups": "groups",
+        "x_pad": "x|output",
+    }
     with pytest.raises(error, match=None if isinstance(value, float) else named.get(key, key.removesuffix("_pad"))):
         getattr(native, name)(**{**small()[name], key: value})
 
