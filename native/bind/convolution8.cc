@@ -137,6 +137,8 @@ void convolution8_grad_weight(Array g, int g_bits, Pair g_pad, Array g_step, Flo
   auto* dw = data<float>("out", out, {kAny, channels / groups, kAny, kAny});
   const auto outputs = static_cast<std::int64_t>(out.shape(0));
   const auto kh = static_cast<std::int64_t>(out.shape(2)), kw = static_cast<std::int64_t>(out.shape(3));
+  check_range("kernel height", kh, 1, kMaxExtent);
+  check_range("kernel width", kw, 1, kMaxExtent);
   check_groups("output channels", outputs, groups);
   convolution8::Codes a = codes("g", g, g_bits, outputs, g_pad);
   convolution8::Codes b = codes("x", x, x_bits, channels, x_pad);
