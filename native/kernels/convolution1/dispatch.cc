@@ -233,9 +233,9 @@ void make_tables(const Kernel& kernel, const Image& a, std::int64_t n0, std::int
   }
 }
 
-// totals[i][j] = sum of the sums over the taps of output (i, j) of one image; `across` holds [height][x.count].
-void window_sums(const Phase& phase, const Source& source, const std::int32_t* sums, std::int32_t* across,
-                 std::int32_t* totals) {
+// The sums over the taps of every output pixel of one image. `across` is [source.height][x.count] of working memory;
+// they follow it, [y.count][x.count].
+void window_sums(const Phase& phase, const Source& source, const std::int32_t* sums, std::int32_t* across) {
   const std::int64_t count = phase.x.count;
   for (std::int64_t y = 0; y < source.height; ++y) {
     std::int32_t* to = across + y * count;
@@ -249,7 +249,7 @@ void window_sums(const Phase& phase, const Source& source, const std::int32_t* s
     }
   }
   for (std::int64_t i = 0; i < phase.y.count; ++i) {
-    std::int32_t* to = totals + i * count;
+    std::int32_t* to = across + (source.height + i) * count;
     std::fill_n(to, count, 0);
     for (int t = 0; t < phase.y.taps; ++t) {
       const std::int32_t* from = across + (i * phase.y.stride + phase.y.offset[t] + source.pad_h) * count;
@@ -283,6 +283,92 @@ T* take(T*& next, std::int64_t count) {
   T* taken = next;
   next += count;
   return taken;
+}
+
+// tap_sums[tap][column] = sum of the weights' codes, by way of a source of ones.
+void sum_taps(const Tile& tile, const Phase& phase, const std::uint8_t* ones, std::int64_t steps, std::int64_t panels,
+              std::int32_t* tap_sums) {
+  const std::int64_t offset = 0;
+  const Runs one_tap{&offset, 1, steps};
+  const std::uint8_t* same[8] = {ones, ones, ones, ones, ones, ones, ones, ones};
+  for (std::int64_t panel = 0; panel < panels; ++panel)
+    for (std::int64_t t = 0; t < phase.taps; ++t) {
+      std::int32_t sums[8 * kColumns];
+      tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * steps * tile.panel_step, false, sums, kColumns);
+      std::copy_n(sums, kColumns, tap_sums + (t * panels + panel) * kColumns);
+    }
+}
+
+// n zb - sum cb over all taps, from sums of `ld` columns.
+const std::int32_t* set_rest(const Phase& phase, std::int64_t channels, std::int64_t columns, std::int64_t ld,
+                             const std::int32_t* tap_sums, std::int32_t*& next) {
+  std::int32_t* rest = take(next, columns);
+  for (std::int64_t c = 0; c < columns; ++c) {
+    std::int64_t value = phase.columns.zero ? phase.taps * channels * phase.columns.zero[c] : 0;
+    for (std::int64_t t = 0; t < phase.taps; ++t) value -= tap_sums[t * ld + c];
+    rest[c] = static_cast<std::int32_t>(value);
+  }
+  return rest;
+}
+
+// v of every class of output pixels: sums over the taps inside the image.
+const float* set_v(const Phase& phase, std::int64_t channels, std::int64_t columns, std::int64_t ld,
+                   const std::int32_t* tap_sums, float*& next) {
+  const Columns& b = phase.columns;
+  const Classes &y = phase.class_y, &x = phase.class_x;
+  float* v = take(next, y.count * x.count * columns);
+  float* to = v;
+  for (std::int64_t cy = 0; cy < y.count; ++cy)
+    for (std::int64_t cx = 0; cx < x.count; ++cx) {
+      const std::int64_t terms = (y.high[cy] - y.low[cy]) * (x.high[cx] - x.low[cx]) * channels;
+      for (std::int64_t c = 0; c < columns; ++c) {
+        std::int64_t sum = b.zero ? -terms * b.zero[c] : 0;
+        for (int ty = y.low[cy]; ty < y.high[cy]; ++ty)
+          for (int tx = x.low[cx]; tx < x.high[cx]; ++tx) sum += tap_sums[(ty * phase.x.taps + tx) * ld + c];
+        double value = static_cast<double>(b.step[c]) * static_cast<double>(sum);
+        if (b.offset) value += static_cast<double>(terms) * static_cast<double>(b.offset[c]);
+        *to++ = static_cast<float>(value);
+      }
+    }
+  return v;
+}
+
+// The rows of images n0 ... n1 - 1 in one phase; returns how many. With `across`, [source.height + y.count][x.count] of
+// working memory, they have the sums that offsets and zero points of the weights need.
+std::int64_t make_rows(const Phase& phase, const Image& a, std::int64_t n0, std::int64_t n1, const Source& source,
+                       std::int32_t* across, std::int64_t columns, std::int64_t out_h, std::int64_t out_w, float* out,
+                       Row* rows) {
+  const Axis &y = phase.y, &x = phase.x;
+  const std::int64_t top = source.pad_h + (y.taps ? y.offset[0] : 0), left = source.pad_w + (x.taps ? x.offset[0] : 0);
+  const auto terms = static_cast<std::int32_t>(phase.taps * a.c);
+  Row* row = rows;
+  for (std::int64_t n = n0; n < n1; ++n) {
+    const std::int32_t* total = across ? across + source.height * x.count : nullptr;
+    if (across) window_sums(phase, source, source.sums + (n - n0) * source.height * source.width, across);
+    const std::int64_t group = a.grid.groups ? n : 0;
+    Row next{};
+    next.step = a.grid.step[group];
+    if (a.grid.offset) next.offset = a.grid.offset[group];
+    if (a.grid.zero) next.zero = a.grid.zero[group];
+    for (std::int64_t i = 0; i < y.count; ++i) {
+      const std::uint8_t* from =
+          source.data + (((n - n0) * source.height + i * y.stride + top) * source.width + left) * source.pixel;
+      float* to = out + ((n * out_h + y.first + i * y.step) * out_w + x.first) * columns;
+      const float* v = phase.v ? phase.v + phase.class_y.of[i] * phase.class_x.count * columns : nullptr;
+      for (std::int64_t j = 0; j < x.count; ++j) {
+        next.source = from + j * x.stride * source.pixel;
+        next.out = to + j * x.step * columns;
+        if (v) next.v = v + phase.class_x.of[j] * columns;
+        if (across) {
+          next.sum = *total++;
+          const std::int32_t centered = next.sum - terms * next.zero;
+          next.u = static_cast<float>(static_cast<double>(next.step) * static_cast<double>(centered));
+        }
+        *row++ = next;
+      }
+    }
+  }
+  return row - rows;
 }
 
 // Forward (popcount) and input gradient (lookup): every output pixel is a product of the pixels under its taps.
@@ -367,41 +453,9 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
     phase.columns = shared;
     phase.v = nullptr;
     if (!a.grid.offset && zero_a == 0) continue;
-    const std::int64_t zero_offset = 0;
-    const Runs one_tap{&zero_offset, 1, steps};
-    const std::uint8_t* same[8] = {ones, ones, ones, ones, ones, ones, ones, ones};
-    for (std::int64_t panel = 0; panel < panels; ++panel)
-      for (std::int64_t t = 0; t < phase.taps; ++t) {
-        std::int32_t sums[8 * kColumns];
-        tile.run(same, one_tap, phase.panels + (panel * phase.taps + t) * tap_bytes, false, sums, kColumns);
-        std::copy_n(sums, kColumns, tap_sums + t * padded + panel * kColumns);
-      }
-    if (zero_a != 0) {
-      std::int32_t* to = take(rest, columns);
-      phase.columns.rest = to;
-      for (std::int64_t c = 0; c < columns; ++c) {
-        std::int64_t sum = 0;
-        for (std::int64_t t = 0; t < phase.taps; ++t) sum += tap_sums[t * padded + c];
-        to[c] = static_cast<std::int32_t>((shared.zero ? phase.taps * a.c * shared.zero[c] : 0) - sum);
-      }
-    }
-    if (!a.grid.offset) continue;
-    phase.v = v;
-    for (std::int64_t cy = 0; cy < phase.class_y.count; ++cy)
-      for (std::int64_t cx = 0; cx < phase.class_x.count; ++cx) {
-        const int y0 = phase.class_y.low[cy], y1 = phase.class_y.high[cy];
-        const int x0 = phase.class_x.low[cx], x1 = phase.class_x.high[cx];
-        const std::int64_t terms = (y1 - y0) * (x1 - x0) * a.c;
-        float* to = take(v, columns);
-        for (std::int64_t c = 0; c < columns; ++c) {
-          std::int64_t sum = shared.zero ? -terms * shared.zero[c] : 0;
-          for (int ty = y0; ty < y1; ++ty)
-            for (int tx = x0; tx < x1; ++tx) sum += tap_sums[(ty * phase.x.taps + tx) * padded + c];
-          double value = static_cast<double>(shared.step[c]) * static_cast<double>(sum);
-          if (shared.offset) value += static_cast<double>(terms) * static_cast<double>(shared.offset[c]);
-          to[c] = static_cast<float>(value);
-        }
-      }
+    sum_taps(tile, phase, ones, steps, panels, tap_sums);
+    if (zero_a != 0) phase.columns.rest = set_rest(phase, a.c, columns, padded, tap_sums, rest);
+    if (a.grid.offset) phase.v = set_v(phase, a.c, columns, padded, tap_sums, v);
   }
 
   // Groups of images whose working memory stays in the second-level cache.
@@ -427,7 +481,6 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
     std::uint8_t* copied = all_sources + slot * source_bytes;
     std::uint8_t* codes = all_codes + slot * (steps * 64 + per_pixel);
     std::int32_t* across = all_across + slot * (height * out_w + outputs);
-    std::int32_t* totals = across + height * out_w;
     Row* rows = all_rows + slot * group * outputs;
     for (std::int64_t n0 = begin; n0 < end; n0 += group) {
       const std::int64_t n1 = std::min(end, n0 + group);
@@ -438,43 +491,10 @@ bool slide(const Kernel& kernel, bool forward, const Image& a, const Image& w, c
       if (!forward) make_tables(kernel, a, n0, n1, source, codes, codes + steps * 64, copied);
       for (std::int64_t p = 0; p < count; ++p) {
         const Phase& phase = phases[p];
-        const Axis &y = phase.y, &x = phase.x;
-        const std::int64_t top = pad_h + (y.taps ? y.offset[0] : 0), left = pad_w + (x.taps ? x.offset[0] : 0);
-        const auto terms = static_cast<std::int32_t>(phase.taps * a.c);
-        Row* row = rows;
-        for (std::int64_t n = n0; n < n1; ++n) {
-          if (need_sums) window_sums(phase, source, source.sums + (n - n0) * height * width, across, totals);
-          const std::int64_t g = a.grid.groups ? n : 0;
-          Row fresh{nullptr,
-                    nullptr,
-                    nullptr,
-                    a.grid.step[g],
-                    a.grid.offset ? a.grid.offset[g] : 0.0F,
-                    0.0F,
-                    a.grid.zero ? a.grid.zero[g] : 0,
-                    0};
-          const std::int32_t* total = totals;
-          for (std::int64_t i = 0; i < y.count; ++i) {
-            const std::uint8_t* from =
-                source.data + (((n - n0) * height + i * y.stride + top) * width + left) * per_pixel;
-            float* to = out + ((n * out_h + y.first + i * y.step) * out_w + x.first) * columns;
-            const float* v_row = phase.v ? phase.v + phase.class_y.of[i] * phase.class_x.count * columns : nullptr;
-            for (std::int64_t j = 0; j < x.count; ++j) {
-              fresh.source = from + j * x.stride * per_pixel;
-              fresh.out = to + j * x.step * columns;
-              if (v_row) fresh.v = v_row + phase.class_x.of[j] * columns;
-              if (need_sums) {
-                fresh.sum = *total++;
-                fresh.u = static_cast<float>(static_cast<double>(fresh.step) *
-                                             static_cast<double>(fresh.sum - terms * fresh.zero));
-              }
-              *row++ = fresh;
-            }
-          }
-        }
+        const std::int64_t total =
+            make_rows(phase, a, n0, n1, source, need_sums ? across : nullptr, columns, out_h, out_w, out, rows);
         std::int64_t offsets[kMaxTaps * kMaxTaps];
         const Runs runs = runs_of(phase, source, steps, offsets);
-        const std::int64_t total = row - rows;
         for (std::int64_t c = 0; c < columns; c += kColumns) {
           const std::uint8_t* panel = phase.panels + c / kColumns * phase.taps * tap_bytes;
           for (std::int64_t r = 0; r < total; r += tile.rows) {
@@ -565,11 +585,9 @@ bool grad_weight(const Kernel& kernel, const Image& g, const Image& x, const Geo
   auto* panels = cpu::scratch<struct PanelTag, std::uint8_t>(2 * row_words * panel_bytes);
   auto* columns = cpu::scratch<struct ColumnTag, std::uint8_t>((padded + 1) * column_bytes);
   auto* sums = cpu::scratch<struct ProductTag, std::int32_t>((outs + 1) * ld);
-  auto* zeros = cpu::scratch<struct NothingTag, std::uint8_t>(
-      (((kh - 1) * geometry.dilation[0]) * width + (kw - 1) * geometry.dilation[1] + 1) * bytes);
-  std::memset(zeros, 0,
-              static_cast<std::size_t>(
-                  (((kh - 1) * geometry.dilation[0]) * width + (kw - 1) * geometry.dilation[1] + 1) * bytes));
+  const std::int64_t reach = ((kh - 1) * geometry.dilation[0] * width + (kw - 1) * geometry.dilation[1] + 1) * bytes;
+  auto* zeros = cpu::scratch<struct NothingTag, std::uint8_t>(reach);  // what pixels beyond the last one read
+  std::memset(zeros, 0, static_cast<std::size_t>(reach));
   const std::int64_t slots = threads, slot_bytes = 2 * 16 * padded;
   auto* all_codes = cpu::scratch<struct CodeTag, std::uint8_t>(slots * slot_bytes);
   std::uint8_t ones[16];

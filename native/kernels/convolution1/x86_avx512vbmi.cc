@@ -99,35 +99,23 @@ static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n,
                      : unpack_bits<1>(packed, n, codes);
 }
 
-FQTSTATS_INLINE void interleave(const __m512i* from, __m512i* to) {
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    to[2 * i] = _mm512_unpacklo_epi8(from[i], from[i + 8]);
-    to[2 * i + 1] = _mm512_unpackhi_epi8(from[i], from[i + 8]);
-  }
-}
-
-// Four rounds of interleaving the first half with the second transpose 16 x 16 bytes, in each 128-bit lane.
+// Four rounds of interleaving the first half with the second transpose 16 x 16 bytes. In 128 bits: with wider
+// registers, too few are left, and it is no faster.
 static void transpose(const std::uint8_t* codes, std::int64_t ld, std::int64_t n, std::uint8_t* out) {
-  for (std::int64_t c = 0; c < n; c += 64, codes += 64, out += 1024) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const __m512i low = _mm512_loadu_si512(codes + i * ld), high = _mm512_loadu_si512(codes + (i + 8) * ld);
-      a[2 * i] = _mm512_unpacklo_epi8(low, high);
-      a[2 * i + 1] = _mm512_unpackhi_epi8(low, high);
+  for (std::int64_t c = 0; c < n; c += 16, codes += 16, out += 256) {
+    __m128i a[16], b[16];
+    for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * ld));
+    for (int round = 0; round < 2; ++round) {
+      for (int i = 0; i < 8; ++i) {
+        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+      }
+      for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
+        a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
+      }
     }
-    interleave(a, b);
-    interleave(b, a);
-    interleave(a, b);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      std::uint8_t* to = out + 16 * i;
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(b[i]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 256), _mm512_extracti32x4_epi32(b[i], 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 512), _mm512_extracti32x4_epi32(b[i], 2));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 768), _mm512_extracti32x4_epi32(b[i], 3));
-    }
+    for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), a[i]);
   }
 }
 
