@@ -80,8 +80,8 @@ void pack_words(const Matrix& x, std::int64_t groups, std::int64_t panel, std::u
     }
 }
 
-void count_tile(const std::uint8_t* const (&rows)[kRowsPerTile], const std::uint8_t* panel, std::int64_t groups,
-                std::int32_t (*s)[kPanel]) {
+__attribute__((noinline)) void count_tile(const std::uint8_t* const (&rows)[kRowsPerTile], const std::uint8_t* panel,
+                                          std::int64_t groups, std::int32_t (*s)[kPanel]) {
   __m512i c[kRowsPerTile][4];
 #pragma GCC unroll 6
   for (int i = 0; i < kRowsPerTile; ++i)
