@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fqtstats
 from fqtstats.errors import InputError, NonFiniteError
@@ -26,6 +27,7 @@ from fqtstats.layers.state import Draw
 from fqtstats.ops import fused
 from fqtstats.ops.extension import kernels, native_module
 from fqtstats.quantizers.grid import affine, symmetric, zero_on_grid
+from fqtstats.quantizers.storage import store
 
 VARIANTS = [k.variant for k in kernels() if k.op == "fused" and k.available and k.variant != "torch"]
 native = pytest.mark.skipif(native_module() is None, reason="the extension is not in use")
@@ -410,6 +412,36 @@ def test_threads_do_not_change_a_chain():
     finally:
         torch.set_num_threads(before)
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_repeat_the_numbers(reentrant):
+    model = network(normalized=False)
+    handle = fqtstats.prepare_(model, policy("statquant-psq", 4), backend="native")
+    fuse_(model, handle)
+    expected = passed(model, X, G)
+    model.zero_grad()
+    handle.step = 0  # counts calls anew
+    x = X.clone().requires_grad_()
+    out = checkpoint(model, x, use_reentrant=reentrant)
+    out.backward(G)
+    assert all(map(torch.equal, [out.detach(), x.grad, *(p.grad for p in model.parameters())], expected))
+
+
+@pytest.mark.parametrize("name", ["ptq", "psq", "pcq", "bhq"])
+def test_extremes_that_are_known_change_no_code(name):
+    g = images(5, 12, 4, 3)
+    ends = g.amin((2, 3)), g.amax((2, 3))
+    q, stream = fqtstats.quantizer(name, bits=4), fqtstats.stream(1)
+    found, given_ = store(q, g, stream, (1, 1)), store(q, g, stream, (1, 1), ends)
+    assert torch.equal(found.codes.data, given_.codes.data)
+    assert torch.equal(found.decode(), given_.decode())
+    bad = tuple(t.clone() for t in ends)
+    for t in bad:
+        t[2, 3] = float("nan")
+    g[2, 3, 1, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="1 NaN or Inf"):
+        store(q, g, stream, (1, 1), bad)
 
 
 def test_frozen_parameters_and_input_get_no_gradient():
