@@ -45,11 +45,6 @@ def same(a, b):
     return torch.equal(torch.nan_to_num(a, nan=1.25e30), torch.nan_to_num(b, nan=1.25e30))
 
 
-@pytest.fixture
-def no_extension(monkeypatch):
-    monkeypatch.setattr(fused, "native_module", lambda: None)
-
-
 def everything(y, g, f, adjoint, grid, pad, variant=None):
     """All results of the kernels, as a flat list of tensors."""
     m = fused.moments(y, variant=variant)
