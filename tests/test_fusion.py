@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fqtstats
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.layers.fusion import FusedSequential, Stage, _Normalization, fuse_
+from fqtstats.layers.fusion import FusedSequential, Stage, _Normalization, _Output, fuse_
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.state import Draw
 from fqtstats.ops import fused
 from fqtstats.ops.extension import kernels, native_module
 from fqtstats.quantizers.grid import affine, symmetric, zero_on_grid
+from fqtstats.quantizers.storage import store
 
 VARIANTS = [k.variant for k in kernels() if k.op == "fused" and k.available and k.variant != "torch"]
 native = pytest.mark.skipif(native_module() is None, reason="the extension is not in use")
@@ -41,11 +43,6 @@ def images(*shape, seed=0, scale=1.0, shift=0.0):
 def same(a, b):
     """Equal bit for bit, up to the sign of zero, NaN like NaN."""
     return torch.equal(torch.nan_to_num(a, nan=1.25e30), torch.nan_to_num(b, nan=1.25e30))
-
-
-@pytest.fixture
-def no_extension(monkeypatch):
-    monkeypatch.setattr(fused, "native_module", lambda: None)
 
 
 def everything(y, g, f, adjoint, grid, pad, variant=None):
@@ -412,6 +409,36 @@ def test_threads_do_not_change_a_chain():
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_repeat_the_numbers(reentrant):
+    model = network(normalized=False)
+    handle = fqtstats.prepare_(model, policy("statquant-psq", 4), backend="native")
+    fuse_(model, handle)
+    expected = passed(model, X, G)
+    model.zero_grad()
+    handle.step = 0  # counts calls anew
+    x = X.clone().requires_grad_()
+    out = checkpoint(model, x, use_reentrant=reentrant)
+    out.backward(G)
+    assert all(map(torch.equal, [out.detach(), x.grad, *(p.grad for p in model.parameters())], expected))
+
+
+@pytest.mark.parametrize("name", ["ptq", "psq", "pcq", "bhq"])
+def test_extremes_that_are_known_change_no_code(name):
+    g = images(5, 12, 4, 3)
+    ends = g.amin((2, 3)), g.amax((2, 3))
+    q, stream = fqtstats.quantizer(name, bits=4), fqtstats.stream(1)
+    found, given_ = store(q, g, stream, (1, 1)), store(q, g, stream, (1, 1), ends)
+    assert torch.equal(found.codes.data, given_.codes.data)
+    assert torch.equal(found.decode(), given_.decode())
+    bad = tuple(t.clone() for t in ends)
+    for t in bad:
+        t[2, 3] = float("nan")
+    g[2, 3, 1, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="1 NaN or Inf"):
+        store(q, g, stream, (1, 1), bad)
+
+
 def test_frozen_parameters_and_input_get_no_gradient():
     one, other, _, _ = twins(network(), policy())
     for model in (one, other):
@@ -453,11 +480,16 @@ def test_one_pixel_cannot_be_normalized():
 
 
 def fused_calls(model, x, monkeypatch):
-    """Number of stages that ran fused."""
+    """How often a chain made numbers of an output: at its end, and where the next layer takes no codes."""
     count = []
-    run = fused.apply
+    numbers = _Output.numbers
+
+    def counted(output):
+        count.append(1)
+        return numbers(output)
+
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "apply", lambda *a, **k: (count.append(1), run(*a, **k))[1])
+        patch.setattr(_Output, "numbers", counted)
         model(x)
     return len(count)
 
