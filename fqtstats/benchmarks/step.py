@@ -58,13 +58,11 @@ def _pair(kind: str) -> Callable[[], AbstractContextManager[Pair]]:
 
 
 def _step(kind: str) -> Callable[[], None]:
-    model: nn.Module = vgg16(3, 10, (32, 32), small=True)
+    model = vgg16(3, 10, (32, 32), small=True)
     images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
     if kind == "channels_last":
-        model, images = (
-            model.to(memory_format=torch.channels_last),
-            images.contiguous(memory_format=torch.channels_last),
-        )
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
     handle = None
     if kind == "native":
         handle = prepare_(model, policies.get(POLICY, bits=8), backend="native")
