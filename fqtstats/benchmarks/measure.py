@@ -77,7 +77,6 @@ def _pair(name: str, backend: str, threads: int, split: bool) -> Iterator[Pair]:
         torch.autograd.backward(loss_fn(naive, batch))
 
     with (
-        torch.random.fork_rng(devices=[]),
         quantized(model, policies.get(f"statquant-{name}", bits=BITS), backend=backend) as handle,
         Session(model, handle, batch, loss_fn) as session,
     ):

@@ -99,11 +99,11 @@ class Case:
 
 
 def run(case: Case, rounds: int, tell: Callable[[], None], allocator: str = "default") -> Row:
-    """Time one case; the number of torch's threads is restored."""
+    """Time one case; torch's random numbers and number of threads are left as they were."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(case.threads)
-        with case.pair() as (ours, baseline):
+        with torch.random.fork_rng(devices=[]), case.pair() as (ours, baseline):
             peaks: list[float | None] = []
 
             def after_round() -> None:
