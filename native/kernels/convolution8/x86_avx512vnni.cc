@@ -34,7 +34,7 @@ void multiply(const Tile& t) {
 
 }  // namespace
 
-extern const Kernel avx512vnni{"avx512vnni",    cpu::Isa::avx512vnni, {8, 12, 8, 6},      multiply,
+extern const Kernel avx512vnni{"avx512vnni",    cpu::Isa::avx512vnni, {8, 12, 8, 6},       multiply,
                                avx512f::finish, avx512f::transpose,   avx512f::interleave, avx512f::row_sums};
 
 }  // namespace fqtstats::convolution8
