@@ -250,6 +250,48 @@ def test_the_boundary_is_strict(change, message):
         native_module().fused_apply(**ready)
 
 
+def boundary_arguments():
+    """Valid arguments of every native function, as tensors and numbers."""
+    y, small, c = torch.zeros(2, 4, 4, 3), torch.zeros(2, 2, 2, 3), torch.zeros(3)
+    line = {"a": c, "b": c, "floor": 0.0, "pool": True}
+    ends = {"low": torch.zeros(3), "high": torch.zeros(3)}
+    wide = torch.zeros(3, dtype=torch.float64)
+    grid = {"offset": 0.0, "prescale": 1.0, "scale": 1.0, "zero": 0, "levels": 255, "pad_h": 1, "pad_w": 0}
+    codes = torch.zeros(2, 4, 2, 4, dtype=torch.uint8)
+    images_and_ends = {"out": y.clone(), "low": torch.zeros(2, 3), "high": torch.zeros(2, 3)}
+    return {
+        "fused_moments": {"y": torch.zeros(5, 3), "sum": wide, "square": wide.clone(), **ends},
+        "fused_window_extremes": {"y": y, "flip": torch.zeros(3, dtype=torch.int32), **ends},
+        "fused_encode": {"y": y, **line, **grid, "out": codes},
+        "fused_apply": {"y": y, **line, "out": small},
+        "fused_gradient_sums": {"g": small, "y": y, **line, "mean": c, "sum": wide, "dot": wide.clone()},
+        "fused_gradient": {"g": small, "y": y, **line, "mean": c, "p": c, "q": c, "r": c, **images_and_ends},
+    }
+
+
+@native
+@pytest.mark.parametrize("function", boundary_arguments())
+def test_every_array_argument_is_checked(function):
+    def call(arguments):
+        ready = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        getattr(native_module(), function)(**ready, threads=1)
+
+    arguments = boundary_arguments()[function]
+    call(arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        wrong = torch.zeros(*value.shape, dtype=torch.int16), torch.zeros(*value.shape, 1, dtype=value.dtype)
+        strided = torch.zeros(*value.shape[:-1], 2 * value.shape[-1], dtype=value.dtype)[..., ::2]
+        for other in (*wrong, strided):
+            with pytest.raises((TypeError, ValueError), match=f"^{name} must be"):
+                call({**arguments, name: other})
+    for name in ("zero", "levels", "pad_h", "pad_w"):
+        if name in arguments:
+            with pytest.raises(ValueError, match=f"^{name} must be"):
+                call({**arguments, name: -1})
+
+
 def test_wrong_memory_format_or_shape_is_refused():
     f = fused.Map(torch.ones(3), torch.zeros(3), True, True)
     with pytest.raises(InputError, match="channels-last"):
