@@ -32,6 +32,7 @@ def fixed_pair() -> Iterator[pairs.Pair]:
 
 def test_pairs_are_interleaved_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     monkeypatch.setattr(pairs, "RETRIES", 1)
     calls: list[str] = []
     times = pairs.compare(lambda: calls.append("ours"), lambda: calls.append("base"), 3, lambda: calls.append("told"))
@@ -41,6 +42,7 @@ def test_pairs_are_interleaved_after_the_warm_up(monkeypatch: pytest.MonkeyPatch
 
 def test_short_functions_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pairs, "MIN_SECONDS", 1e-3)
+    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     calls: list[str] = []
     pairs.compare(lambda: calls.append("ours"), lambda: time.sleep(2e-3), 1, lambda: None)
     assert len(calls) > 10
@@ -105,6 +107,7 @@ def test_rows(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for constant, value in SMALL[module.__name__.rpartition(".")[2]].items():
         monkeypatch.setattr(module, constant, value)
     monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     state = torch.get_rng_state()
     done = run("bench", name, "--rounds", "1", "--json", "rows.json")
     assert torch.equal(torch.get_rng_state(), state)
@@ -162,6 +165,7 @@ def test_the_naive_replicate_computes_the_same_gradient(monkeypatch: pytest.Monk
 def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "BATCH", 2)
     monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     before, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
     try:

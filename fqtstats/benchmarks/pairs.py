@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +19,9 @@ __all__ = ["Case", "Pair", "Row", "compare", "run"]
 
 MIN_SECONDS = 0.02
 """A sample repeats its function until it has taken at least this long."""
+
+WARM_SECONDS = 0.2
+"""Each function runs for at least this long before the first sample: fresh memory is slow to be touched."""
 
 WAITED = 0.05
 """A sample is taken again if its threads waited for a processor for more than this share of it."""
@@ -156,10 +160,15 @@ def compare(
 
 
 def _repeats(function: Callable[[], object]) -> int:
-    function()
     start = time.perf_counter()
-    function()
-    return max(1, int(MIN_SECONDS / max(time.perf_counter() - start, 1e-7)))
+    shortest = math.inf
+    calls = 0
+    while calls < 2 or time.perf_counter() - start < WARM_SECONDS:
+        began = time.perf_counter()
+        function()
+        shortest = min(shortest, time.perf_counter() - began)
+        calls += 1
+    return max(1, int(MIN_SECONDS / max(shortest, 1e-7)))
 
 
 def _sample(function: Callable[[], object], count: int) -> float:

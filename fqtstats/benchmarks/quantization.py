@@ -23,7 +23,7 @@ __all__ = ["quantize_cases"]
 EXPRESSION = "rand(out=r); mul(x, s, out=y).add_(b).add_(r).floor_().clamp_(0, 255); codes.copy_(y)"
 ROUNDING = ((4096, 4096), (128, 16384))
 """64 MB and 8 MB of float32."""
-CHAINS = ((4096, 64, 1024), (4096, 128, 576), (4096, 512, 576), (4096, 1024, 1024))
+CHAINS = ((4096, 64, 1024), (4096, 128, 576), (4096, 256, 1024), (4096, 512, 576))
 """M, N, K."""
 TRANSFORMS = ((128, 8.0), (1024, 50.0))
 COLUMNS = 4096
