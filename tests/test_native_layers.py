@@ -104,8 +104,8 @@ def test_the_bound_holds_for_large_offsets():
     assert report.table["ulps"].max() > 8
 
 
-def corrupted_store(q, x, stream, pad=(0, 0)):
-    stored = storage.store(q, x, stream, pad)
+def corrupted_store(q, x, stream, pad=(0, 0), extremes=None):
+    stored = storage.store(q, x, stream, pad, extremes)
     if stored is not None and stream.site == CORRUPTED:
         data = stored.codes.data.clone()
         data.view(-1)[0] ^= 1

@@ -237,3 +237,55 @@ def test_scales_along_the_contracted_axis_are_refused(name, axes):
     a, b = (random_codes(g, (6, 6), 8, axis) for axis in axes)
     with pytest.raises(InputError, match="which the product contracts"):
         getattr(products, name)(a, b)
+
+
+def far_from_their_offsets():
+    """Gradients around zero on grids that start far below it, and activations that have no pad."""
+    g = torch.Generator().manual_seed(0)
+    grids = Affine(torch.full((6,), 0.01), offset=torch.full((6,), -1.28), axis=1)
+    codes = torch.randint(126, 131, (64, 6, 12, 12), generator=g, dtype=torch.uint8)
+    dy = Codes.pack(codes, 8, grids)
+    x = random_codes(g, (64, 5, 12, 12), 8, zero=False)
+    return dy, x
+
+
+def largest_error(dy, x):
+    exact = products._backward(
+        dy.decode().double(),
+        x.decode().double(),
+        torch.empty(6, 5, 3, 3, dtype=torch.float64),
+        Geometry(padding=(1, 1)),
+        (False, True, False),
+    )[1]
+    dw = products.convolution_grad_weight(dy, x, Geometry(padding=(1, 1)), (3, 3))
+    return float((dw - exact).abs().max() / exact.abs().max()) / 2**-24
+
+
+def test_weight_gradients_do_not_cancel(monkeypatch):
+    operands = far_from_their_offsets()
+    assert largest_error(*operands) < 30
+    monkeypatch.setattr(products, "_counted_from_zero", lambda codes: codes)
+    assert largest_error(*operands) > 300
+
+
+@given(seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([1, 2, 4, 8]), axis=st.sampled_from([None, 0, 1]))
+@settings(max_examples=40, deadline=None)
+def test_counting_from_zero_keeps_the_numbers(seed, bits, axis):
+    g = torch.Generator().manual_seed(seed)
+    codes = random_codes(g, (5, 7), bits, axis, zero=bool(seed % 2))
+    counted = products._counted_from_zero(codes)
+    assert torch.equal(counted.data, codes.data)
+    once_more = products._counted_from_zero(counted)
+    assert torch.equal(once_more.affine.offset, counted.affine.offset)
+    step, offset = codes.affine.step, codes.affine.offset
+    if codes.affine.zero is None:
+        spans_zero = (offset <= 0) & (offset >= -step * (2**bits - 1))
+        assert bool((counted.affine.offset.abs()[spans_zero] <= step[spans_zero] * (1 + 2**-20)).all())
+        # No term of the products' bound grows.
+        before, after = (
+            c.centered().abs() * c.affine.along(c.affine.step, 2) + c.affine.along(c.affine.offset, 2).abs()
+            for c in (codes, counted)
+        )
+        assert bool((after <= before * (1 + 2**-20) + 1e-7).all())
+    largest = (codes.decode().abs() + codes.affine.along(offset.abs(), 2)).max()
+    assert bool(((counted.decode().double() - codes.decode().double()).abs() <= 2**-22 * largest).all())

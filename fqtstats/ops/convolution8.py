@@ -16,9 +16,9 @@ _MAX_TERMS = 2**23
 def convolution(
     x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | None = None, *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution`; None where its sums or zero points do not fit."""
     (n, channels, height, width), (outputs, inputs, kh, kw) = x.shape, w.shape
-    if inputs * kh * kw > _MAX_TERMS:
+    if not _fits(inputs * kh * kw, x, w):
         return None
     size = (_positions(height, kh, geometry, 0), _positions(width, kw, geometry, 1))
     out = torch.empty(n, *size, outputs)
@@ -41,9 +41,9 @@ def convolution(
 def convolution_grad_input(
     g: Codes, w: Codes, geometry: Geometry, size: tuple[int, int], *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution_grad_input`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution_grad_input`; None where its sums or zero points do not fit."""
     outputs, inputs, kh, kw = w.shape
-    if outputs * kh * kw > _MAX_TERMS:
+    if not _fits(outputs * kh * kw, g, w):
         return None
     channels = inputs * geometry.groups
     out = torch.empty(g.shape[0], *size, channels)
@@ -65,9 +65,9 @@ def convolution_grad_input(
 def convolution_grad_weight(
     g: Codes, x: Codes, geometry: Geometry, kernel: tuple[int, int], *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution_grad_weight`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution_grad_weight`; None where its sums or zero points do not fit."""
     n, outputs, height, width = g.shape
-    if n * height * width > _MAX_TERMS:
+    if not _fits(n * height * width, g, x):
         return None
     channels = x.shape[1]
     out = torch.empty(outputs, channels // geometry.groups, *kernel)
@@ -84,6 +84,12 @@ def convolution_grad_weight(
         variant,
     )
     return out
+
+
+def _fits(terms: int, *operands: Codes) -> bool:
+    """Whether a sum of so many terms can be had, and every zero point is a byte (quantizers make no others)."""
+    zeros = [c.affine.zero.numpy() for c in operands if c.affine.zero is not None]
+    return terms <= _MAX_TERMS and all(bool((zero >= 0).all() and (zero <= 255).all()) for zero in zeros)
 
 
 def _positions(size: int, kernel: int, geometry: Geometry, axis: int) -> int:

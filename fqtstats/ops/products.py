@@ -14,6 +14,11 @@ The arithmetic is prescribed operation by operation, so that every kernel gives 
                                           both sums over terms that are no padding; if any oa
     y += bias
 
+Where every element is far from the grid's offset, the three parts are large and cancel. In the weight gradient, whose
+sums run over all samples and positions, codes without pad are therefore counted from the grid point next to zero, on
+the offset's side: with ``k = floor(-o / s)``, as far as ``z <= z + k <= B``, ``z + k`` takes the place of ``z``, and
+``float32(o + k s)`` (in float64, rounded once) that of ``o``.
+
 Every step is rounded by itself (no fused multiply-add). Against exact arithmetic on the decoded operands the error is
 at most ``((1 + 2^-24)^6 - 1) (|I sa sb| + |u ob| + |oa v| + |bias|)`` where nothing underflows: no term passes more
 than six roundings. See ``tests/test_products.py``.
@@ -22,6 +27,7 @@ than six roundings. See ``tests/test_products.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -87,6 +93,7 @@ def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
 def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor:
     """``dw = g^T x``: ``[O, I]`` float32, for ``g [R, O]`` and ``x [R, I]``, groups along axis 1 or none."""
     _check("linear_grad_weight", g, x, "g", "x", 1, 1)
+    g, x = _counted_from_zero(g), _counted_from_zero(x)
     native = _native("linear_grad_weight", g, x)
     if native is not None:
         return native
@@ -142,6 +149,7 @@ def convolution_grad_weight(g: Codes, x: Codes, geometry: Geometry, kernel: tupl
         kernel: ``(kh, kw)``.
     """
     _check("convolution_grad_weight", g, x, "g", "x", 1, 1)
+    g, x = _counted_from_zero(g), _counted_from_zero(x)
     native = _native("convolution_grad_weight", g, x, geometry, kernel)
     if native is not None:
         return native
@@ -171,6 +179,25 @@ def _native(name: str, a: Codes, b: Codes, *others: object) -> torch.Tensor | No
         if result is not None:
             return result
     return None
+
+
+def _counted_from_zero(codes: Codes) -> Codes:
+    """The same numbers with an offset below one step, where the grid spans zero."""
+    affine = codes.affine
+    if affine.offset is None or any(codes.pad):  # a pad's codes are those of `zero` as it is
+        return codes
+    step, offset = affine.step.double(), affine.offset.double()
+    zero = torch.zeros_like(affine.step, dtype=torch.int32) if affine.zero is None else affine.zero
+    shift = torch.where(step > 0, (-offset / step).floor_(), 0.0).clamp_(min=0)
+    shift = torch.minimum(shift, (1 << codes.bits) - 1 - zero.double())
+    return replace(
+        codes,
+        affine=replace(
+            affine,
+            zero=zero + shift.to(torch.int32),
+            offset=shift.mul_(step).add_(offset).float(),
+        ),
+    )
 
 
 def _conv(x: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
