@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import torch.nn.functional as F
 
+from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.ops import products
@@ -40,10 +41,10 @@ def convolution_cases() -> list[Case]:
             pair=_pair(bits, n, i, o, size),
             must=must if threads == 1 else None,
             aim=aim if threads == 1 else None,
-            work=2.0 * n * size * size * o * i * 9,
+            work=2.0 * n * o * i * (3 * size - 2) ** 2,  # taps on padding are no work
             peak=peaks[bits],
         )
-        for threads in sorted({1, torch.get_num_threads()})
+        for threads in machine.thread_counts()
         for bits, (must, aim) in targets.items()
         for n, i, o, size in SHAPES
     ]

@@ -13,7 +13,7 @@ import torch
 from fqtstats import ops
 from fqtstats.errors import UnsupportedError
 
-__all__ = ["ALLOCATORS", "PEAKS", "describe", "peak", "tune_allocator"]
+__all__ = ["ALLOCATORS", "PEAKS", "describe", "peak", "thread_counts", "tune_allocator"]
 
 PEAKS = {
     "fp32": "float32 fused multiply-add",
@@ -47,6 +47,11 @@ def peak(kind: str) -> float | None:
     native = ops.native_module()
     rate: float | None = None if native is None else native.peak(kind, _ITERATIONS)
     return rate
+
+
+def thread_counts() -> tuple[int, ...]:
+    """One thread, and two where there are two processors."""
+    return (1, 2) if (os.cpu_count() or 1) > 1 else (1,)
 
 
 @cache

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.ops import product1, product8
@@ -36,7 +37,7 @@ def gemm_cases() -> list[Case]:
         ("2 x 1 bit", lambda m, n, k: _codes(m, n, k, 2, 1), "bit", INT_MM, None, None),
     ]
     cases = []
-    for threads in sorted({1, torch.get_num_threads()}):
+    for threads in machine.thread_counts():
         for name, operands, peak, baseline, must, aim in kinds:
             for m, n, k in SHAPES:
                 cases.append(

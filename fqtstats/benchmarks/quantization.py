@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 
+from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.ops import products
@@ -32,7 +33,7 @@ COLUMNS = 4096
 def quantize_cases() -> list[Case]:
     """Stochastic rounding with known extremes, row extremes, the block Householder transform, and the chain."""
     cases = []
-    for threads in sorted({1, torch.get_num_threads()}):
+    for threads in machine.thread_counts():
         one = threads == 1
         for random_bits, must, aim in ((16, 10.0, 20.0), (24, 6.0, None), (8, None, None)):
             cases += [

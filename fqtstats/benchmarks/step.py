@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fqtstats import policies
+from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.layers import fuse_, prepare_
@@ -30,7 +31,7 @@ _TARGETS = {"float32": (2.5, 4.0), "channels_last": (None, None), "bfloat16": (1
 def step_cases() -> list[Case]:
     """Forward, backward and SGD with momentum."""
     cases = []
-    for threads in sorted({1, torch.get_num_threads()}):
+    for threads in machine.thread_counts():
         for kind, baseline in BASELINES.items():
             must, aim = _TARGETS[kind] if threads == 2 else (None, None)
             cases.append(
