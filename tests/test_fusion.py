@@ -338,6 +338,7 @@ def twins(model, named):
 
 def passed(model, x, g):
     """Output and gradients of input and parameters."""
+    model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x)
     out.backward(g)
@@ -430,6 +431,28 @@ def test_many_backward_passes_over_one_graph():
         assert not all(map(torch.equal, drawn[0], drawn[1]))
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
         assert relative(a, b) < 5e-2
+
+
+def test_every_call_of_a_step_draws_its_own_numbers():
+    one, other, handles, _ = twins(network(normalized=False), policy("statquant-psq", 4))
+    results = [[passed(model, X, G) for _ in range(2)] for model in (other, one)]
+    for a, b in zip(*results, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert not torch.equal(results[0][0][1], results[0][1][1])  # the gradient of the input
+    with torch.no_grad():
+        other(X)
+    assert handles[1].shared._calls == handles[0].shared._calls == dict.fromkeys(handles[0].layers, 2)
+
+
+def test_a_layer_that_is_shared_within_a_chain():
+    layer, relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(layer, relu, layer, relu)
+    one, other, handles, chains = twins(model, policy("statquant-psq", 4))
+    assert chains == [["0", "1", "2", "3"]]
+    x, g = images(3, 4, 6, 6), images(3, 4, 6, 6, seed=1)
+    for _ in range(2):
+        assert all(map(torch.equal, passed(other, x, g), passed(one, x, g)))
+    assert handles[1].shared._calls == handles[0].shared._calls == {"0": 4}
 
 
 def test_threads_do_not_change_a_chain():

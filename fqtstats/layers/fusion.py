@@ -68,12 +68,8 @@ def fuse_(model: nn.Module, handle: Handle) -> list[list[str]]:
     for prefix, module in list(model.named_modules()):
         if type(module) is not nn.Sequential:
             continue
-        children = list(module.named_children())
-        chains = [
-            [f"{prefix}.{name}" if prefix else name for name, _ in children[piece.start : piece.stop]]
-            for piece in _pieces([child for _, child in children])
-            if isinstance(piece, Chain)
-        ]
+        children = [f"{prefix}.{name}" if prefix else name for name in module._modules]  # one that is shared: each time
+        chains = [children[piece.start : piece.stop] for piece in _pieces(list(module)) if isinstance(piece, Chain)]
         if chains:
             module.__class__ = FusedSequential
             handle.fused.append(module)
@@ -136,8 +132,13 @@ class Chain:
     stages: tuple[Stage, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # Opened here: within an autograd function gradients are off, as in an evaluation, whose calls do not count.
+        calls = []
+        for stage in self.stages:
+            guards.check(stage.convolution)
+            calls.append(stage.convolution.fqt_state.call())
         parameters = [p for stage in self.stages for p in stage.parameters]
-        out: torch.Tensor = _Run.apply(x, self.stages, *parameters)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Run.apply(x, self.stages, calls, *parameters)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -314,17 +315,17 @@ class _Output:
 
 
 class _Run(torch.autograd.Function):
-    """A chain: ``forward(x, stages, *parameters of the stages)``."""
+    """A chain: ``forward(x, stages, a call of each, *parameters of the stages)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], *parameters: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], calls: list[Call], *parameters: torch.Tensor | None
+    ) -> torch.Tensor:
         records: list[_Record] = []
         large: list[torch.Tensor] = []
         output: _Output | None = None
-        for stage, following in zip_longest(stages, stages[1:]):
-            layer = stage.convolution
-            guards.check(layer)
-            call, product = layer.fqt_state.call(), layer._product()
+        for stage, call, following in zip_longest(stages, calls, stages[1:]):
+            layer, product = stage.convolution, stage.convolution._product()
             pad = product.pad("activation", layer.kernel_size)
             a = call.operand("activation", x, pad) if output is None else output.operand(stage, call, pad)
             b = call.operand("weight", layer.weight)
@@ -344,7 +345,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, *needs = ctx.needs_input_grad
         gradients: list[torch.Tensor | None] = [None] * len(needs)
         large, grad = ctx.saved_tensors, g
         for i in reversed(range(len(ctx.records))):
@@ -353,7 +354,7 @@ class _Run(torch.autograd.Function):
             grad, gradients[own] = _adjoint(ctx.records[i], grad, large[3 * i : 3 * i + 3], needs[own], further)
             if not further:
                 break
-        return (grad if needs_x else None), None, *gradients
+        return (grad if needs_x else None), None, None, *gradients
 
 
 def _adjoint(
