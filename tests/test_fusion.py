@@ -662,6 +662,126 @@ def test_quantizers_without_8_bit_codes_take_numbers(monkeypatch):
         assert torch.equal(a, b)
 
 
+class Sum(nn.Module):
+    """``x += 1``."""
+
+    def forward(self, x):
+        x += 1
+        return x
+
+
+IN_PLACE = {
+    "dropout": lambda: nn.Dropout(0.5, inplace=True),
+    "relu": lambda: nn.ReLU(inplace=True),  # the second one, the first belongs to the chain
+    "sum": Sum,
+}
+
+
+@pytest.mark.parametrize("following", IN_PLACE.values(), ids=IN_PLACE.keys())
+@pytest.mark.parametrize("pools", [(True,), (False, True)])
+def test_what_follows_may_work_in_place(following, pools):
+    one, other, _, chains = twins(nn.Sequential(*network(False, pools=pools)[:-3], following()), policy())
+    assert chains
+    results = []
+    for model in (one, other):
+        torch.manual_seed(5)
+        results.append(passed(model, X, images(6, 10, 6, 5, seed=1)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_applied_maps_are_channels_last_and_no_views(variant):
+    for shape in [(2, 5, 4, 6), (1, 1, 2, 2), (3, 4, 2, 2), (2, 1, 5, 3)]:
+        f = fused.Map(torch.ones(shape[1]), torch.zeros(shape[1]), True, True)
+        out = fused.apply(images(*shape), f, variant=variant)
+        assert not out._is_view()
+        assert out.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (4, 1)])
+def test_images_without_a_window_are_refused(last, normalized, size):
+    norm, further = [nn.BatchNorm2d(4)] if normalized else [], [] if last else [nn.Conv2d(4, 4, 1)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *norm, nn.ReLU(), nn.MaxPool2d(2), *further)
+    one, other, _, chains = twins(model, policy())
+    assert len(chains[0]) == len(model)
+    messages = []
+    for m in (one, other):
+        with pytest.raises(RuntimeError, match="Output size is too small") as error:
+            m(images(2, 3, *size))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    for a, b in zip(other.buffers(), one.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_only_outputs_that_are_read_again_are_kept():
+    def kept(*following):
+        """Elements in float32 that the graph holds."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *following, nn.Conv2d(4, 5, 1))
+        assert fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+        saved = model(X).grad_fn.saved_tensors
+        return sum(t.numel() for t in saved if t.dtype == torch.float32)
+
+    pixels = X.numel() // 3
+    assert kept() == 0
+    assert kept(nn.ReLU()) == kept(nn.BatchNorm2d(4)) == kept(nn.MaxPool2d(2)) == 4 * pixels
+
+
+def test_convolutions_without_anything_between():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3, bias=False), nn.Conv2d(5, 4, 1))
+    one, other, _, chains = twins(model, policy("statquant-psq"))
+    assert chains == [["0", "1", "2"]]
+    g = images(6, 4, 8, 6, seed=1)
+    assert all(map(torch.equal, passed(other, X, g), passed(one, X, g)))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_a_forward_of_its_own_is_called(position):
+    model = network(pools=(True,))
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    called = []
+    whole = model[position].forward
+    model[position].forward = lambda x: called.append(x.shape) or whole(x)
+    assert fuse_(model, handle) == {0: [], 1: [], 2: [["0", "1"]], 3: [["0", "1", "2"]]}[position]
+    model(X)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+def test_defaults_of_dtype_and_device_do_not_matter_to_kernels(relu, pool, monkeypatch):
+    arguments = (*case(3, 21, 6, 5, relu, pool, 4), (1, 1))
+    expected = everything(*arguments)
+    for other in ([] if native_module() is None else [native_module()]) + [None]:
+        monkeypatch.setattr(fused, "native_module", lambda module=other: module)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                results = everything(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(results, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert same(a, b)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_default_dtype_does_not_matter_to_a_chain(normalized):
+    model = network(normalized, pools=(True, False))[:-3]
+    fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+    copies = model, copy.deepcopy(model)
+    g = images(6, 10, 6, 5, seed=1)
+    expected = passed(copies[0], X, g)
+    torch.set_default_dtype(torch.float64)
+    try:
+        results = passed(copies[1], X, g)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, results, expected))
+
+
 def test_what_is_not_finite_names_the_layer():
     for place in (0, 1):
         model = network().eval()

@@ -23,6 +23,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
@@ -30,6 +31,7 @@ from torch.nn.modules import module as torch_module
 from fqtstats.errors import InputError
 from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv2d
+from fqtstats.layers.multiply import _bias_gradient
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.product import ConvProduct
 from fqtstats.layers.state import Call, Kept
@@ -174,9 +176,9 @@ def _stage(modules: Sequence[nn.Module], start: int) -> tuple[Stage, int] | None
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of exactly that class and nobody wants to be told of its calls."""
+    """Whether it is of exactly that class, with the ``forward`` of the class, and nobody is to be told of its calls."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 def _on_codes(convolution: QuantConv2d) -> bool:
@@ -230,7 +232,7 @@ class _Normalization:
         """With the statistics of the batch (``moments``) or the running ones, which are updated, as the module does."""
         like = module.running_mean if moments is None else moments.mean
         assert like is not None
-        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.detach().double()
+        gamma = torch.ones_like(like).double() if module.weight is None else module.weight.detach().double()
         beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().double()
         running = module.running_mean, module.running_var
         if not _on_batch(module):
@@ -286,17 +288,27 @@ class _Output:
     normalization: _Normalization | None
     map: fused.Map
 
+    @property
+    def read_backward(self) -> bool:
+        """Whether the backward pass reads ``y``."""
+        return self.normalization is not None or self.map.relu or self.map.pool
+
     @staticmethod
     def of(stage: Stage, y: torch.Tensor, needs_range: bool) -> _Output:
         """Updates running statistics."""
         module, moments = stage.normalization, None
         if needs_range or (module is not None and _on_batch(module)):
             moments = fused.moments(y)
+        normalization = None
         if module is None:
-            ones = torch.ones(y.shape[1])
-            return _Output(y, moments, None, fused.Map(ones, torch.zeros_like(ones), stage.relu, stage.pool))
-        normalization = _Normalization.of(module, moments, y.numel() // y.shape[1])
-        return _Output(y, moments, normalization, normalization.map(stage))
+            ones = torch.ones(y.shape[1], dtype=torch.float32, device="cpu")
+            f = fused.Map(ones, torch.zeros_like(ones), stage.relu, stage.pool)
+        else:
+            normalization = _Normalization.of(module, moments, y.numel() // y.shape[1])
+            f = normalization.map(stage)
+        if f.pool and min(y.shape[2:]) < 2:
+            F.max_pool2d(y, 2)  # refuses images without a window
+        return _Output(y, moments, normalization, f)
 
     def operand(self, stage: Stage, call: Call, pad: tuple[int, int]) -> Operand:
         """The input of the next stage through its quantizer."""
@@ -331,7 +343,7 @@ class _Run(torch.autograd.Function):
             b = call.operand("weight", layer.weight)
             y = call.compute("forward", product, a, b, layer.bias).contiguous(memory_format=torch.channels_last)
             output = _Output.of(stage, y, following is not None and following.codes_of_input is not None)
-            large += [a.data, b.data, y]
+            large += [a.data, b.data, y if output.read_backward else y.new_empty(0)]
             kept = Kept(call.layer.name, a.nbytes, b.nbytes, 4 * math.prod(a.shape))
             call.layer.shared.kept.add(kept)
             # Everything but the large tensors, which only autograd may hold (checkpoints drop them).
@@ -381,7 +393,7 @@ def _adjoint(
     if needs_w or needs_bias:
         quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
         grad_w = call.compute("grad_weight", product, quantized, x, w.shape) if needs_w else None
-        grad_bias = quantized.decode().sum((0, 2, 3)) if needs_bias else None
+        grad_bias = _bias_gradient(quantized) if needs_bias else None
     if further:
         quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel), extremes)
         g = call.compute("grad_input", product, quantized, w, x.shape)
