@@ -8,10 +8,11 @@ codes of 8 bits on one grid, normalization, ReLU, pooling and its quantizer are 
 What changes: batch normalization sums in float64 and multiplies by one folded factor. ``t = a y + b`` (before ReLU and
 pooling, which are exact) is within ``4 * 2^-23 * (|a y| + |b| + |beta|)`` of batch normalization in exact arithmetic;
 a code then differs from the unfused one only where a coordinate lies within the sum of both paths' errors of a
-rounding boundary, and by one step. Gradient quantizers use the same streams. Without batch normalization nothing
-changes.
+rounding boundary, and by one step. Every quantizer draws from the stream it would draw from otherwise, in every call of
+a step. Without batch normalization finite numbers stay what they are bit for bit, but for the sign of zero.
 
-Kept for the backward pass, per stage: the codes of input and weight, and the convolution's output in float32.
+Kept for the backward pass, per stage: input and weight as the products take them (codes where they have some), and the
+convolution's output in float32 where anything follows it.
 """
 
 from __future__ import annotations
@@ -49,15 +50,16 @@ def fuse_(model: nn.Module, handle: Handle) -> list[list[str]]:
 
     Every ``nn.Sequential`` with a chain changes its class and keeps everything else: modules, parameters, hooks,
     state_dict keys; ``handle.remove()`` changes it back. What a chain consists of is looked up at every call: a module
-    with hooks or of another class ends it, and under autocast, for inputs that are not float32 images on the CPU, and
-    while layers are inspected, the modules run one by one.
+    with hooks, of another class or with a ``forward`` of its own ends it, and under autocast, for inputs that are not
+    float32 images on the CPU, and while layers are inspected, the modules run one by one.
 
     Args:
         model: prepared with ``backend="native"``.
         handle: what :func:`fqtstats.prepare_` returned for it.
 
     Returns:
-        The names of the modules of every chain, in the order of the model.
+        The names of the modules of every chain, in the order of the model; a module that stands at several places goes
+        by the name of the place.
 
     Raises:
         InputError: the model was prepared for another backend.
@@ -68,10 +70,10 @@ def fuse_(model: nn.Module, handle: Handle) -> list[list[str]]:
         )
     names: list[list[str]] = []
     for prefix, module in list(model.named_modules()):
-        if type(module) is not nn.Sequential:
+        if type(module) is not nn.Sequential or "forward" in vars(module):
             continue
-        children = [f"{prefix}.{name}" if prefix else name for name in module._modules]  # one that is shared: each time
-        chains = [children[piece.start : piece.stop] for piece in _pieces(list(module)) if isinstance(piece, Chain)]
+        places = [f"{prefix}.{name}" if prefix else name for name in module._modules]
+        chains = [places[piece.start : piece.stop] for piece in _pieces(list(module)) if isinstance(piece, Chain)]
         if chains:
             module.__class__ = FusedSequential
             handle.fused.append(module)
@@ -322,7 +324,7 @@ class _Output:
         return call.operand("activation", self.numbers(), pad)
 
     def numbers(self) -> torch.Tensor:
-        """What the modules after the convolution give."""
+        """What the modules after the convolution give, in memory of its own."""
         return fused.apply(self.y, self.map)
 
 

@@ -172,7 +172,7 @@ def encode(y: torch.Tensor, f: Map, grid: Grid, pad: tuple[int, int], *, variant
 
 
 def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tensor:
-    """``x [N, C, OH, OW]`` float32 in channels-last memory."""
+    """``x [N, C, OH, OW]`` float32 in channels-last memory of its own."""
     inner = _inner("y", y)
     native = _native(y)
     if native is None:
@@ -182,7 +182,7 @@ def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tenso
         return x.contiguous(memory_format=torch.channels_last)
     n, c, *space = y.shape
     size = (n, c, *f.size(*space))
-    # No view of other memory: what autograd functions return may be changed in place.
+    # Not a permuted view: nobody could change one in place that an autograd function returned.
     out = torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
     native.fused_apply(inner.numpy(), *_map(f), _inner("out", out).numpy(), torch.get_num_threads(), variant)
     return out
