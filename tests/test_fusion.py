@@ -338,6 +338,7 @@ def twins(model, named):
 
 def passed(model, x, g):
     """Output and gradients of input and parameters."""
+    model.zero_grad()
     x = x.clone().requires_grad_()
     out = model(x)
     out.backward(g)
@@ -430,6 +431,28 @@ def test_many_backward_passes_over_one_graph():
         assert not all(map(torch.equal, drawn[0], drawn[1]))
     for a, b in zip(grads[0][1], grads[1][1], strict=True):
         assert relative(a, b) < 5e-2
+
+
+def test_every_call_of_a_step_draws_its_own_numbers():
+    one, other, handles, _ = twins(network(normalized=False), policy("statquant-psq", 4))
+    results = [[passed(model, X, G) for _ in range(2)] for model in (other, one)]
+    for a, b in zip(*results, strict=True):
+        assert all(map(torch.equal, a, b))
+    assert not torch.equal(results[0][0][1], results[0][1][1])  # the gradient of the input
+    with torch.no_grad():
+        other(X)
+    assert handles[1].shared._calls == handles[0].shared._calls == dict.fromkeys(handles[0].layers, 2)
+
+
+def test_a_layer_that_is_shared_within_a_chain():
+    layer, relu = nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+    model = nn.Sequential(layer, relu, layer, relu)
+    one, other, handles, chains = twins(model, policy("statquant-psq", 4))
+    assert chains == [["0", "1", "2", "3"]]
+    x, g = images(3, 4, 6, 6), images(3, 4, 6, 6, seed=1)
+    for _ in range(2):
+        assert all(map(torch.equal, passed(other, x, g), passed(one, x, g)))
+    assert handles[1].shared._calls == handles[0].shared._calls == {"0": 4}
 
 
 def test_threads_do_not_change_a_chain():
@@ -637,6 +660,145 @@ def test_quantizers_without_8_bit_codes_take_numbers(monkeypatch):
     handles[1].step = 0  # counts calls anew
     for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
         assert torch.equal(a, b)
+
+
+class Sum(nn.Module):
+    """``x += 1``."""
+
+    def forward(self, x):
+        x += 1
+        return x
+
+
+IN_PLACE = {
+    "dropout": lambda: nn.Dropout(0.5, inplace=True),
+    "relu": lambda: nn.ReLU(inplace=True),  # the second one, the first belongs to the chain
+    "sum": Sum,
+}
+
+
+@pytest.mark.parametrize("following", IN_PLACE.values(), ids=IN_PLACE.keys())
+@pytest.mark.parametrize("pools", [(True,), (False, True)])
+def test_what_follows_may_work_in_place(following, pools):
+    one, other, _, chains = twins(nn.Sequential(*network(False, pools=pools)[:-3], following()), policy())
+    assert chains
+    results = []
+    for model in (one, other):
+        torch.manual_seed(5)
+        results.append(passed(model, X, images(6, 10, 6, 5, seed=1)))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_applied_maps_are_channels_last_and_no_views(variant):
+    for shape in [(2, 5, 4, 6), (1, 1, 2, 2), (3, 4, 2, 2), (2, 1, 5, 3)]:
+        f = fused.Map(torch.ones(shape[1]), torch.zeros(shape[1]), True, True)
+        out = fused.apply(images(*shape), f, variant=variant)
+        assert not out._is_view()
+        assert out.permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (4, 1)])
+def test_images_without_a_window_are_refused(last, normalized, size):
+    norm, further = [nn.BatchNorm2d(4)] if normalized else [], [] if last else [nn.Conv2d(4, 4, 1)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *norm, nn.ReLU(), nn.MaxPool2d(2), *further)
+    one, other, _, chains = twins(model, policy())
+    assert len(chains[0]) == len(model)
+    messages = []
+    for m in (one, other):
+        with pytest.raises(RuntimeError, match="Output size is too small") as error:
+            m(images(2, 3, *size))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    for a, b in zip(other.buffers(), one.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_only_outputs_that_are_read_again_are_kept():
+    def kept(*following):
+        """Elements in float32 that the graph holds."""
+        model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *following, nn.Conv2d(4, 5, 1))
+        assert fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
+        saved = model(X).grad_fn.saved_tensors
+        return sum(t.numel() for t in saved if t.dtype == torch.float32)
+
+    pixels = X.numel() // 3
+    assert kept() == 0
+    assert kept(nn.ReLU()) == kept(nn.BatchNorm2d(4)) == kept(nn.MaxPool2d(2)) == 4 * pixels
+
+
+def test_convolutions_without_anything_between():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3, bias=False), nn.Conv2d(5, 4, 1))
+    one, other, _, chains = twins(model, policy("statquant-psq"))
+    assert chains == [["0", "1", "2"]]
+    g = images(6, 4, 8, 6, seed=1)
+    assert all(map(torch.equal, passed(other, X, g), passed(one, X, g)))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2, 3])
+def test_a_forward_of_its_own_is_called(position):
+    model = network(pools=(True,))
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    called = []
+    whole = model[position].forward
+    model[position].forward = lambda x: called.append(x.shape) or whole(x)
+    assert fuse_(model, handle) == {0: [], 1: [], 2: [["0", "1"]], 3: [["0", "1", "2"]]}[position]
+    model(X)
+    assert len(called) == 1
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_left_alone():
+    model = network()
+    model.forward = model.forward
+    assert fuse_(model, fqtstats.prepare_(model, policy(), backend="native")) == []
+    assert type(model) is nn.Sequential
+
+
+@native
+def test_the_sign_of_zero_is_all_that_changes_without_normalization():
+    # What the docstring allows, at the one place where it happens: y * 1 + 0.
+    y = torch.tensor([-0.0, 0.0, 1e-45, -3.4e38, 1.5]).view(1, 1, 1, 5).contiguous(memory_format=torch.channels_last)
+    for variant in VARIANTS:
+        out = fused.apply(y, fused.Map(torch.ones(1), torch.zeros(1), False, False), variant=variant)
+        assert torch.equal(out, y)
+        assert not bool(torch.signbit(out[..., 0]))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+def test_defaults_of_dtype_and_device_do_not_matter_to_kernels(relu, pool, monkeypatch):
+    arguments = (*case(3, 21, 6, 5, relu, pool, 4), (1, 1))
+    expected = everything(*arguments)
+    for other in ([] if native_module() is None else [native_module()]) + [None]:
+        monkeypatch.setattr(fused, "native_module", lambda module=other: module)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                results = everything(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for a, b in zip(results, expected, strict=True):
+            assert a.dtype == b.dtype
+            assert same(a, b)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_default_dtype_does_not_matter_to_a_chain(normalized):
+    model = network(normalized, pools=(True, False))[:-3]
+    handle = fqtstats.prepare_(model, policy(), backend="native")
+    fuse_(model, handle)
+    other = copy.deepcopy(model)
+    g = images(6, 10, 6, 5, seed=1)
+    expected = passed(model, X, g)
+    handle.step = 0  # counts calls anew
+    torch.set_default_dtype(torch.float64)
+    try:
+        results = passed(other, X, g)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, results, expected))
 
 
 def test_what_is_not_finite_names_the_layer():

@@ -8,10 +8,11 @@ codes of 8 bits on one grid, normalization, ReLU, pooling and its quantizer are 
 What changes: batch normalization sums in float64 and multiplies by one folded factor. ``t = a y + b`` (before ReLU and
 pooling, which are exact) is within ``4 * 2^-23 * (|a y| + |b| + |beta|)`` of batch normalization in exact arithmetic;
 a code then differs from the unfused one only where a coordinate lies within the sum of both paths' errors of a
-rounding boundary, and by one step. Gradient quantizers use the same streams. Without batch normalization nothing
-changes.
+rounding boundary, and by one step. Every quantizer draws from the stream it would draw from otherwise, in every call of
+a step. Without batch normalization finite numbers stay what they are bit for bit, but for the sign of zero.
 
-Kept for the backward pass, per stage: the codes of input and weight, and the convolution's output in float32.
+Kept for the backward pass, per stage: input and weight as the products take them (codes where they have some), and the
+convolution's output in float32 where anything follows it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as torch_module
@@ -30,6 +32,7 @@ from torch.nn.modules import module as torch_module
 from fqtstats.errors import InputError
 from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv2d
+from fqtstats.layers.multiply import _bias_gradient
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.product import ConvProduct
 from fqtstats.layers.state import Call, Kept
@@ -47,15 +50,16 @@ def fuse_(model: nn.Module, handle: Handle) -> list[list[str]]:
 
     Every ``nn.Sequential`` with a chain changes its class and keeps everything else: modules, parameters, hooks,
     state_dict keys; ``handle.remove()`` changes it back. What a chain consists of is looked up at every call: a module
-    with hooks or of another class ends it, and under autocast, for inputs that are not float32 images on the CPU, and
-    while layers are inspected, the modules run one by one.
+    with hooks, of another class or with a ``forward`` of its own ends it, and under autocast, for inputs that are not
+    float32 images on the CPU, and while layers are inspected, the modules run one by one.
 
     Args:
         model: prepared with ``backend="native"``.
         handle: what :func:`fqtstats.prepare_` returned for it.
 
     Returns:
-        The names of the modules of every chain, in the order of the model.
+        The names of the modules of every chain, in the order of the model; a module that stands at several places goes
+        by the name of the place.
 
     Raises:
         InputError: the model was prepared for another backend.
@@ -66,14 +70,10 @@ def fuse_(model: nn.Module, handle: Handle) -> list[list[str]]:
         )
     names: list[list[str]] = []
     for prefix, module in list(model.named_modules()):
-        if type(module) is not nn.Sequential:
+        if type(module) is not nn.Sequential or "forward" in vars(module):
             continue
-        children = list(module.named_children())
-        chains = [
-            [f"{prefix}.{name}" if prefix else name for name, _ in children[piece.start : piece.stop]]
-            for piece in _pieces([child for _, child in children])
-            if isinstance(piece, Chain)
-        ]
+        places = [f"{prefix}.{name}" if prefix else name for name in module._modules]
+        chains = [places[piece.start : piece.stop] for piece in _pieces(list(module)) if isinstance(piece, Chain)]
         if chains:
             module.__class__ = FusedSequential
             handle.fused.append(module)
@@ -136,8 +136,13 @@ class Chain:
     stages: tuple[Stage, ...]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        # Opened here: within an autograd function gradients are off, as in an evaluation, whose calls do not count.
+        calls = []
+        for stage in self.stages:
+            guards.check(stage.convolution)
+            calls.append(stage.convolution.fqt_state.call())
         parameters = [p for stage in self.stages for p in stage.parameters]
-        out: torch.Tensor = _Run.apply(x, self.stages, *parameters)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Run.apply(x, self.stages, calls, *parameters)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -173,9 +178,9 @@ def _stage(modules: Sequence[nn.Module], start: int) -> tuple[Stage, int] | None
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is of exactly that class and nobody wants to be told of its calls."""
+    """Whether it is of exactly that class, with the ``forward`` of the class, and nobody is to be told of its calls."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
 def _on_codes(convolution: QuantConv2d) -> bool:
@@ -229,7 +234,7 @@ class _Normalization:
         """With the statistics of the batch (``moments``) or the running ones, which are updated, as the module does."""
         like = module.running_mean if moments is None else moments.mean
         assert like is not None
-        gamma = torch.ones(len(like)).double() if module.weight is None else module.weight.detach().double()
+        gamma = torch.ones_like(like).double() if module.weight is None else module.weight.detach().double()
         beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().double()
         running = module.running_mean, module.running_var
         if not _on_batch(module):
@@ -285,17 +290,27 @@ class _Output:
     normalization: _Normalization | None
     map: fused.Map
 
+    @property
+    def read_backward(self) -> bool:
+        """Whether the backward pass reads ``y``."""
+        return self.normalization is not None or self.map.relu or self.map.pool
+
     @staticmethod
     def of(stage: Stage, y: torch.Tensor, needs_range: bool) -> _Output:
         """Updates running statistics."""
         module, moments = stage.normalization, None
         if needs_range or (module is not None and _on_batch(module)):
             moments = fused.moments(y)
+        normalization = None
         if module is None:
-            ones = torch.ones(y.shape[1])
-            return _Output(y, moments, None, fused.Map(ones, torch.zeros_like(ones), stage.relu, stage.pool))
-        normalization = _Normalization.of(module, moments, y.numel() // y.shape[1])
-        return _Output(y, moments, normalization, normalization.map(stage))
+            ones = torch.ones(y.shape[1], dtype=torch.float32, device="cpu")
+            f = fused.Map(ones, torch.zeros_like(ones), stage.relu, stage.pool)
+        else:
+            normalization = _Normalization.of(module, moments, y.numel() // y.shape[1])
+            f = normalization.map(stage)
+        if f.pool and min(y.shape[2:]) < 2:
+            F.max_pool2d(y, 2)  # refuses images without a window
+        return _Output(y, moments, normalization, f)
 
     def operand(self, stage: Stage, call: Call, pad: tuple[int, int]) -> Operand:
         """The input of the next stage through its quantizer."""
@@ -309,28 +324,28 @@ class _Output:
         return call.operand("activation", self.numbers(), pad)
 
     def numbers(self) -> torch.Tensor:
-        """What the modules after the convolution give."""
+        """What the modules after the convolution give, in memory of its own."""
         return fused.apply(self.y, self.map)
 
 
 class _Run(torch.autograd.Function):
-    """A chain: ``forward(x, stages, *parameters of the stages)``."""
+    """A chain: ``forward(x, stages, a call of each, *parameters of the stages)``."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], *parameters: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], calls: list[Call], *parameters: torch.Tensor | None
+    ) -> torch.Tensor:
         records: list[_Record] = []
         large: list[torch.Tensor] = []
         output: _Output | None = None
-        for stage, following in zip_longest(stages, stages[1:]):
-            layer = stage.convolution
-            guards.check(layer)
-            call, product = layer.fqt_state.call(), layer._product()
+        for stage, call, following in zip_longest(stages, calls, stages[1:]):
+            layer, product = stage.convolution, stage.convolution._product()
             pad = product.pad("activation", layer.kernel_size)
             a = call.operand("activation", x, pad) if output is None else output.operand(stage, call, pad)
             b = call.operand("weight", layer.weight)
             y = call.compute("forward", product, a, b, layer.bias).contiguous(memory_format=torch.channels_last)
             output = _Output.of(stage, y, following is not None and following.codes_of_input is not None)
-            large += [a.data, b.data, y]
+            large += [a.data, b.data, y if output.read_backward else y.new_empty(0)]
             kept = Kept(call.layer.name, a.nbytes, b.nbytes, 4 * math.prod(a.shape))
             call.layer.shared.kept.add(kept)
             # Everything but the large tensors, which only autograd may hold (checkpoints drop them).
@@ -344,7 +359,7 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_x, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, *needs = ctx.needs_input_grad
         gradients: list[torch.Tensor | None] = [None] * len(needs)
         large, grad = ctx.saved_tensors, g
         for i in reversed(range(len(ctx.records))):
@@ -353,7 +368,7 @@ class _Run(torch.autograd.Function):
             grad, gradients[own] = _adjoint(ctx.records[i], grad, large[3 * i : 3 * i + 3], needs[own], further)
             if not further:
                 break
-        return (grad if needs_x else None), None, *gradients
+        return (grad if needs_x else None), None, None, *gradients
 
 
 def _adjoint(
@@ -380,7 +395,7 @@ def _adjoint(
     if needs_w or needs_bias:
         quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
         grad_w = call.compute("grad_weight", product, quantized, x, w.shape) if needs_w else None
-        grad_bias = quantized.decode().sum((0, 2, 3)) if needs_bias else None
+        grad_bias = _bias_gradient(quantized) if needs_bias else None
     if further:
         quantized = call.gradient("grad_input", g, product.pad("grad_input", kernel), extremes)
         g = call.compute("grad_input", product, quantized, w, x.shape)

@@ -116,7 +116,7 @@ def extremes(y: torch.Tensor, m: Moments, f: Map, *, variant: str | None = None)
     """
     low, high = m.low, m.high
     if f.pool:
-        sign = torch.where(f.a < 0, -1.0, 1.0)
+        sign = torch.ones_like(f.a).masked_fill_(f.a < 0, -1)
         low, high = (t * sign for t in _window_extremes(y, f.a < 0, variant))
         low, high = (torch.where(torch.isnan(m.low), m.low, t) for t in (low, high))
     ends = torch.stack([low, high]).mul_(f.a).add_(f.b)
@@ -153,7 +153,8 @@ def encode(y: torch.Tensor, f: Map, grid: Grid, pad: tuple[int, int], *, variant
         coordinates = apply(y, f).sub_(offset).mul_(prescale).mul_(float(grid.scale))
         codes = coordinates.round_().add_(zero).clamp_(0, grid.levels).to(torch.uint8)
         return Codes.pack(codes, 8, affine, pad)
-    data = torch.empty(n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, 8), dtype=torch.uint8)
+    size = (n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, 8))
+    data = torch.empty(size, dtype=torch.uint8, device="cpu")
     native.fused_encode(
         inner.numpy(),
         *_map(f),
@@ -171,7 +172,7 @@ def encode(y: torch.Tensor, f: Map, grid: Grid, pad: tuple[int, int], *, variant
 
 
 def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tensor:
-    """``x [N, C, OH, OW]`` float32 in channels-last memory."""
+    """``x [N, C, OH, OW]`` float32 in channels-last memory of its own."""
     inner = _inner("y", y)
     native = _native(y)
     if native is None:
@@ -180,9 +181,11 @@ def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tenso
         x = F.max_pool2d(x, 2) if f.pool else x
         return x.contiguous(memory_format=torch.channels_last)
     n, c, *space = y.shape
-    out = y.new_empty(n, *f.size(*space), c)
-    native.fused_apply(inner.numpy(), *_map(f), out.numpy(), torch.get_num_threads(), variant)
-    return out.permute(0, 3, 1, 2)
+    size = (n, c, *f.size(*space))
+    # Not a permuted view: nobody could change one in place that an autograd function returned.
+    out = torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    native.fused_apply(inner.numpy(), *_map(f), _inner("out", out).numpy(), torch.get_num_threads(), variant)
+    return out
 
 
 def gradient_sums(
