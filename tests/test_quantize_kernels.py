@@ -18,7 +18,7 @@ from fqtstats.errors import NonFiniteError
 from fqtstats.ops import quantize
 from fqtstats.ops.codes import Affine, Codes, row_bytes
 from fqtstats.ops.quantize import Recipe
-from fqtstats.quantizers import QUANTIZERS, quantizer
+from fqtstats.quantizers import QUANTIZERS, quantizer, storage
 from fqtstats.quantizers.grid import RULES
 from fqtstats.quantizers.storage import store
 from fqtstats.quantizers.uniform import PTQ
@@ -484,3 +484,30 @@ def test_arguments_of_encode():
     assert encode(x.double(), Recipe(0, "affine", 8, 24)) is None
     assert encode(x, Recipe(0, "affine", 8, 32)) is None
     assert encode(x.to("meta"), Recipe(0, "affine", 8, 24)) is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["ptq", "psq", "pcq", "bhq", "minmax", "zero_on_grid"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_torch_defaults_change_no_bit(monkeypatch, name, default, native):
+    if not native:
+        monkeypatch.setattr(quantize, "native_module", lambda: None)
+        monkeypatch.setattr(storage, "native_module", lambda: None)
+    x = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def results():
+        q, s = quantizer(name, bits=4), stream(seed=1)
+        stored = store(q, x, s)
+        return q(x, s), q.encode(x, s).codes(), stored.codes.data, stored.decode(), *(quantize.extremes(x, 1) or ())
+
+    expected = results()
+    with contextlib.ExitStack() as stack:
+        if isinstance(default, torch.device):
+            stack.enter_context(default)
+        else:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(default)
+        got = results()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
