@@ -57,6 +57,7 @@ def cases(draw, function):
         return g, random_codes(rng, w_shape, 1, affine(draw, rng, 1, i, 1, False)), geometry, size
     g = random_codes(rng, g_shape, bits, affine(draw, rng, bits, o, 1, True), draw(pads))
     x = random_codes(rng, x_shape, 1, affine(draw, rng, 1, i, 1, True), draw(pads))
+    g, x = (products._counted_from_zero(c) for c in (g, x))  # as the public product does
     return g, x, geometry, kernel
 
 

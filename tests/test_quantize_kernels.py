@@ -463,6 +463,7 @@ def test_native_boundary_of_the_others_is_strict():
     codes = np.zeros((2, 5, 1, 4), np.uint8)
     for changes, error, message in (
         ({"codes": codes[0]}, ValueError, "codes must be uint8"),
+        ({"size": (2**40, 2**40)}, ValueError, "size must be 1 to 1073741824, got 1099511627776"),
         ({"channels": 9}, ValueError, r"codes must be uint8 \[2, 5, 1, 8\]"),
         ({"step": np.zeros(1, np.float32)}, ValueError, r"step must be float32 \[2\]"),
         ({"out": np.zeros((2, 5, 6), np.float32)}, ValueError, r"out must be float32 \[2, 6, 5\]"),
