@@ -57,8 +57,8 @@ def cases(draw, function):
         return g, random_codes(rng, w_shape, 1, affine(draw, rng, 1, i, 1, False)), geometry, size
     g = random_codes(rng, g_shape, bits, affine(draw, rng, bits, o, 1, True), draw(pads))
     x = random_codes(rng, x_shape, 1, affine(draw, rng, 1, i, 1, True), draw(pads))
-    # As the public product does before it asks for a kernel.
-    return products._counted_from_zero(g), products._counted_from_zero(x), geometry, kernel
+    g, x = (products._counted_from_zero(c) for c in (g, x))  # as the public product does
+    return g, x, geometry, kernel
 
 
 def definition(function, *arguments):

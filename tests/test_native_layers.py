@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -214,6 +215,117 @@ def test_a_gradient_that_sits_out_leaves_no_trace_and_one_that_changes_leaves_bo
 
 def test_the_simulated_backend_has_no_arithmetic_to_list():
     assert arithmetic_of(nn.Linear(6, 4), torch.randn(5, 6), everywhere("ptq", 4), "simulated") == {}
+
+
+# --- layers as torch has them -----------------------------------------------------------------------------------------
+
+BACKENDS = ["simulated", "native"]
+IMAGES, LINES = (3, 4, 6, 6), (3, 4, 9)
+LAYERS = {
+    "convolution": (lambda: nn.Conv2d(4, 5, 3), IMAGES),
+    "one output channel": (lambda: nn.Conv2d(4, 1, 3), IMAGES),
+    "part of a convolution": (lambda: nn.Conv2d(4, 5, 2, padding="same"), IMAGES),
+    "reflected border": (lambda: nn.Conv2d(4, 5, 3, padding=1, padding_mode="reflect"), IMAGES),
+    "without a batch": (lambda: nn.Conv2d(4, 5, 3), IMAGES[1:]),
+    "1-D": (lambda: nn.Conv1d(4, 5, 3), LINES),
+    "1-D without a batch": (lambda: nn.Conv1d(4, 5, 3), LINES[1:]),
+    "linear": (lambda: nn.Linear(9, 5), LINES),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("activation", "bias"), [("ptq", True), ("bhq", True), ("bhq", False)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_may_be_changed_in_place(name, activation, bias, backend):
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape)
+    if not bias:
+        layer.bias = None
+    policy = replace(everywhere("bhq", 4), activation=quantizer(activation, bits=4))
+    found = []
+    for copy in (lambda y: y, torch.clone):
+        leaf = x.clone().requires_grad_()
+        layer.zero_grad()
+        with fqtstats.quantized(layer, policy, backend=backend):
+            y = F.relu(copy(layer(leaf)).add_(0.1), inplace=True)
+            y.square().sum().backward()
+        found.append((y.detach(), leaf.grad, *(p.grad for p in layer.parameters())))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    found[0][1].add_(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 4, 3), (2, 4, 6, 6)),
+        (nn.Conv2d(6, 4, 3, groups=2), (2, 8, 6, 6)),
+        (nn.Conv2d(4, 4, 3), (4, 6)),
+        (nn.Conv2d(4, 4, 3), (1, 1, 4, 6, 6)),
+        (nn.Conv2d(4, 4, 3), (2, 4, 2, 6)),
+        (nn.Conv1d(4, 4, 3), (4,)),
+        (nn.Conv1d(4, 4, 3), (2, 4, 2)),
+        (nn.Linear(4, 4), (2, 5)),
+    ],
+)
+@pytest.mark.parametrize("bits", [8, 1])
+def test_inputs_that_torch_refuses_are_refused(layer, shape, bits, backend):
+    x = torch.randn(shape)
+    with pytest.raises(RuntimeError):
+        layer(x)
+    with (
+        fqtstats.quantized(layer, everywhere("ptq", bits), backend=backend),
+        pytest.raises((RuntimeError, fqtstats.errors.InputError), match=r"(?i)expected|larger|greater|multiplied"),
+    ):
+        layer(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_bias_of_any_strides(linear, backend):
+    torch.manual_seed(0)
+    layer, x = (nn.Linear(4, 5), torch.randn(3, 4)) if linear else (nn.Conv2d(4, 5, 3), torch.randn(2, 4, 5, 5))
+    for bits in (8, 1):
+        found = []
+        for bias in (layer.bias.detach().clone(), layer.bias.detach().repeat_interleave(2)[::2]):
+            layer.bias = nn.Parameter(bias)
+            with fqtstats.quantized(layer, everywhere("ptq", bits), backend=backend):
+                found.append(layer(x))
+        assert not layer.bias.is_contiguous()
+        assert torch.equal(*found)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [8, 1])
+@pytest.mark.parametrize(
+    "default",
+    [lambda: default_dtype(torch.float64), lambda: default_dtype(torch.bfloat16), lambda: torch.device("meta")],
+)
+def test_default_dtype_and_device_change_no_bit(default, bits, backend):
+    model, batch, loss = case("cnn", samples=6)
+    policy = replace(everywhere("bhq", bits), grad_weight=quantizer("pcq", bits=bits))
+    found = []
+    for context in (contextlib.nullcontext, default):
+        model.zero_grad()
+        with fqtstats.quantized(model, policy, backend=backend), context():
+            value = loss(model, batch)
+            value.backward()
+        found.append((value, *(p.grad for p in model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

@@ -186,6 +186,12 @@ def test_public_products_use_the_kernel(monkeypatch):
             assert torch.equal(products.linear_grad_weight(g, x), (cg.t() @ cx).float())
 
 
+def test_what_is_no_codes_is_named():
+    a = packed(torch.zeros(3, 5, dtype=torch.uint8), 1)
+    with pytest.raises(TypeError, match=r"^b must be codes, got Tensor"):
+        product1.integer_product(a, a.data)
+
+
 def test_other_widths_are_left_to_others():
     a, b = packed(torch.zeros(3, 5, dtype=torch.uint8), 4), packed(torch.zeros(3, 5, dtype=torch.uint8), 8)
     for function in (product1.linear, product1.linear_grad_input, product1.linear_grad_weight):

@@ -1,6 +1,7 @@
 """The definition of the products of codes, against float64 NumPy on the decoded operands."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -237,6 +238,57 @@ def test_scales_along_the_contracted_axis_are_refused(name, axes):
     a, b = (random_codes(g, (6, 6), 8, axis) for axis in axes)
     with pytest.raises(InputError, match="which the product contracts"):
         getattr(products, name)(a, b)
+
+
+def of_shape(*shape):
+    return Codes.pack(torch.zeros(shape, dtype=torch.uint8), 1, Affine(torch.ones(1)))
+
+
+X, W, G = of_shape(2, 6, 5, 5), of_shape(4, 3, 3, 3), of_shape(2, 4, 3, 3)
+PAIRED = Geometry(groups=2)
+SHAPES = {
+    "linear: expected w [O, 5], got [3, 4]": ("linear", of_shape(2, 5), of_shape(3, 4)),
+    "linear: expected x [R, I], got [2, 6, 5, 5]": ("linear", X, of_shape(3, 4)),
+    "linear: expected bias [3], got [1]": ("linear", of_shape(2, 4), of_shape(3, 4), torch.zeros(1)),
+    "linear_grad_input: expected g [R, 3], got [2, 5]": ("linear_grad_input", of_shape(2, 5), of_shape(3, 4)),
+    "linear_grad_weight: expected x [2, I], got [3, 4]": ("linear_grad_weight", of_shape(2, 5), of_shape(3, 4)),
+    "convolution: expected x [N, 3, H, W], got [2, 6, 5, 5]": ("convolution", X, W, Geometry()),
+    "convolution: expected x [N, 9, H, W], got [2, 6, 5, 5]": (
+        "convolution", X, of_shape(6, 3, 3, 3), Geometry(groups=3),
+    ),
+    "convolution: expected a multiple of groups = 2 output channels of w, got 5": (
+        "convolution", X, of_shape(5, 3, 3, 3), PAIRED,
+    ),
+    "convolution: expected bias [4], got [5]": ("convolution", X, W, PAIRED, torch.zeros(5)),
+    "the kernel is larger than the input: width 7 (with dilation), of the input 5 (with padding)": (
+        "convolution", X, of_shape(4, 3, 1, 4), Geometry((1, 1), (0, 0), (1, 2), 2),
+    ),
+    "convolution_grad_input: expected g [N, 4, 3, 3], got [2, 6, 5, 5]": (
+        "convolution_grad_input", X, W, PAIRED, (5, 5),
+    ),
+    "convolution_grad_input: expected g [N, 4, 4, 3], got [2, 4, 3, 3]": (
+        "convolution_grad_input", G, W, PAIRED, (6, 5),
+    ),
+    "convolution_grad_weight: expected g [2, O, 4, 3], got [2, 4, 3, 3]": (
+        "convolution_grad_weight", G, X, PAIRED, (2, 3),
+    ),
+    "convolution_grad_weight: expected g [1, O, 3, 3], got [2, 4, 3, 3]": (
+        "convolution_grad_weight", G, of_shape(1, 6, 5, 5), PAIRED, (3, 3),
+    ),
+    "convolution_grad_weight: expected a multiple of groups = 4 input channels of x, got 6": (
+        "convolution_grad_weight", G, X, Geometry(groups=4), (3, 3),
+    ),
+    "convolution_grad_weight: expected a multiple of groups = 3 output channels of g, got 4": (
+        "convolution_grad_weight", G, X, Geometry(groups=3), (3, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", SHAPES)
+def test_shapes_that_do_not_fit_are_refused(message):
+    name, *arguments = SHAPES[message]
+    with pytest.raises(InputError, match=re.escape(message)):
+        getattr(products, name)(*arguments)
 
 
 def far_from_their_offsets():

@@ -18,7 +18,7 @@ from fqtstats.errors import NonFiniteError
 from fqtstats.ops import quantize
 from fqtstats.ops.codes import Affine, Codes, row_bytes
 from fqtstats.ops.quantize import Recipe
-from fqtstats.quantizers import QUANTIZERS, quantizer
+from fqtstats.quantizers import QUANTIZERS, quantizer, storage
 from fqtstats.quantizers.grid import RULES
 from fqtstats.quantizers.storage import store
 from fqtstats.quantizers.uniform import PTQ
@@ -463,6 +463,7 @@ def test_native_boundary_of_the_others_is_strict():
     codes = np.zeros((2, 5, 1, 4), np.uint8)
     for changes, error, message in (
         ({"codes": codes[0]}, ValueError, "codes must be uint8"),
+        ({"size": (2**40, 2**40)}, ValueError, "size must be 1 to 1073741824, got 1099511627776"),
         ({"channels": 9}, ValueError, r"codes must be uint8 \[2, 5, 1, 8\]"),
         ({"step": np.zeros(1, np.float32)}, ValueError, r"step must be float32 \[2\]"),
         ({"out": np.zeros((2, 5, 6), np.float32)}, ValueError, r"out must be float32 \[2, 6, 5\]"),
@@ -484,3 +485,30 @@ def test_arguments_of_encode():
     assert encode(x.double(), Recipe(0, "affine", 8, 24)) is None
     assert encode(x, Recipe(0, "affine", 8, 32)) is None
     assert encode(x.to("meta"), Recipe(0, "affine", 8, 24)) is None
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", ["ptq", "psq", "pcq", "bhq", "minmax", "zero_on_grid"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
+def test_torch_defaults_change_no_bit(monkeypatch, name, default, native):
+    if not native:
+        monkeypatch.setattr(quantize, "native_module", lambda: None)
+        monkeypatch.setattr(storage, "native_module", lambda: None)
+    x = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def results():
+        q, s = quantizer(name, bits=4), stream(seed=1)
+        stored = store(q, x, s)
+        return q(x, s), q.encode(x, s).codes(), stored.codes.data, stored.decode(), *(quantize.extremes(x, 1) or ())
+
+    expected = results()
+    with contextlib.ExitStack() as stack:
+        if isinstance(default, torch.device):
+            stack.enter_context(default)
+        else:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(default)
+        got = results()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)

@@ -71,8 +71,14 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, out_channels, *space]`` for ``x`` ``[N, in_channels, *space]``; both without N if ``x`` has none."""
         guards.check(self)
+        dim = len(self.kernel_size) + 2
+        if x.dim() not in (dim - 1, dim):
+            raise InputError(
+                f"layer {self.fqt_state.name!r}: expected an input of {dim} axes, or {dim - 1} without a batch, got "
+                f"{list(x.shape)}"
+            )
         call = self.fqt_state.call()
-        batched = x if x.dim() == len(self.kernel_size) + 2 else x.unsqueeze(0)
+        batched = x if x.dim() == dim else x.unsqueeze(0)
         y = self._multiply(batched, self.weight, self.bias, self._product(), call).to(self._output_dtype(x))
         return y if batched is x else y.squeeze(0)
 

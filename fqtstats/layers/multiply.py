@@ -34,10 +34,11 @@ class _Multiply(torch.autograd.Function):
         ctx.save_for_backward(a.data, b.data)
         # Everything but the large tensors, which only autograd may hold (checkpoints drop them).
         ctx.operands = a.with_data(a.data.new_empty(0)), b.with_data(b.data.new_empty(0))
-        ctx.shapes, ctx.product, ctx.call = (a.shape, b.shape), product, call
+        ctx.shapes, ctx.product, ctx.call, ctx.rows = (a.shape, b.shape), product, call, x.dim() == 3
         ctx.kept = Kept(call.layer.name, a.nbytes, b.nbytes, 4 * math.prod(a.shape))
         call.layer.shared.kept.add(ctx.kept)
-        return _like(y, x)
+        # Nothing may change a view in place that an autograd function returned.
+        return y.clone() if y._is_view() else y
 
     @staticmethod
     @once_differentiable
@@ -46,6 +47,7 @@ class _Multiply(torch.autograd.Function):
         (x_shape, w_shape), product, call = ctx.shapes, ctx.product, ctx.call
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         grad_x = grad_w = grad_bias = None
+        g = g.squeeze(2) if ctx.rows else g  # quantizers see what the layer's output looks like
         with torch.autocast(g.device.type, enabled=False):
             if needs_w or needs_bias:
                 quantized = call.gradient("grad_weight", g, product.pad("grad_weight", w_shape[2:]))
@@ -80,4 +82,4 @@ def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, produc
         call: the call that this is.
     """
     out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)  # type: ignore[no-untyped-call]
-    return out
+    return _like(out, x)

@@ -116,8 +116,8 @@ class Border:
 
     def _source(self, size: int, sides: tuple[int, int]) -> torch.Tensor:
         if not any(sides):
-            return torch.arange(size)
-        index = torch.arange(size, dtype=torch.float64).view(1, 1, size)
+            return torch.arange(size, device="cpu")
+        index = torch.arange(size, dtype=torch.float64, device="cpu").view(1, 1, size)
         return torch.nn.functional.pad(index, sides, mode=self.mode).long().view(-1)
 
 

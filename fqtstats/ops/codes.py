@@ -13,7 +13,7 @@ import torch
 
 from fqtstats.errors import InputError
 
-__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "row_bytes"]
+__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "empty_images", "row_bytes"]
 
 STORAGE_BITS = (1, 2, 4, 8)
 
@@ -24,6 +24,11 @@ def row_bytes(channels: int, bits: int) -> int:
     return -(-channels * bits // (8 * word)) * word
 
 
+def empty_images(n: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Uninitialized ``[N, C, H, W]`` float32 on the CPU in channels-last memory; not a view, unlike a permuted one."""
+    return torch.empty(n, channels, height, width, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """How a 2-D convolution slides; each pair is (height, width)."""
@@ -32,6 +37,24 @@ class Geometry:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    def positions(self, size: tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of the output, for those of the input and of the kernel.
+
+        Raises:
+            InputError: the kernel is larger than the input.
+        """
+        rooms = []
+        for axis, name in enumerate(("height", "width")):
+            padded = size[axis] + 2 * self.padding[axis]
+            extent = self.dilation[axis] * (kernel[axis] - 1) + 1
+            if padded < extent:
+                raise InputError(
+                    f"the kernel is larger than the input: {name} {extent} (with dilation), of the input {padded} "
+                    "(with padding)"
+                )
+            rooms.append(padded - extent)
+        return rooms[0] // self.stride[0] + 1, rooms[1] // self.stride[1] + 1
 
 
 @dataclass(frozen=True, slots=True)

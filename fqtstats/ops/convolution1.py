@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fqtstats.ops.codes import Codes, Geometry
+from fqtstats.ops.codes import Codes, Geometry, empty_images
 from fqtstats.ops.extension import native_module
 
 __all__ = ["GRADIENT_BITS", "convolution", "convolution_grad_input", "convolution_grad_weight"]
@@ -24,24 +24,19 @@ def convolution(
     x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | None = None, variant: str | None = None
 ) -> torch.Tensor | None:
     """As ``products.convolution``; `variant` names the instruction set to use."""
-    (n, _, *size), (channels, _, *kernel) = x.shape, w.shape
     if (x.bits, w.bits) != (1, 1) or geometry.groups != 1 or 0 in (*x.shape, *w.shape):
         return None
-    out_size = [
-        (s + 2 * p - d * (k - 1) - 1) // stride + 1
-        for s, k, stride, p, d in zip(size, kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True)
-    ]
-    out = torch.empty(n, *out_size, channels, dtype=torch.float32)
+    out = empty_images(x.shape[0], w.shape[0], *geometry.positions(x.shape[2:], w.shape[2:]))
     done = native_module().convolution1_forward(
         *_image(x),
         *_weights(w),
         *_slide(geometry),
         _numpy(bias),
         torch.get_num_threads(),
-        out.numpy(),
+        out.permute(0, 2, 3, 1).numpy(),
         variant,
     )
-    return out.permute(0, 3, 1, 2) if done else None
+    return out if done else None
 
 
 def convolution_grad_input(
@@ -50,7 +45,7 @@ def convolution_grad_input(
     """As ``products.convolution_grad_input``; `variant` names the instruction set to use."""
     if g.bits not in GRADIENT_BITS or w.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *w.shape, *size):
         return None
-    out = torch.empty(g.shape[0], *size, w.shape[1], dtype=torch.float32)
+    out = empty_images(g.shape[0], w.shape[1], *size)
     done = native_module().convolution1_grad_input(
         g.data.numpy(),
         g.bits,
@@ -59,10 +54,10 @@ def convolution_grad_input(
         *_slide(geometry),
         tuple(size),
         torch.get_num_threads(),
-        out.numpy(),
+        out.permute(0, 2, 3, 1).numpy(),
         variant,
     )
-    return out.permute(0, 3, 1, 2) if done else None
+    return out if done else None
 
 
 def convolution_grad_weight(
@@ -71,7 +66,7 @@ def convolution_grad_weight(
     """As ``products.convolution_grad_weight``; `variant` names the instruction set to use."""
     if g.bits not in GRADIENT_BITS or x.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *x.shape, *kernel):
         return None
-    out = torch.empty(g.shape[1], x.shape[1], *kernel, dtype=torch.float32)
+    out = torch.empty(g.shape[1], x.shape[1], *kernel, dtype=torch.float32, device="cpu")
     done = native_module().convolution1_grad_weight(
         g.data.numpy(),
         g.bits,

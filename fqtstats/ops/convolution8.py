@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fqtstats.ops.codes import Codes, Geometry
+from fqtstats.ops.codes import Codes, Geometry, empty_images
 from fqtstats.ops.extension import native_module
 
 __all__ = ["convolution", "convolution_grad_input", "convolution_grad_weight"]
@@ -17,25 +17,24 @@ def convolution(
     x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | None = None, *, variant: str | None = None
 ) -> torch.Tensor | None:
     """:func:`fqtstats.ops.products.convolution`; None where its sums or zero points do not fit."""
-    (n, channels, height, width), (outputs, inputs, kh, kw) = x.shape, w.shape
+    outputs, inputs, kh, kw = w.shape
     if not _fits(inputs * kh * kw, x, w):
         return None
-    size = (_positions(height, kh, geometry, 0), _positions(width, kw, geometry, 1))
-    out = torch.empty(n, *size, outputs)
+    out = empty_images(x.shape[0], outputs, *geometry.positions(x.shape[2:], (kh, kw)))
     native_module().convolution8(
         *_codes(x),
         *_weights(w),
-        None if bias is None else bias.detach().numpy(),
-        channels,
+        None if bias is None else bias.detach().contiguous().numpy(),
+        x.shape[1],
         geometry.stride,
         geometry.padding,
         geometry.dilation,
         geometry.groups,
-        out.numpy(),
+        out.permute(0, 2, 3, 1).numpy(),
         torch.get_num_threads(),
         variant,
     )
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def convolution_grad_input(
@@ -46,7 +45,7 @@ def convolution_grad_input(
     if not _fits(outputs * kh * kw, g, w):
         return None
     channels = inputs * geometry.groups
-    out = torch.empty(g.shape[0], *size, channels)
+    out = empty_images(g.shape[0], channels, *size)
     native_module().convolution8_grad_input(
         *_codes(g),
         *_weights(w),
@@ -55,11 +54,11 @@ def convolution_grad_input(
         geometry.padding,
         geometry.dilation,
         geometry.groups,
-        out.numpy(),
+        out.permute(0, 2, 3, 1).numpy(),
         torch.get_num_threads(),
         variant,
     )
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
 def convolution_grad_weight(
@@ -70,7 +69,7 @@ def convolution_grad_weight(
     if not _fits(n * height * width, g, x):
         return None
     channels = x.shape[1]
-    out = torch.empty(outputs, channels // geometry.groups, *kernel)
+    out = torch.empty(outputs, channels // geometry.groups, *kernel, dtype=torch.float32, device="cpu")
     native_module().convolution8_grad_weight(
         *_codes(g),
         *_codes(x),
@@ -90,11 +89,6 @@ def _fits(terms: int, *operands: Codes) -> bool:
     """Whether a sum of so many terms can be had, and every zero point is a byte (quantizers make no others)."""
     zeros = [c.affine.zero.numpy() for c in operands if c.affine.zero is not None]
     return terms <= _MAX_TERMS and all(bool((zero >= 0).all() and (zero <= 255).all()) for zero in zeros)
-
-
-def _positions(size: int, kernel: int, geometry: Geometry, axis: int) -> int:
-    room = size + 2 * geometry.padding[axis] - geometry.dilation[axis] * (kernel - 1) - 1
-    return max(0, room // geometry.stride[axis] + 1)
 
 
 def _codes(c: Codes) -> tuple[object, ...]:

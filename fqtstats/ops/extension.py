@@ -72,7 +72,7 @@ def isa() -> str:
 
 
 def kernels() -> list[Kernel]:
-    """Every variant of every operation, fastest first."""
+    """Every variant of every operation that has a fallback, fastest first."""
     native = native_module()
     rows = [] if native is None else [Kernel(*row) for row in native.kernels()]
     listed: list[Kernel] = []
@@ -83,4 +83,4 @@ def kernels() -> list[Kernel]:
 
 
 FALLBACKS = ("philox_bits", "householder", "product8", "product1", "convolution8", "convolution1", "fused", "quantize")
-"""Operations, each of which can be had in torch operations, too."""
+"""Operations that can be had in torch operations, too; `peak`, which measures the processor, is none of them."""

@@ -46,14 +46,18 @@ def integer_product(a: Codes, b: Codes, *, signs: bool = False, variant: str | N
 
     Raises:
         InputError: the widths have no kernel, or the extension is not in use.
+        TypeError: an operand is no codes.
     """
+    for name, operand in (("a", a), ("b", b)):
+        if not isinstance(operand, Codes):
+            raise TypeError(f"{name} must be codes, got {type(operand).__name__}")
     native = native_module()
     if native is None or (a.bits, b.bits) not in PAIRS:
         raise InputError(
             f"no native product of {a.bits}-bit and {b.bits}-bit codes; widths {sorted(PAIRS)} have one where the "
             "extension is in use"
         )
-    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32)
+    out = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device="cpu")
     native.product1_integers(
         a.data.numpy(),
         a.shape[1],
@@ -77,7 +81,7 @@ def _product(
     """The product; ``contract_*`` says whether the contracted axis is axis 0 of the operand."""
     if (a.bits, b.bits) not in PAIRS:
         return None
-    out = torch.empty(a.shape[int(contract_a)], b.shape[int(contract_b)], dtype=torch.float32)
+    out = torch.empty(a.shape[int(contract_a)], b.shape[int(contract_b)], dtype=torch.float32, device="cpu")
     native_module().product1_multiply(
         *_arguments(a, contract_a),
         *_arguments(b, contract_b),

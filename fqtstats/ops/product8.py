@@ -18,17 +18,17 @@ _INT32_MAX = 2**31 - 1
 
 def linear(x: Codes, w: Codes, bias: torch.Tensor | None) -> torch.Tensor:
     """:func:`fqtstats.ops.products.linear`, for checked arguments."""
-    return _product(x, w, bias, x.shape[0], w.shape[0], x.shape[1], w.shape[1], True, True)
+    return _product(x, w, bias, x.shape[0], w.shape[0], x.shape[1], True, True)
 
 
 def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
     """:func:`fqtstats.ops.products.linear_grad_input`, for checked arguments."""
-    return _product(g, w, None, g.shape[0], w.shape[1], g.shape[1], w.shape[0], True, False)
+    return _product(g, w, None, g.shape[0], w.shape[1], g.shape[1], True, False)
 
 
 def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor:
     """:func:`fqtstats.ops.products.linear_grad_weight`, for checked arguments."""
-    return _product(g, x, None, g.shape[1], x.shape[1], g.shape[0], x.shape[0], False, False)
+    return _product(g, x, None, g.shape[1], x.shape[1], g.shape[0], False, False)
 
 
 def integer_product(
@@ -46,13 +46,13 @@ def integer_product(
         InputError: the shapes do not fit, or K is so large that int32 could overflow: with ``|a| <= A`` and
             ``|b| <= B`` for every value of their types, K may be ``(2^31 - 1) // (A B)`` at most: 33025 for uint8
             times uint8, 65793 for uint8 times int8, 131071 for int8 times int8.
-        TypeError: an operand is neither uint8 nor int8, or not on the CPU.
+        TypeError: an operand is neither uint8 nor int8 nor codes, or not on the CPU.
         ValueError: an operand is not contiguous along an axis.
     """
+    (a_data, a_bits, a_most), (b_data, b_bits, b_most) = _raw("a", a), _raw("b", b)
     a_shape, b_shape = tuple(a.shape), tuple(b.shape)
     if len(a_shape) != 2 or len(b_shape) != 2 or a_shape[1] != b_shape[1]:
         raise InputError(f"expected a [M, K] and b [N, K], got {list(a_shape)} and {list(b_shape)}")
-    (a_data, a_bits, a_most), (b_data, b_bits, b_most) = _raw(a), _raw(b)
     (m, k), n = a_shape, b_shape[0]
     limit = _INT32_MAX // (a_most * b_most)
     if k > limit:
@@ -61,7 +61,7 @@ def integer_product(
             "add up products of slices of K in int64"
         )
     if out is None:
-        out = torch.empty(m, n, dtype=torch.int32)
+        out = torch.empty(m, n, dtype=torch.int32, device="cpu")
     native = native_module()
     if native is None:
         return out.copy_(_exact(a) @ _exact(b).t())
@@ -69,12 +69,13 @@ def integer_product(
     return out
 
 
-def _raw(x: torch.Tensor | Codes) -> tuple[torch.Tensor, int, int]:
+def _raw(name: str, x: torch.Tensor | Codes) -> tuple[torch.Tensor, int, int]:
     """The data, the width of its codes (0: plain integers), the largest magnitude."""
     if isinstance(x, Codes):
         return x.data, x.bits, (1 << x.bits) - 1
-    if x.device.type != "cpu" or x.dtype not in (torch.uint8, torch.int8):
-        raise TypeError(f"expected uint8 or int8 on the CPU, or codes, got {x.dtype} on {x.device}")
+    if not isinstance(x, torch.Tensor) or x.device.type != "cpu" or x.dtype not in (torch.uint8, torch.int8):
+        got = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be uint8 or int8 on the CPU, or codes, got {got}")
     return x, 0, 128 if x.dtype == torch.int8 else 255
 
 
@@ -89,16 +90,13 @@ def _product(
     m: int,
     n: int,
     k: int,
-    k_of_b: int,
     a_inner: bool,
     b_inner: bool,
     variant: str | None = None,
 ) -> torch.Tensor:
     """``[m, n]``, of operands that the contracted index runs along in memory (inner), or across."""
-    if k != k_of_b:
-        raise InputError(f"expected operands with the same contracted size, got {list(a.shape)} and {list(b.shape)}")
     p, q = a.affine, b.affine
-    out = torch.empty(m, n)
+    out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     native_module().product8_affine(
         a.data.numpy(),
         b.data.numpy(),
@@ -113,7 +111,7 @@ def _product(
         q.step.detach().numpy(),
         None if q.zero is None else q.zero.numpy(),
         None if q.offset is None else q.offset.detach().numpy(),
-        None if bias is None else bias.detach().numpy(),
+        None if bias is None else bias.detach().contiguous().numpy(),
         out.numpy(),
         torch.get_num_threads(),
         variant,

@@ -72,8 +72,11 @@ def linear(x: Codes, w: Codes, bias: torch.Tensor | None = None) -> torch.Tensor
         bias: ``[O]`` float32.
 
     Raises:
-        InputError: shapes do not fit, or a scale varies along a contracted axis.
+        InputError: shapes do not fit, or a scale varies along a contracted axis; so do the other products.
     """
+    _expect("linear", "x", x.shape, "R", "I")
+    _expect("linear", "w", w.shape, "O", x.shape[1])
+    _expect_bias("linear", bias, w)
     _check("linear", x, w, "x", "w", 0, 0)
     native = _native("linear", x, w, bias)
     if native is not None:
@@ -83,6 +86,8 @@ def linear(x: Codes, w: Codes, bias: torch.Tensor | None = None) -> torch.Tensor
 
 def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
     """``dx = g w``: ``[R, I]`` float32, for ``g [R, O]`` (groups along axis 0) and ``w [O, I]`` (axis 1), or none."""
+    _expect("linear_grad_input", "w", w.shape, "O", "I")
+    _expect("linear_grad_input", "g", g.shape, "R", w.shape[0])
     _check("linear_grad_input", g, w, "g", "w", 0, 1)
     native = _native("linear_grad_input", g, w)
     if native is not None:
@@ -92,6 +97,8 @@ def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
 
 def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor:
     """``dw = g^T x``: ``[O, I]`` float32, for ``g [R, O]`` and ``x [R, I]``, groups along axis 1 or none."""
+    _expect("linear_grad_weight", "g", g.shape, "R", "O")
+    _expect("linear_grad_weight", "x", x.shape, g.shape[0], "I")
     _check("linear_grad_weight", g, x, "g", "x", 1, 1)
     g, x = _counted_from_zero(g), _counted_from_zero(x)
     native = _native("linear_grad_weight", g, x)
@@ -109,6 +116,10 @@ def convolution(x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | Non
         geometry: of the convolution.
         bias: ``[O]`` float32.
     """
+    _expect_weight("convolution", w, geometry)
+    _expect("convolution", "x", x.shape, "N", w.shape[1] * geometry.groups, "H", "W")
+    _expect_bias("convolution", bias, w)
+    geometry.positions(x.shape[2:], w.shape[2:])
     _check("convolution", x, w, "x", "w", 0, 0)
     native = _native("convolution", x, w, geometry, bias)
     if native is not None:
@@ -126,6 +137,9 @@ def convolution_grad_input(g: Codes, w: Codes, geometry: Geometry, size: tuple[i
         geometry: of the forward convolution.
         size: ``(H, W)`` of the input.
     """
+    _expect_weight("convolution_grad_input", w, geometry)
+    positions = geometry.positions(size, w.shape[2:])
+    _expect("convolution_grad_input", "g", g.shape, "N", w.shape[0], *positions)
     _check("convolution_grad_input", g, w, "g", "w", 0, 1)
     native = _native("convolution_grad_input", g, w, geometry, size)
     if native is not None:
@@ -148,6 +162,11 @@ def convolution_grad_weight(g: Codes, x: Codes, geometry: Geometry, kernel: tupl
         geometry: of the forward convolution.
         kernel: ``(kh, kw)``.
     """
+    _expect("convolution_grad_weight", "x", x.shape, "N", "I", "H", "W")
+    positions = geometry.positions(x.shape[2:], kernel)
+    _expect("convolution_grad_weight", "g", g.shape, x.shape[0], "O", *positions)
+    _expect_groups("convolution_grad_weight", "input channels of x", x.shape[1], geometry)
+    _expect_groups("convolution_grad_weight", "output channels of g", g.shape[1], geometry)
     _check("convolution_grad_weight", g, x, "g", "x", 1, 1)
     g, x = _counted_from_zero(g), _counted_from_zero(x)
     native = _native("convolution_grad_weight", g, x, geometry, kernel)
@@ -159,6 +178,30 @@ def convolution_grad_weight(g: Codes, x: Codes, geometry: Geometry, kernel: tupl
         return _backward(a, b, w, geometry, (False, True, False))[1]
 
     return _affine(product, g, x, None).contiguous()
+
+
+def _expect(name: str, label: str, shape: tuple[int, ...], *expected: int | str) -> None:
+    """Refuse another shape; a letter stands for any extent."""
+    fits = len(shape) == len(expected) and all(
+        isinstance(e, str) or e == s for s, e in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        raise InputError(f"{name}: expected {label} [{', '.join(map(str, expected))}], got {list(shape)}")
+
+
+def _expect_groups(name: str, label: str, channels: int, geometry: Geometry) -> None:
+    if channels % geometry.groups != 0:
+        raise InputError(f"{name}: expected a multiple of groups = {geometry.groups} {label}, got {channels}")
+
+
+def _expect_weight(name: str, w: Codes, geometry: Geometry) -> None:
+    _expect(name, "w", w.shape, "O", "I / groups", "kh", "kw")
+    _expect_groups(name, "output channels of w", w.shape[0], geometry)
+
+
+def _expect_bias(name: str, bias: torch.Tensor | None, w: Codes) -> None:
+    if bias is not None:
+        _expect(name, "bias", tuple(bias.shape), w.shape[0])
 
 
 def _check(name: str, a: Codes, b: Codes, first: str, second: str, axis_a: int, axis_b: int) -> None:

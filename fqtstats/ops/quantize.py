@@ -95,8 +95,8 @@ def encode(
     out = torch.empty(
         n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, storage_bits), dtype=torch.uint8, device="cpu"
     )
-    step, offset = torch.empty(2, groups).unbind()
-    zero = torch.empty(groups, dtype=torch.int32)
+    step, offset = torch.empty(2, groups, dtype=torch.float32, device="cpu").unbind()
+    zero = torch.empty(groups, dtype=torch.int32, device="cpu")
     low, high = (None, None) if extremes is None else (t.detach().numpy() for t in extremes)
     status = native.quantize_encode(
         view,
@@ -143,7 +143,7 @@ def decode(
     n, c, *size = codes.shape
     height, width = size or (1, 1)
     affine = codes.affine
-    out = torch.empty(codes.shape, memory_format=memory_format)
+    out = torch.empty(codes.shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
     view, channels_last = _view(out)
     native.quantize_decode(
         (codes.data if size else codes.data.view(n, 1, 1, -1)).numpy(),
@@ -180,7 +180,8 @@ def extremes(
     if native is None:
         return None
     view, channels_last = _view(x)
-    low, high = torch.empty(2, 1 if axis is None else x.shape[axis]).unbind()
+    groups = 1 if axis is None else x.shape[axis]
+    low, high = torch.empty(2, groups, dtype=torch.float32, device="cpu").unbind()
     native.quantize_extremes(
         view,
         channels_last,

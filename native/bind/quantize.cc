@@ -22,7 +22,8 @@ using namespace nb::literals;
 
 using Pair = std::array<std::int64_t, 2>;
 
-constexpr std::int64_t kMaxSize = std::int64_t{1} << 40;
+// Of sizes, channels and pads, so that no product of two of them overflows.
+constexpr std::int64_t kMaxSize = 1 << 30;
 
 // x is [N, C, S], or [N, S, C] where channels_last; not empty.
 quantize::Input input(const Array& x, bool channels_last) {

@@ -100,9 +100,10 @@ struct Axis {
   struct Span {
     int64_t first, step, from, by, count;
   };
-  std::vector<int64_t> base;      // [position] coordinate of the first tap
-  std::vector<int64_t> class_of;  // [position]
-  std::vector<std::vector<Tap>> classes;
+  std::vector<int64_t> base;              // [position] coordinate of the first tap
+  std::vector<int64_t> class_of;          // [position]
+  std::vector<std::vector<Tap>> classes;  // the first class_count; the others keep their memory
+  std::size_t class_count;
   std::vector<int64_t> place;  // [tap] in the panel: taps that read neighbours, in the order of their coordinates
   std::vector<Span> spans;     // [tap]
 };
@@ -117,7 +118,7 @@ void fill(Axis& axis, const Slide& s) {
   axis.class_of.assign(s.positions, 0);
   axis.place.assign(s.taps, 0);
   axis.spans.assign(s.taps, {0, 1, 0, 1, 0});
-  std::size_t class_count = 0;
+  axis.class_count = 0;
   thread_local std::vector<Axis::Tap> taps;
   for (int64_t t = 0; t < s.positions; ++t) {
     taps.clear();
@@ -145,14 +146,13 @@ void fill(Axis& axis, const Slide& s) {
       return std::equal(other.begin(), other.end(), taps.begin(), taps.end(),
                         [](const Axis::Tap& a, const Axis::Tap& b) { return a.index == b.index; });
     };
-    const auto begin = axis.classes.begin(), end = begin + static_cast<std::ptrdiff_t>(class_count);
+    const auto begin = axis.classes.begin(), end = begin + static_cast<std::ptrdiff_t>(axis.class_count);
     const auto found = std::find_if(begin, end, same);
     axis.class_of[t] = found - begin;
     if (found != end) continue;
-    if (class_count == axis.classes.size()) axis.classes.emplace_back();
-    axis.classes[class_count++].assign(taps.begin(), taps.end());
+    if (axis.class_count == axis.classes.size()) axis.classes.emplace_back();
+    axis.classes[axis.class_count++].assign(taps.begin(), taps.end());
   }
-  axis.classes.resize(class_count);
   int64_t place = 0;
   // Of the input gradient, the taps of one phase of the stride read neighbours.
   const int64_t phases = s.gradient ? s.stride / std::gcd(s.stride, s.dilation) : 1;
@@ -316,11 +316,11 @@ class Product {
 
  private:
   void list_classes() {
-    const auto width = static_cast<int64_t>(plan_.horizontal.classes.size());
+    const auto width = static_cast<int64_t>(plan_.horizontal.class_count);
     plan_.classes.clear();
     plan_.runs.clear();
     plan_.pixels.clear();
-    for (int64_t v = 0; v < static_cast<int64_t>(plan_.vertical.classes.size()); ++v)
+    for (int64_t v = 0; v < static_cast<int64_t>(plan_.vertical.class_count); ++v)
       for (int64_t h = 0; h < width; ++h) {
         Plan::Class c{v, h, 0, static_cast<int64_t>(plan_.runs.size()), 0, static_cast<int64_t>(plan_.pixels.size()),
                       0};

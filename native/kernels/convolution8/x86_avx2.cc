@@ -19,7 +19,6 @@ struct Vector {
   static Sum zero() { return _mm256_setzero_si256(); }
   static Sum load(const std::int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(std::int32_t* p, Sum v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static Sum add(Sum a, Sum b) { return _mm256_add_epi32(a, b); }
   static Panel panel(const std::int8_t* p) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8)};

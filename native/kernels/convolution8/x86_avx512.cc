@@ -17,7 +17,6 @@ struct Vector {
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum load(const std::int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(std::int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
-  static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static Panel panel(const std::int8_t* p) {
     const __m512i v = _mm512_loadu_si512(p);
     return {_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), _mm512_srai_epi16(v, 8)};

@@ -13,7 +13,6 @@ struct Vector {
   static Sum zero() { return _mm512_setzero_si512(); }
   static Sum load(const std::int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(std::int32_t* p, Sum v) { _mm512_storeu_si512(p, v); }
-  static Sum add(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
   static Panel panel(const std::int8_t* p) { return _mm512_loadu_si512(p); }
   static Word word(const std::uint8_t* p) { return _mm512_broadcastd_epi32(_mm_loadu_si32(p)); }
   static Sum dot(Sum sum, Word w, Panel p) { return _mm512_dpbusd_epi32(sum, w, p); }
