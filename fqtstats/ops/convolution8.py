@@ -16,9 +16,9 @@ _MAX_TERMS = 2**23
 def convolution(
     x: Codes, w: Codes, geometry: Geometry, bias: torch.Tensor | None = None, *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution`; None beyond the limits of the kernels."""
     (n, channels, height, width), (outputs, inputs, kh, kw) = x.shape, w.shape
-    if inputs * kh * kw > _MAX_TERMS:
+    if inputs * kh * kw > _MAX_TERMS or not _zeros_are_codes(x, w):
         return None
     size = (_positions(height, kh, geometry, 0), _positions(width, kw, geometry, 1))
     out = torch.empty(n, *size, outputs)
@@ -41,9 +41,9 @@ def convolution(
 def convolution_grad_input(
     g: Codes, w: Codes, geometry: Geometry, size: tuple[int, int], *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution_grad_input`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution_grad_input`; None beyond the limits of the kernels."""
     outputs, inputs, kh, kw = w.shape
-    if outputs * kh * kw > _MAX_TERMS:
+    if outputs * kh * kw > _MAX_TERMS or not _zeros_are_codes(g, w):
         return None
     channels = inputs * geometry.groups
     out = torch.empty(g.shape[0], *size, channels)
@@ -65,9 +65,9 @@ def convolution_grad_input(
 def convolution_grad_weight(
     g: Codes, x: Codes, geometry: Geometry, kernel: tuple[int, int], *, variant: str | None = None
 ) -> torch.Tensor | None:
-    """:func:`fqtstats.ops.products.convolution_grad_weight`; None where a sum has more than 2^23 terms."""
+    """:func:`fqtstats.ops.products.convolution_grad_weight`; None beyond the limits of the kernels."""
     n, outputs, height, width = g.shape
-    if n * height * width > _MAX_TERMS:
+    if n * height * width > _MAX_TERMS or not _zeros_are_codes(g, x):
         return None
     channels = x.shape[1]
     out = torch.empty(outputs, channels // geometry.groups, *kernel)
@@ -84,6 +84,12 @@ def convolution_grad_weight(
         variant,
     )
     return out
+
+
+def _zeros_are_codes(*operands: Codes) -> bool:
+    # 0..255: the kernels' bounds on int32 sums rest on it.
+    zeros = [c.affine.zero.numpy() for c in operands if c.affine.zero is not None]
+    return all(zero.min(initial=0) >= 0 and zero.max(initial=0) <= 255 for zero in zeros)
 
 
 def _positions(size: int, kernel: int, geometry: Geometry, axis: int) -> int:
