@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from fqtstats import policies
 from fqtstats.benchmarks.pairs import Case, Pair

@@ -202,7 +202,7 @@ bool convolution8_all() {
     const auto data = bytes(8 * 64 * 64 * 64);
     const auto x = make(data, kN, kIn, kSize, kSize), w = make(data, kOut, kIn, 3, 3),
                g = make(data, kN, kOut, kSmall, kSmall);
-    const auto many = make(data, 8, 16, 63, 63), gradient = make(data, 8, 64, 32, 32);
+    const auto many = make(data, 8, 16, 64, 64), gradient = make(data, 8, 64, 32, 32);
     equal = same(convolution8::kernels(),
                  [&](const convolution8::Kernel& kernel, int threads) {
                    std::vector<float> out(kN * kSmall * kSmall * kOut + kN * kSize * kSize * kIn + 64 * 16);
