@@ -249,6 +249,19 @@ def test_sums_beyond_the_limit_are_left_to_the_fallback():
     assert convolution8.convolution_grad_weight(images, images, Geometry(), (1, 1)) is None
 
 
+@pytest.mark.parametrize("zero", [-1, 256, 2**31 - 1])
+def test_zero_points_that_are_no_codes_are_left_to_the_fallback(zero):
+    plain = Affine(torch.ones(1))
+    odd = Affine(torch.ones(1), torch.tensor([zero], dtype=torch.int32))
+    x, w = (Codes.pack(torch.ones(2, 3, 4, 4, dtype=torch.uint8), 8, what) for what in (odd, plain))
+    assert convolution8.convolution(x, w, Geometry()) is None
+    assert convolution8.convolution(w, x, Geometry()) is None
+    assert convolution8.convolution_grad_weight(w, x, Geometry(), (1, 1)) is None
+    g = Codes.pack(torch.ones(2, 2, 1, 1, dtype=torch.uint8), 8, odd)
+    assert convolution8.convolution_grad_input(g, w, Geometry(), (4, 4)) is None
+    assert torch.equal(products.convolution(x, w, Geometry()), torch.full((2, 2, 1, 1), 48.0 * (1 - zero)))
+
+
 # --- the public functions and the boundary ----------------------------------------------------------------------------
 
 

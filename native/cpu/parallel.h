@@ -5,13 +5,28 @@
 #include <cstdint>
 
 #if defined(FQTSTATS_STD_THREADS)  // for the thread sanitizer, which cannot see into an OpenMP runtime
+#include <atomic>
 #include <thread>
+#include <typeinfo>
 #include <vector>
 #elif defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace fqtstats::cpu {
+
+#if defined(FQTSTATS_STD_THREADS)
+// One for every call of split in the program, for native/tests/threads.cc: have several threads run it?
+struct Place {
+  const char* body;
+  std::atomic<bool> shared = false;
+  const Place* next;
+  explicit Place(const char* name) : body(name), next(first) { first = this; }
+  static inline const Place* first = nullptr;
+};
+template <typename Body>
+inline Place place{typeid(Body).name()};
+#endif
 
 // Calls body(begin, end) on disjoint ranges that cover [0, total), on at most `threads` threads, and on no more than
 // one per `grain` items. With one thread no OpenMP region is entered, so a forked child may call this: an OpenMP pool
@@ -21,6 +36,7 @@ void split(std::int64_t total, std::int64_t grain, int threads, const Body& body
   threads = static_cast<int>(std::min<std::int64_t>(threads, total / grain));
 #if defined(FQTSTATS_STD_THREADS)
   if (threads > 1) {
+    place<Body>.shared.store(true, std::memory_order_relaxed);  // relaxed: hides no race
     std::vector<std::thread> team;
     for (std::int64_t t = 0; t < threads; ++t)
       team.emplace_back([&, t] { body(total * t / threads, total * (t + 1) / threads); });
