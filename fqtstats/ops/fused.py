@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fqtstats.errors import InputError
-from fqtstats.ops.codes import Affine, Codes, row_bytes
+from fqtstats.ops.codes import Affine, Codes, empty_images, row_bytes
 from fqtstats.ops.extension import native_module
 
 if TYPE_CHECKING:
@@ -181,9 +181,7 @@ def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tenso
         x = F.max_pool2d(x, 2) if f.pool else x
         return x.contiguous(memory_format=torch.channels_last)
     n, c, *space = y.shape
-    size = (n, c, *f.size(*space))
-    # Not a permuted view: nobody could change one in place that an autograd function returned.
-    out = torch.empty(size, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+    out = empty_images(n, c, *f.size(*space))
     native.fused_apply(inner.numpy(), *_map(f), _inner("out", out).numpy(), torch.get_num_threads(), variant)
     return out
 
