@@ -16,16 +16,18 @@ __all__ = ["show"]
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """One table per thing that is timed and baseline."""
+    several = len({row.allocator for row in rows}) > 1
+    columns = ("shape", "threads", *(["memory"] if several else []), "ratio", "must", "aim", "time", "of peak")
     for (name, baseline), group in groupby(rows, key=lambda row: (row.name, row.baseline)):
         console.print(Text(f"{name}, against {baseline}", style="bold"))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for column in ("shape", "threads", "memory", "ratio", "must", "aim", "time", "of peak"):
+        for column in columns:
             table.add_column(column, justify="left" if column in ("shape", "memory") else "right")
         for row in group:
             table.add_row(
                 row.shape,
                 str(row.threads),
-                row.allocator,
+                *([row.allocator] if several else []),
                 Text(f"{row.ratio:.2f}x [{row.ratio_low:.2f}, {row.ratio_high:.2f}]", "red" if row.missed else ""),
                 "-" if row.must is None else f"{row.must:g}x",
                 "-" if row.aim is None else f"{row.aim:g}x",
