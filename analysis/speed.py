@@ -18,6 +18,15 @@ from matplotlib.figure import Figure
 from fqtstats.report import style
 
 FOLDER = Path(__file__).parent / "results" / "speed"
+BASELINES = {
+    "rand(out=r); mul(x, s, out=y).add_(b).add_(r).floor_().clamp_(0, 255); codes.copy_(y)": "torch expression",
+    "the same in torch, with torch._int_mm": "the same in torch",
+    "naive replicate (forward and backward)": "naive replicate",
+    "F.conv2d float32, channels_last": "F.conv2d float32",
+    "PyTorch float32 (default: NCHW)": "PyTorch float32",
+}
+"""Shorter names, for the figure."""
+
 COMMAND = ["fqtstats", "bench", "all", "--allocator", "both"]
 
 
@@ -75,36 +84,41 @@ def table(content: dict[str, Any]) -> str:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """Ratios of the rows that have a target, one thread or as the target says, beside must and aim."""
+    """Ratios of the rows that have a target beside must and aim, and what they would be at the machine's peak."""
     shown = [row for row in rows if row["must"] is not None and row["allocator"] == "default"]
+    labels, heights = [], []
+    height, last = 0.0, None
+    for row in shown:
+        height -= 1.0 if (row["name"], row["baseline"]) == last else 1.6
+        last = (row["name"], row["baseline"])
+        heights.append(height)
+        labels.append(f"{row['name']}, {row['shape']}  vs  {BASELINES.get(row['baseline'], row['baseline'])}")
     with style.applied():
-        drawn = style.new_figure(2 * style.COLUMN_WIDTH, 0.9 + 0.13 * len(shown))
+        drawn = style.new_figure(2.2 * style.COLUMN_WIDTH, 0.6 - 0.105 * height)
         axes = drawn.add_subplot()
-        heights = range(len(shown), 0, -1)
-        axes.hlines(
-            heights,
-            [r["ratio_low"] for r in shown],
-            [r["ratio_high"] for r in shown],
-            color="#0072B2",
-            lw=1.6,
-            zorder=2,
-        )
-        axes.plot([r["ratio"] for r in shown], heights, "o", color="#0072B2", label="measured (quartiles)", zorder=3)
-        axes.plot([r["must"] for r in shown], heights, "|", color="#D55E00", ms=7, mew=1.4, label="must")
-        aims = [(r["aim"], h) for r, h in zip(shown, heights, strict=True) if r["aim"] is not None]
-        axes.plot(*zip(*aims, strict=True), "|", color="#009E73", ms=7, mew=1.0, label="aim")
+        lows, highs = [r["ratio_low"] for r in shown], [r["ratio_high"] for r in shown]
+        axes.hlines(heights, lows, highs, color="#0072B2", lw=1.6, zorder=2)
+        axes.plot([r["ratio"] for r in shown], heights, "o", color="#0072B2", label="measured, quartiles", zorder=3)
+        axes.plot([r["must"] for r in shown], heights, "|", color="#D55E00", ms=6, mew=1.4, label="must")
+        aims = [(row["aim"], h) for row, h in zip(shown, heights, strict=True) if row["aim"] is not None]
+        axes.plot(*zip(*aims, strict=True), "|", color="#009E73", ms=6, mew=1.0, label="aim")
+        # Where an instruction is the bound; memory bandwidth is none in the cache.
+        bounded = [(row, h) for row, h in zip(shown, heights, strict=True) if row["peak"] not in (None, "copy")]
+        peaks = [(row["ratio"] / row["of_peak"], h) for row, h in bounded if row["of_peak"] is not None]
+        ceiling = "at the peak rate of the bounding instruction"
+        axes.plot(*zip(*peaks, strict=True), "o", color=style.GREY, mfc="none", mew=0.6, label=ceiling)
         axes.axvline(1, color=style.GREY, lw=0.5)
         axes.set_xscale("log")
-        axes.set_yticks(list(heights), [f"{r['name']}, {r['shape']}\nvs {_short(r['baseline'])}" for r in shown])
-        axes.tick_params(axis="y", labelsize=4.5)
-        axes.grid(axis="x", which="both")
+        ticks = [1, 2, 3, 5, 10, 20, 30, 50]
+        axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_yticks(heights, labels)
+        axes.set_ylim(height - 1, 0)
+        axes.tick_params(axis="y", labelsize=4.5, length=0)
+        axes.grid(axis="x")
         axes.set_xlabel("times as fast as the baseline")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.3, 1.08), ncols=3)
+        drawn.legend(loc="outside upper right", ncols=4)
     return drawn
-
-
-def _short(text: str) -> str:
-    return text if len(text) < 45 else "torch expression"
 
 
 if __name__ == "__main__":

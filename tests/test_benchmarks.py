@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -199,3 +200,25 @@ def test_every_benchmark_is_listed_by_its_error(run: Run) -> None:
     assert done.status == 2
     assert all(name in done.err for name in benchmarks.BENCHMARKS)
     assert all(field in Row.__dataclass_fields__ for field in ("must", "aim"))
+
+
+def analysis_speed() -> Any:
+    # It stands in the repository, not in the installed package.
+    path = Path(__file__).parents[1] / "analysis" / "speed.py"
+    spec = importlib.util.spec_from_file_location("analysis_speed", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_table_is_that_of_the_committed_rows() -> None:
+    speed = analysis_speed()
+    content = json.loads((speed.FOLDER / "rows.json").read_text())
+    assert (speed.FOLDER / "table.md").read_text() == speed.table(content)
+    assert {row["allocator"] for row in content["rows"]} == set(machine.ALLOCATORS)
+    assert {row["threads"] for row in content["rows"]} >= {1, 2}
+    # Every row that has a target is one that the benchmarks still list.
+    listed = {(case.name, case.shape, case.must) for name in benchmarks.BENCHMARKS for case in benchmarks.cases(name)}
+    assert {(row["name"], row["shape"], row["must"]) for row in content["rows"] if row["must"]} <= listed
