@@ -73,11 +73,11 @@ def hot_loops(function: Function) -> list[set[int]]:
     for b in dominators:
         for head in following[b]:
             if head in dominators[b]:
-                body, todo = bodies.setdefault(head, {head}), [b]
-                while todo:
-                    if (n := todo.pop()) not in body:
+                body, pending = bodies.setdefault(head, {head}), [b]
+                while pending:
+                    if (n := pending.pop()) not in body:
                         body.add(n)
-                        todo += [p for p in preceding[n] if p in dominators]
+                        pending += [p for p in preceding[n] if p in dominators]
     innermost = [body for head, body in bodies.items() if not any(h in body for h in bodies if h != head)]
     calls = {b for b in blocks if any(code[i][1].startswith("call") for i in range(b, end[b]))}
     return [{i for b in body - calls for i in range(b, end[b])} for body in innermost]
@@ -87,11 +87,11 @@ def _dominators(
     blocks: list[int], following: dict[int, list[int]], preceding: dict[int, list[int]]
 ) -> dict[int, set[int]]:
     # Of the blocks that can be reached.
-    reached, todo = set(), [0] if blocks else []
-    while todo:
-        if (b := todo.pop()) not in reached:
+    reached, pending = set(), [0] if blocks else []
+    while pending:
+        if (b := pending.pop()) not in reached:
             reached.add(b)
-            todo += following[b]
+            pending += following[b]
     order = [b for b in blocks if b in reached]
     found = {b: set(order) for b in order}
     if order:
