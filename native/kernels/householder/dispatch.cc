@@ -2,12 +2,9 @@
 #include <cmath>
 #include <limits>
 
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stream.h"
 #include "kernels/householder/householder.h"
 
 namespace fqtstats::householder {
@@ -31,15 +28,13 @@ constexpr std::int64_t kUnit = 16;         // columns of a cache line
 constexpr std::int64_t kCache = 1 << 15;   // elements of a strip: it and the next one stay in the second-level cache
 constexpr std::int64_t kWidest = 1 << 9;   // columns of a strip: u and the partial sums stay in the first-level cache
 constexpr std::int64_t kGrain = 1 << 16;   // elements: about 10 us, several times a thread's wake-up
-constexpr std::int64_t kStream = 1 << 21;  // elements, from which on the result would not stay in a cache
 
 std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
 
 // Columns [begin, end) of every row. low and high are this call's own.
 void transform(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns,
                std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
-  const bool stream = t.rows * columns >= kStream && columns % kUnit == 0 &&
-                      reinterpret_cast<std::uintptr_t>(out) % (kUnit * sizeof(float)) == 0;
+  const bool stream = cpu::streams(out, t.rows * columns, columns);
   const auto rows = [&](std::int64_t first, std::int64_t n) {
     Block block{.in = in,
                 .out = out,
@@ -70,9 +65,7 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
     position += static_cast<std::int64_t>(t.sizes[g]);
   }
   for (; position < t.rows; ++position) rows(position, 1);
-#if defined(__x86_64__)
-  if (stream) _mm_sfence();  // orders such writes before whatever tells another thread of them
-#endif
+  if (stream) cpu::order_streams();
 }
 
 struct Memory {};

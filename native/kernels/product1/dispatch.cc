@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stream.h"
 #include "kernels/product1/product1.h"
 
 namespace fqtstats::product1 {
@@ -75,6 +76,7 @@ void run(const Kernel& kernel, const Matrix& a, const Matrix& b, std::int64_t k,
   cpu::split(units, grain(kUnit * job.index.rows * (job.groups + 1)), threads,
              [&](std::int64_t begin, std::int64_t end) {
                path.multiply(job, begin * kUnit, std::min(end * kUnit, job.table.rows));
+               if (epilogue.stream) cpu::order_streams();
              });
 }
 
@@ -106,6 +108,7 @@ void multiply(const Kernel& kernel, const Operand& a, const Affine& of_a, const 
   const Matrix ma = contiguous<OfA>(kernel, a, threads), mb = contiguous<OfB>(kernel, b, threads);
   Epilogue e{};
   e.columns = columns;
+  e.stream = cpu::streams(y, rows * columns, columns);
   e.y = y;
   e.sa = spread<0>(of_a.step, of_a.grouped, rows);
   e.za = spread<1>(of_a.zero, of_a.grouped, rows);
@@ -148,6 +151,7 @@ void multiply_integers(const Kernel& kernel, const Operand& a, const Operand& b,
   const Matrix ma = contiguous<OfA>(kernel, a, threads), mb = contiguous<OfB>(kernel, b, threads);
   Epilogue e{};
   e.columns = columns;
+  e.stream = cpu::streams(out, rows * columns, columns);
   e.integers = out;
   e.scale = 1;
   if (signs) {

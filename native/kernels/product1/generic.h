@@ -6,6 +6,10 @@
 
 #include "kernels/product1/product1.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace fqtstats::product1 {
 
 static inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
@@ -43,6 +47,18 @@ static inline V vector(const T* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+
+// Past the caches; p is a multiple of a vector.
+template <typename V>
+static inline void stream(void* p, V v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(v));
+#else
+  std::memcpy(p, &v, sizeof v);
+#endif
 }
 
 // --- transposed operands ---------------------------------------------------------------------------------------------
@@ -146,6 +162,7 @@ static inline void finish_element(const Epilogue& e, std::int64_t m, std::int64_
 
 // Asks for the memory of elements n to n + count - 1 of row m, which finish() will write.
 static inline void expect(const Epilogue& e, std::int64_t m, std::int64_t n, std::int64_t count) {
+  if (e.stream) return;
   const std::int64_t first = m * e.columns + n;
   for (std::int64_t i = 0; i < count; i += 16)
     __builtin_prefetch(e.y != nullptr ? static_cast<const void*>(e.y + first + i) : e.integers + first + i, 1);
@@ -163,11 +180,16 @@ __attribute__((always_inline)) static inline void finish(const Epilogue& e, std:
   std::uint8_t* const out = reinterpret_cast<std::uint8_t*>(e.y != nullptr ? static_cast<void*>(e.y + m * e.columns + n)
                                                                            : e.integers + m * e.columns + n);
   std::uint8_t* const to = count == kPanel ? out : buffer;
+  const bool past = e.stream && count == kPanel;
+  const auto put = [&](int j, auto value) __attribute__((always_inline)) {
+    past ? stream(to + 4 * j, value) : static_cast<void>(std::memcpy(to + 4 * j, &value, sizeof value));
+  };
   if (e.y == nullptr) {
     for (int j = 0; j < kPanel; j += kLanes) {
-      Words value = vector<Words>(s + j) * static_cast<std::uint32_t>(e.scale);
+      Words value = vector<Words>(s + j);
+      if (e.scale != 1) value *= static_cast<std::uint32_t>(e.scale);
       if (e.row != nullptr) value += vector<Words>(e.column + n + j) + static_cast<std::uint32_t>(e.row[m]);
-      std::memcpy(to + 4 * j, &value, sizeof value);
+      put(j, value);
     }
   } else {
     for (int j = 0; j < kPanel; j += kLanes) {
@@ -178,7 +200,7 @@ __attribute__((always_inline)) static inline void finish(const Epilogue& e, std:
       if (e.ob != nullptr) y += vector<Floats>(e.ob + n + j) * e.u[m];
       if (e.oa != nullptr) y += vector<Floats>(e.v + n + j) * e.oa[m];
       if (e.bias != nullptr) y += vector<Floats>(e.bias + n + j);
-      std::memcpy(to + 4 * j, &y, sizeof y);
+      put(j, y);
     }
   }
   if (to == buffer) std::memcpy(out, buffer, static_cast<std::size_t>(count) * 4);

@@ -62,6 +62,7 @@ struct Matrix {
 // What becomes of S. Arrays over n are readable for kPanel entries beyond the end; nullptr where a term is left out.
 struct Epilogue {
   std::int64_t columns;  // N
+  bool stream;           // write past the caches: whole cache lines
 
   // Integers: scale * S + row[m] + column[n].
   std::int32_t* integers;

@@ -82,24 +82,28 @@ void pack_words(const Matrix& x, std::int64_t groups, std::int64_t panel, std::u
 
 __attribute__((noinline)) void count_tile(const std::uint8_t* const (&rows)[kRowsPerTile], const std::uint8_t* panel,
                                           std::int64_t groups, std::int32_t (*s)[kPanel]) {
+  if (groups == 0) {
+    std::memset(s, 0, sizeof *s * kRowsPerTile);
+    return;
+  }
   __m512i c[kRowsPerTile][4];
-#pragma GCC unroll 6
-  for (int i = 0; i < kRowsPerTile; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) c[i][j] = _mm512_setzero_si512();
-  for (std::int64_t g = 0; g < 8 * groups; g += 8, panel += 8 * kPanel) {
-    const __m512i b0 = load512(panel), b1 = load512(panel + 64), b2 = load512(panel + 128), b3 = load512(panel + 192);
+  const auto add = [&](std::int64_t g, auto first) __attribute__((always_inline)) {
+    const __m512i b[4] = {load512(panel), load512(panel + 64), load512(panel + 128), load512(panel + 192)};
 #pragma GCC unroll 6
     for (int i = 0; i < kRowsPerTile; ++i) {
       long long word;
       std::memcpy(&word, rows[i] + g, 8);
       const __m512i a = _mm512_set1_epi64(word);
-      c[i][0] = _mm512_add_epi64(c[i][0], _mm512_popcnt_epi64(_mm512_and_si512(a, b0)));
-      c[i][1] = _mm512_add_epi64(c[i][1], _mm512_popcnt_epi64(_mm512_and_si512(a, b1)));
-      c[i][2] = _mm512_add_epi64(c[i][2], _mm512_popcnt_epi64(_mm512_and_si512(a, b2)));
-      c[i][3] = _mm512_add_epi64(c[i][3], _mm512_popcnt_epi64(_mm512_and_si512(a, b3)));
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i n = _mm512_popcnt_epi64(_mm512_and_si512(a, b[j]));
+        c[i][j] = first ? n : _mm512_add_epi64(c[i][j], n);
+      }
     }
-  }
+    panel += 8 * kPanel;
+  };
+  add(0, std::true_type{});
+  for (std::int64_t g = 8; g < 8 * groups; g += 8) add(g, std::false_type{});
   const __m512i low = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #pragma GCC unroll 6
   for (int i = 0; i < kRowsPerTile; ++i) {

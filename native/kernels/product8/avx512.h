@@ -260,20 +260,30 @@ struct RowConstants {
   }
 };
 
-// Sums in c to results, for the rows of one tile: the columns' constants stay in registers.
+template <bool kStream>
+FQTSTATS_INLINE void write(std::int32_t* to, __mmask16 valid, __m512i v) {
+  if constexpr (kStream)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
+  else
+    _mm512_mask_storeu_epi32(to, valid, v);
+}
+
+// Sums to results c, for the rows of one tile: the columns' constants stay in registers.
+template <bool kStream>
 __attribute__((noinline)) static void finish_tile(const Finish& f, const RowConstants& row, std::int64_t column,
-                                                  int rows, int columns, std::int32_t* c, std::int64_t ldc) {
+                                                  int rows, int columns, const std::int32_t* sums, std::int64_t lds,
+                                                  std::int32_t* c, std::int64_t ldc) {
   for (int j = 0; j < columns; j += kLanes) {
     const __mmask16 valid = first_lanes(columns - j);
     const std::int64_t n = column + j;
     const __m512i sum_b = _mm512_loadu_si512(f.sum_b + n), zero_b = _mm512_loadu_si512(f.zero_b + n);
     const auto correct = [&](int i) {
-      const __m512i p = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, c + i * ldc + j),
+      const __m512i p = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, sums + i * lds + j),
                                          _mm512_mullo_epi32(sum_b, _mm512_set1_epi32(row.zero[i])));
       return _mm512_sub_epi32(p, _mm512_mullo_epi32(zero_b, _mm512_set1_epi32(row.sum[i])));
     };
     if (!f.step_a) {
-      for (int i = 0; i < rows; ++i) _mm512_mask_storeu_epi32(c + i * ldc + j, valid, correct(i));
+      for (int i = 0; i < rows; ++i) write<kStream>(c + i * ldc + j, valid, correct(i));
       continue;
     }
     const __m512 none = _mm512_setzero_ps(), sb = _mm512_loadu_ps(f.step_b + n);
@@ -285,7 +295,7 @@ __attribute__((noinline)) static void finish_tile(const Finish& f, const RowCons
       if (f.offset_b) y = _mm512_add_ps(y, _mm512_mul_ps(ob, _mm512_set1_ps(row.u[i])));
       if (f.offset_a) y = _mm512_add_ps(y, _mm512_mul_ps(v, _mm512_set1_ps(row.offset[i])));
       if (f.bias) y = _mm512_add_ps(y, bias);
-      _mm512_mask_storeu_ps(c + i * ldc + j, valid, y);
+      write<kStream>(c + i * ldc + j, valid, _mm512_castps_si512(y));
     }
   }
 }
@@ -293,12 +303,17 @@ __attribute__((noinline)) static void finish_tile(const Finish& f, const RowCons
 // Block by block of a tile's height: Tile::run<kRows, kVectors>(block, a, c, last) adds the panel's product to c or
 // sets it; `last` masks the last vector's columns.
 template <typename Tile, int kVectors>
-static void tiles(const Block& b) {
-  const __mmask16 last = first_lanes(b.columns - (kVectors - 1) * kLanes);
+static void tiles(const Block& block) {
+  const __mmask16 last = first_lanes(block.columns - (kVectors - 1) * kLanes);
+  alignas(64) std::int32_t tile[kTileRows * kTileColumns];  // sums whose results are streamed
+  const bool apart = block.stream && block.finish;
+  Block b = block;
+  if (apart) b.stream = false, b.ldc = kTileColumns;
   for (std::int64_t i = 0; i < b.rows; i += kTileRows) {
     const int rows = static_cast<int>(b.rows - i < kTileRows ? b.rows - i : kTileRows);
     const std::uint8_t* a = b.a + i * b.lda;
-    std::int32_t* c = static_cast<std::int32_t*>(b.c) + i * b.ldc;
+    std::int32_t* const out = static_cast<std::int32_t*>(block.c) + i * block.ldc;
+    std::int32_t* const c = apart ? tile : out;
     switch (rows) {
       case 6:
         Tile::template run<6, kVectors>(b, a, c, last);
@@ -318,7 +333,10 @@ static void tiles(const Block& b) {
       default:
         Tile::template run<1, kVectors>(b, a, c, last);
     }
-    if (b.finish) finish_tile(*b.finish, RowConstants(*b.finish, b.row + i, rows), b.column, rows, b.columns, c, b.ldc);
+    if (!b.finish) continue;
+    const RowConstants row(*b.finish, b.row + i, rows);
+    const auto finish = apart ? finish_tile<true> : finish_tile<false>;
+    finish(*b.finish, row, b.column, rows, b.columns, c, b.ldc, out, block.ldc);
   }
 }
 
@@ -342,9 +360,14 @@ FQTSTATS_INLINE __m512i broadcast_word(const std::uint8_t* from) {
   return _mm512_set1_epi32(word);
 }
 
-// c = sums, plus c itself where `keep` is all ones.
+// c = sums, plus c itself where `keep` is all ones and they are not streamed.
 template <int kVectors>
-FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last) {
+FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last, bool stream) {
+  if (stream) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) write<true>(c + kLanes * j, last, sums[j]);
+    return;
+  }
 #pragma GCC unroll 4
   for (int j = 0; j < kVectors; ++j) {
     const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);

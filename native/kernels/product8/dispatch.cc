@@ -3,6 +3,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stream.h"
 #include "kernels/product8/product8.h"
 
 namespace fqtstats::product8 {
@@ -81,6 +82,7 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
   const std::int64_t block_rows =
       std::clamp<std::int64_t>(kBlock / cuts.depth / kRowStep * kRowStep, kRowStep, kMostRows);
   const std::int64_t rows_bytes = block_rows * rows_stride;
+  const bool stream = cuts.chunks == 1 && cpu::streams(c, m * n, n);
   auto* buffers = direct(a) ? nullptr : cpu::scratch<Rows, std::uint8_t>(shares * rows_bytes);
 
   for (std::int64_t s = 0; s < cuts.chunks; s += cuts.slab) {
@@ -135,6 +137,7 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
           block.ldc = n;
           block.add = s + chunk > 0;
           block.finish = finish && last_slab && chunk + 1 == chunks ? &own : nullptr;
+          block.stream = stream;
           block.row = row;
           for (std::int64_t p = p0; p < p1; ++p) {
             block.panel = panel(chunk, p);
@@ -148,6 +151,7 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
     };
     cpu::split(shares, 1, static_cast<int>(shares), [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) share(i);
+      if (stream) cpu::order_streams();
     });
   }
 }

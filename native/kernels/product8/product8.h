@@ -71,6 +71,7 @@ struct Block {
   void* c;              // int32 sums, and in the end the result
   std::int64_t ldc;
   bool add;                  // to the sums in c
+  bool stream;               // past the caches: c and ldc are multiples of a cache line, and nothing is added
   const Finish* finish;      // nullptr: c stays a sum
   std::int64_t row, column;  // of c's first element, for `finish`
 };

@@ -34,10 +34,11 @@ struct Tile {
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) sums[i][j] = _mm512_setzero_si512();
     // The results' cache lines, which are written (and read, where there are sums in them) only after the loop.
+    if (!block.stream)
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * block.ldc + kLanes * j, 1);
+        for (int j = 0; j < kVectors; ++j) __builtin_prefetch(c + i * block.ldc + kLanes * j, 1);
     const std::int64_t lda = block.lda;
     const std::uint8_t* a[2] = {rows, rows + 3 * lda};
     const std::uint8_t* panel = block.panel;
@@ -62,7 +63,7 @@ struct Tile {
       }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc, sums[i], keep, last);
+    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc, sums[i], keep, last, block.stream);
   }
 };
 

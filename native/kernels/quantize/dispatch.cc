@@ -28,7 +28,7 @@ namespace {
 constexpr std::int64_t kPositions =
     1024;  // of one image, at a time; a multiple of every Philox tile; long runs for the prefetcher
 constexpr std::int64_t kRun =
-    1024;  // consecutive elements at a time: few enough to read ahead while their random bits are made
+    2048;  // consecutive elements at a time: few enough to read ahead while their random bits are made
 constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -205,8 +205,12 @@ class Encoder {
       prefetch(r.x, r.rows * count);
       r.bits = run_of_bits(element, r.rows * count);
       r.bits_stride = r.codes_stride = count;
-      r.codes = codes();
+      // Bytes without padding need no packing.
+      const bool packed = place_.row == in_.c && place_.layout.bits == 8;
+      r.codes = packed ? out_ + begin * place_.row + c : codes();
+      if (packed) r.codes_stride = place_.row;
       run(r, recipe_.axis == Axis::sample);
+      if (packed) continue;
       kernel_.pack(r.codes, count, end - begin, count, place_.layout.bits,
                    out_ + begin * place_.row + c * place_.layout.bits / 8, place_.row);
     }
@@ -423,7 +427,7 @@ Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const
     if (!encoder.set_grids(low, high, 0, groups)) return encoder.status();
   }
   if (in.s == 1 && layout.pad_h == 0 && layout.pad_w == 0) {
-    const std::int64_t block = std::max<std::int64_t>(kRun / in.c, 1);
+    const std::int64_t block = std::max<std::int64_t>((kRun + in.c / 2) / in.c, 1);
     cpu::split(ceil_div(in.n, block), kGrain / (block * in.c) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t n = begin * block; n < std::min(end * block, in.n); n += block) {
         const std::int64_t stop = std::min(n + block, in.n);
