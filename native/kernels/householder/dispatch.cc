@@ -24,10 +24,10 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-constexpr std::int64_t kUnit = 16;         // columns of a cache line
-constexpr std::int64_t kCache = 1 << 15;   // elements of a strip: it and the next one stay in the second-level cache
-constexpr std::int64_t kWidest = 1 << 9;   // columns of a strip: u and the partial sums stay in the first-level cache
-constexpr std::int64_t kGrain = 1 << 16;   // elements: about 10 us, several times a thread's wake-up
+constexpr std::int64_t kUnit = 16;        // columns of a cache line
+constexpr std::int64_t kCache = 1 << 15;  // elements of a strip: it and the next one stay in the second-level cache
+constexpr std::int64_t kWidest = 1 << 9;  // columns of a strip: u and the partial sums stay in the first-level cache
+constexpr std::int64_t kGrain = 1 << 16;  // elements: about 10 us, several times a thread's wake-up
 
 std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
 

@@ -61,7 +61,8 @@ struct Tile {
       }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc + kLanes * first, sums[i], keep, last, block.stream);
+    for (int i = 0; i < kRows; ++i)
+      store_row<kVectors>(c + i * block.ldc + kLanes * first, sums[i], keep, last, block.stream);
   }
 };
 
