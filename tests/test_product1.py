@@ -89,6 +89,22 @@ def test_sums_over_several_passes(variant, orientation):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("bits", [(1, 1), (4, 1), (1, 4)])
+@pytest.mark.parametrize(("m", "n"), [(2029, 1040), (2029, 1041)])
+def test_results_that_are_written_past_the_caches(variant, bits, m, n):
+    # From 2^21 of them on, in whole cache lines: not where a row begins within a line.
+    generator = torch.Generator().manual_seed(n)
+    a, b = draw(generator, bits[0], (m, 70)), draw(generator, bits[1], (n, 70))
+    first, second = (
+        packed(x, w, random_affine(generator, w, x.shape[0], 0, True, True)) for x, w in zip((a, b), bits, strict=True)
+    )
+    bias = torch.randn(n, generator=generator)
+    expected = products._affine(lambda x, y: x @ y.t(), first, second, bias)
+    assert torch.equal(product1._product(first, second, False, False, bias, variant), expected)
+    assert torch.equal(integers(variant, first, second, threads=2), (a.double() @ b.double().t()).int())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", PAIRS)
 def test_largest_codes_over_many_terms(variant, bits):
     k = 100_003

@@ -153,6 +153,24 @@ def test_panels_in_several_slabs(variant):
     assert torch.equal(run(variant, "linear_grad_weight", a, b), fallback("linear_grad_weight", a, b))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("m", "n"), [(2029, 1040), (2029, 1041)])
+def test_results_that_are_written_past_the_caches(variant, m, n):
+    # From 2^21 of them on, in whole cache lines: not where a row, or the first one, begins within a line.
+    g = torch.Generator().manual_seed(n)
+    for zero, offset in (((False, False), (False, False)), ((True, True), (True, True))):
+        a, b = operands(g, "linear", m, n, 9, (8, 8), zero=zero, offset=offset)
+        bias = torch.randn(n, generator=g)
+        expected = fallback("linear", a, b, bias)
+        for threads in (1, 3):
+            assert torch.equal(run(variant, "linear", a, b, bias, threads), expected)
+        unaligned = torch.full((m * n + 1,), torch.nan)[1:].view(m, n)
+        assert torch.equal(run(variant, "linear", a, b, bias, out=unaligned), expected)
+    a = torch.randint(-128, 128, (m, 9), generator=g, dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, 9), generator=g, dtype=torch.int8)
+    assert np.array_equal(raw(variant, a, b, threads=2).numpy(), int64(a, b))
+
+
 # --- every K ----------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ void run(const Kernel& kernel, const Matrix& a, const Matrix& b, std::int64_t k,
     for (std::int64_t p = begin; p < end; ++p) path.pack(job.index, job.groups, p, packed + p * panel_bytes);
   });
   job.panels = packed;
-  constexpr std::int64_t kUnit = 24;  // rows: a multiple of every tile
+  constexpr std::int64_t kUnit = 48;  // rows: a multiple of every tile, and of a cache line where they become columns
   const std::int64_t units = ceil_div(job.table.rows, kUnit);
   cpu::split(units, grain(kUnit * job.index.rows * (job.groups + 1)), threads,
              [&](std::int64_t begin, std::int64_t end) {
