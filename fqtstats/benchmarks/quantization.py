@@ -77,16 +77,17 @@ def quantize_cases() -> list[Case]:
         ]
         cases += [
             Case(
-                name="extremes, rounding, int8 product, scales",
+                name=f"extremes, rounding ({random_bits} random bits), int8 product, scales",
                 shape=f"{m}x{n}x{k}",
                 threads=threads,
                 baseline="the same in torch, with torch._int_mm",
-                pair=_chain(m, n, k),
+                pair=_chain(random_bits, m, n, k),
                 must=(4.0 if n <= 128 else 2.5) if one else None,
                 aim=8.0 if one else None,
                 work=2.0 * m * n * k,
                 peak="int8",
             )
+            for random_bits in (24, 16)
             for m, n, k in CHAINS
         ]
     return cases
@@ -151,11 +152,11 @@ def _householder(n: int) -> Callable[[], AbstractContextManager[Pair]]:
     return pair
 
 
-def _chain(m: int, n: int, k: int) -> Callable[[], AbstractContextManager[Pair]]:
+def _chain(random_bits: int, m: int, n: int, k: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
         x, w = _input(m, k), _input(n, k)
-        gradient, words = PTQ(8, grid="affine"), stream()
+        gradient, words = PTQ(8, random_bits, "affine"), stream()
         stored = store(quantizer("symmetric", bits=8), w, words)
         assert stored is not None
         weights = stored.codes
