@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fqtstats
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.layers.fusion import FusedSequential, Stage, _Normalization, _Output, fuse_
+from fqtstats.layers.chain import Normalization, Output, Stage
+from fqtstats.layers.fusion import FusedSequential, fuse_
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.state import Draw
 from fqtstats.ops import fused
@@ -214,7 +215,7 @@ def test_folded_normalization_is_within_its_bound():
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
         m = fused.moments(y)
-        f = _Normalization.of(norm, m, y.numel() // 33).map(Stage(stage[0], norm, False, False))
+        f = Normalization.of(norm, m, y.numel() // 33).map(Stage(stage[0], norm, False, False))
         got = fused.apply(y, f).double()
         exact = F.batch_norm(y.double(), None, None, norm.weight.double(), norm.bias.double(), True, 0, norm.eps)
         a, b, beta = (t.detach().double().abs().view(1, -1, 1, 1) for t in (f.a, f.b, norm.bias))
@@ -547,14 +548,14 @@ def test_one_pixel_cannot_be_normalized():
 def fused_calls(model, x, monkeypatch):
     """How often a chain made numbers of an output: at its end, and where the next layer takes no codes."""
     count = []
-    numbers = _Output.numbers
+    numbers = Output.numbers
 
     def counted(output):
         count.append(1)
         return numbers(output)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Output, "numbers", counted)
+        patch.setattr(Output, "numbers", counted)
         model(x)
     return len(count)
 
