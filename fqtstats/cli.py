@@ -7,25 +7,24 @@ says what to do); 130 after Ctrl-C.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import Progress
 
 from fqtstats import __version__
+from fqtstats.commands.bench import bench
+from fqtstats.commands.console import check_counts, err, out, progress, separated
+from fqtstats.commands.listing import list_
 from fqtstats.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
     from fqtstats.run_directory import RunDirectory
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-out = Console()
-err = Console(stderr=True)
 
 SAVE_SECONDS = 2.0
 """An unfinished measurement is saved at most this often."""
@@ -115,9 +112,9 @@ def measure(
         "device": device,
         "backend": backend,
     }
-    _check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2))
+    check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2))
     if image_size is not None:
-        _check_counts(image_size=(image_size, 1))
+        check_counts(image_size=(image_size, 1))
     stream(seed=seed)
     experiment.device(device)
     _check_backend(backend)
@@ -149,7 +146,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
             with layers.quantized(model, policy, skip, backend, arguments["seed"]):
                 pass
 
-    with _progress() as bars:
+    with progress() as bars:
         setup = experiment.prepare(
             arguments["model"],
             arguments["data"],
@@ -206,87 +203,8 @@ def _say_what_is_kept(run: RunDirectory, error: BaseException, arguments: Sequen
     err.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command(name="list")
-def list_(
-    what: Annotated[str, typer.Argument(help="quantizers, policies, models, data or kernels")] = "quantizers",
-) -> None:
-    """List what there is."""
-    from fqtstats import data, models, ops, policies, quantizers
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    if what == "quantizers":
-        _columns(table, "name", "role", "claim", "options", "what it is")
-        for name, cls in quantizers.QUANTIZERS.items():
-            options = ", ".join(f"{option}={value!r}" for option, value in quantizers.options_of(cls).items())
-            _row(table, name, cls.role, cls().claim, options, _first_sentence(cls.__doc__))
-    elif what == "policies":
-        _columns(table, "name", "activation", "weight", "grad_input", "grad_weight")
-        for name in policies.POLICIES:
-            policy = policies.get(name)
-            places = (policy.activation, policy.weight, policy.grad_input, policy.grad_weight)
-            shown = ("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places)
-            _row(table, name, *shown)
-    elif what == "models":
-        _columns(table, "name", "data", "what it is")
-        for name, entry in models.MODELS.items():
-            _row(table, name, ", ".join(entry.kinds), entry.summary)
-    elif what == "data":
-        _columns(table, "name", "what it is")
-        for name, source in data.SOURCES.items():
-            _row(table, name, source.summary)
-    elif what == "kernels":
-        _columns(table, "operation", "variant", "here")
-        for kernel in ops.kernels():
-            here = "in use" if kernel.selected else "available" if kernel.available else "not available"
-            _row(table, kernel.op, kernel.variant, here)
-    else:
-        raise InputError(f"unknown list {what!r}; known: quantizers, policies, models, data, kernels")
-    out.print(table)
-
-
-@app.command()
-def bench(
-    what: Annotated[
-        str, typer.Argument(help="quantize, gemm, conv, step, measure, several with commas, or all")
-    ] = "all",
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
-    rounds: Annotated[int, typer.Option(help="Interleaved pairs per row.")] = 9,
-    allocator: Annotated[
-        str, typer.Option(help="default, tuned (freed memory is kept: no page faults for large tensors) or both")
-    ] = "default",
-) -> None:
-    """Speed ratios against named baselines, measured side by side; exit status 1 if one misses what it must reach."""
-    from fqtstats import benchmarks
-    from fqtstats.benchmarks import machine
-    from fqtstats.report.benchmarks import show
-
-    _check_counts(rounds=(rounds, 1))
-    names = list(benchmarks.BENCHMARKS) if what == "all" else _separated(what, "the benchmark")
-    for name in names:
-        if name not in benchmarks.BENCHMARKS:
-            raise InputError(f"unknown benchmark {name!r}; known: {', '.join(benchmarks.BENCHMARKS)}, all")
-    if allocator not in (*machine.ALLOCATORS, "both"):
-        raise InputError(f"expected --allocator {', '.join(machine.ALLOCATORS)} or both, got {allocator!r}")
-    if json_file is not None:
-        _check_writable(Path(json_file))
-    settings = machine.ALLOCATORS if allocator == "both" else (allocator,)
-    with _progress() as bars:
-        task = bars.add_task("benchmarking", total=None)
-        rows = benchmarks.run_all(
-            names,
-            rounds,
-            settings,
-            lambda done, total, title: bars.update(task, completed=done, total=total, description=title),
-        )
-    show(rows, out)
-    if json_file is not None:
-        content = {"machine": machine.describe(), "rounds": rounds, "rows": [row.as_dict() for row in rows]}
-        try:
-            Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {json_file!r}: {error.strerror}; choose another place") from error
-    if any(row.missed for row in rows):
-        raise typer.Exit(1)
+app.command(name="list")(list_)
+app.command()(bench)
 
 
 class _DirectoryStore:
@@ -332,13 +250,6 @@ class _MeasuringBar:
         self._bars.update(self._task, completed=done, total=total)
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
-        yield bars
-
-
 def _policies(quantizers: str, bits: str, grad_weight: str | None) -> dict[str, Policy]:
     """``{"bhq@5": Policy, ...}``: every quantizer at every number of bits."""
     from fqtstats import policies
@@ -350,8 +261,8 @@ def _policies(quantizers: str, bits: str, grad_weight: str | None) -> dict[str, 
             raise InputError(f"expected --grad-weight NAME:BITS, got {grad_weight!r}; for instance pcq:8")
         weight = _gradient_quantizer(name, _width(width, "--grad-weight"))
     chosen: dict[str, Policy] = {}
-    widths = [_width(text, "--bits") for text in _separated(bits, "--bits")]
-    for name in _separated(quantizers, "--quantizer"):
+    widths = [_width(text, "--bits") for text in separated(bits, "--bits")]
+    for name in separated(quantizers, "--quantizer"):
         for b in widths:
             _gradient_quantizer(name, b)
             chosen[f"{name}@{b}"] = policies.get(f"statquant-{name}", b, weight)
@@ -375,35 +286,11 @@ def _width(text: str, option: str) -> int:
     return int(text)
 
 
-def _separated(text: str, option: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise InputError(f"expected {option} as one value or several separated by commas, got {text!r}; fill the gaps")
-    return list(dict.fromkeys(parts))
-
-
-def _check_counts(**limits: tuple[int, int]) -> None:
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-
 def _check_backend(name: str) -> None:
     from fqtstats.layers import BACKENDS
 
     if name not in (*BACKENDS, "both"):
         raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}, both")
-
-
-def _check_writable(path: Path) -> None:
-    """Raise InputError where a file cannot be written, before the work that it is for."""
-    if path.is_dir():
-        raise InputError(f"expected a file to write, got the folder {str(path)!r}; name a file in it")
-    place = path if path.exists() else path.resolve().parent
-    if not place.exists():
-        raise InputError(f"cannot write {str(path)!r}: its folder does not exist; make it first")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"cannot write {str(path)!r}: permission denied; choose another place")
 
 
 def _folder(output: str | None, labels: list[str]) -> Path:
@@ -424,20 +311,6 @@ def _say_where(path: Path, console: Console) -> None:
     figures = ", ".join(sorted(f"figures/{figure.name}" for figure in (path / "figures").glob("*.png")))
     told = f"saved in {path}: results.parquet, run.json, {figures}"
     console.print(told, highlight=False, markup=False, soft_wrap=True)
-
-
-def _columns(table: Table, *names: str) -> None:
-    for name in names:
-        table.add_column(name, overflow="fold")
-
-
-def _row(table: Table, *cells: str) -> None:
-    table.add_row(*map(Text, cells))  # a plain string is markup, which swallows what stands in brackets
-
-
-def _first_sentence(doc: str | None) -> str:
-    text = " ".join((doc or "").split("\n\n")[0].split()).replace("``", "")
-    return re.split(r"\. |;", text)[0].rstrip(".")
 
 
 def _show_warning(

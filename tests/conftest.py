@@ -1,10 +1,15 @@
-"""What all tests share: FQTSTATS_TEST_EXAMPLES caps the examples of every property test, for slow builds."""
+"""What tests share: the fixture `backend`, and FQTSTATS_TEST_EXAMPLES, which caps the examples of property tests."""
 
 from __future__ import annotations
 
+import functools
 import os
 
+import pytest
 from hypothesis import settings
+
+import fqtstats
+from fqtstats.layers import BACKENDS
 
 _SETTINGS = "_hypothesis_internal_use_settings"  # where the decorator leaves them; hypothesis has no public way
 
@@ -16,3 +21,11 @@ def pytest_collection_modifyitems(items):
     for test in {item.obj for item in items if hasattr(getattr(item, "obj", None), _SETTINGS)}:
         own = getattr(test, _SETTINGS)
         setattr(test, _SETTINGS, settings(own, max_examples=min(own.max_examples, int(most))))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Runs a test on every backend: it is what models are prepared for."""
+    for name in ("prepare_", "quantized"):
+        monkeypatch.setattr(fqtstats, name, functools.partial(getattr(fqtstats, name), backend=request.param))
+    return request.param

@@ -1,68 +1,25 @@
-"""Quantized layers against autograd through fake quantization, and how they behave in a model.
+"""Quantized layers against autograd through fake quantization, and quantizers that misbehave in them.
 
-Tolerance of every comparison of sums: ``ULPS`` units in the last place of the largest element of the reference, in the
-dtype of what is compared. The operands are the same bit for bit; only the order of summation may differ. The native
-backend rounds the terms of its formula instead, which may be larger than the result: see ``native_slack``.
+The native backend rounds the terms of its formula, which may be larger than the result: see ``native_slack``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_cases import FORWARD, FQT, QW, ULPS, assert_near, filled, gaussian, identity, qa, qw
 from oracles import fake_quantization as oracle
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import fqtstats
 from fqtstats import Policy, quantizer
-from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
-from fqtstats.layers import BACKENDS, QuantLinear, recomputation
+from fqtstats.errors import InputError, NonFiniteError
 
-ULPS = 8
-
-QA, QW = quantizer("minmax", bits=4), quantizer("zero_on_grid", bits=3)
-FORWARD = {"activation": QA, "weight": QW}
-FQT = Policy(**FORWARD, grad_input=quantizer("psq", bits=3), grad_weight=quantizer("psq", bits=3))
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request, monkeypatch):
-    """Every test runs on every backend."""
-    for name in ("prepare_", "quantized"):
-        monkeypatch.setattr(fqtstats, name, functools.partial(getattr(fqtstats, name), backend=request.param))
-    return request.param
-
-
-def qa(x):
-    return QA(x, fqtstats.stream())
-
-
-def qw(w):
-    return QW(w, fqtstats.stream())
-
-
-def identity(x, stream):
-    return x
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(dtype)
-
-
-def assert_near(got, expected, ulps=ULPS, largest=None, slack=0.0):
-    assert got.dtype == expected.dtype
-    assert got.shape == expected.shape
-    scale = float(expected.detach().abs().max() if largest is None else largest) * torch.finfo(expected.dtype).eps
-    assert float((got.detach().double() - expected.detach().double()).abs().max()) <= ulps * scale + slack
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def native_slack(backend, terms, a, b):
@@ -75,14 +32,6 @@ def native_slack(backend, terms, a, b):
     return 6 * 2.0**-24 * terms * 9 * float(a.detach().abs().max()) * float(b.detach().abs().max())
 
 
-def filled(layer, seed=1):
-    """The layer with parameters that do not depend on torch's global generator."""
-    with torch.no_grad():
-        for i, p in enumerate(layer.parameters()):
-            p.copy_(gaussian(*p.shape, seed=seed + i) / p[0].numel() ** 0.5)
-    return layer
-
-
 def gradients(layer, x, y, g):
     """``(dx, dw, db)`` for the incoming gradient ``g``; db is None without a bias."""
     parameters = list(layer.parameters())
@@ -90,9 +39,8 @@ def gradients(layer, x, y, g):
     return dx, dw, *(db or [None])
 
 
-# --- every option against the oracle ----------------------------------------------------------------------------------
-
 LINEAR_INPUTS = {"N,D": (7, 6), "B,T,D": (2, 5, 6), "D": (6,), "A,B,T,D": (2, 3, 2, 6), "one row": (1, 6)}
+
 
 # Options of both convolutions; a pair is cut to its last number in one dimension.
 CONV_OPTIONS = {
@@ -126,6 +74,7 @@ CONV_OPTIONS = {
         "kernel_size": (2, 3),
     },
 }
+
 
 # name: (dtype of the model, autocast, channels_last, batched)
 VARIANTS = {
@@ -309,127 +258,6 @@ def test_frozen_parameters_leave_the_other_gradients_unchanged(frozen):
             assert torch.equal(g, whole[name])
 
 
-# --- streams ----------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """A quantizer that rounds nothing and keeps the streams it was given; copies share the list."""
-
-    def __init__(self):
-        self.streams = []
-
-    def __call__(self, x, stream):
-        self.streams.append(stream)
-        return x
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def of(self, site):
-        return [s for s in self.streams if s.site == site]
-
-
-def recorded(model, **options):
-    recorder = Recorder()
-    places = ("activation", "weight", "grad_input", "grad_weight")
-    return recorder, fqtstats.prepare_(model, Policy(**dict.fromkeys(places, recorder)), **options)
-
-
-def test_streams_carry_seed_step_layer_site_draw_call_and_replica():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
-    recorder, handle = recorded(model, seed=7)
-    handle.step = 4
-    model(gaussian(4, 3).requires_grad_()).sum().backward()
-    sites = ("activation", "weight", "grad_input", "grad_weight")
-    expected = {fqtstats.stream(7, 4, layer, site, 0, 0, 0) for layer in ("0", "2") for site in sites}
-    assert set(recorder.streams) == expected
-    assert len(recorder.streams) == 8
-
-
-@pytest.mark.parametrize("tie", ["module under two names", "called twice"])
-def test_a_layer_called_twice_has_call_0_and_1(tie):
-    shared = filled(nn.Linear(3, 3))
-    if tie == "called twice":
-        model = nn.Sequential(shared)
-        forward = lambda x: model(model(x))  # noqa: E731
-    else:
-        model = nn.Sequential(shared, nn.Tanh(), shared)
-        forward = model
-    handle = fqtstats.prepare_(model, FQT)
-    assert list(handle.layers) == ["0"]
-    assert "2.weight" in model.state_dict() or tie == "called twice"
-    handle.remove()
-    recorder, _ = recorded(model)
-    forward(gaussian(4, 3)).sum().backward()
-    assert [s.call for s in recorder.of("activation")] == [0, 1]
-    assert [s.call for s in recorder.of("grad_weight")] == [1, 0], "backward runs the other way"
-    assert {s.layer for s in recorder.streams} == {"0"}
-    first, second = recorder.of("activation")
-    assert not torch.equal(first.bits((50,)), second.bits((50,)))
-
-
-def test_two_modules_with_one_parameter_are_two_layers():
-    model = nn.Sequential(filled(nn.Linear(3, 3)), nn.Linear(3, 3))
-    model[1].weight = model[0].weight
-    x = gaussian(6, 3)
-    y = oracle.linear(oracle.linear(x, model[0].weight, model[0].bias, qa, qw), model[0].weight, model[1].bias, qa, qw)
-    (expected,) = torch.autograd.grad(y.square().sum(), [model[0].weight])
-    handle = fqtstats.prepare_(model, Policy(**FORWARD, grad_input=identity, grad_weight=identity))
-    assert list(handle.layers) == ["0", "1"]
-    model(x).square().sum().backward()
-    assert model[1].weight is model[0].weight
-    assert_near(model[0].weight.grad, expected)
-
-
-def test_calls_continue_over_micro_batches_and_restart_with_the_step():
-    model = nn.Sequential(filled(nn.Linear(3, 2)))
-    recorder, handle = recorded(model)
-    for _ in range(3):
-        model(gaussian(4, 3)).sum().backward()
-    assert [s.call for s in recorder.of("grad_weight")] == [0, 1, 2]
-    recorder.streams.clear()
-    handle.step = 1
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            model(gaussian(4, 3))  # an evaluation in between
-    model(gaussian(4, 3)).sum().backward()
-    assert [(s.step, s.call) for s in recorder.of("grad_weight")] == [(1, 0)]
-
-
-def test_the_step_changes_the_numbers_and_a_late_backward_keeps_its_own_step():
-    layer = filled(nn.Linear(5, 4))
-    x = gaussian(8, 5)
-
-    def run(step, later=None):
-        layer.grad = layer.weight.grad = None
-        handle = fqtstats.prepare_(layer, FQT)
-        handle.step = step
-        loss = layer(x).square().sum()
-        if later is not None:
-            handle.step = later
-        loss.backward()
-        handle.remove()
-        return layer.weight.grad.clone()
-
-    assert torch.equal(run(0), run(0))
-    assert not torch.equal(run(0), run(1))
-    assert torch.equal(run(0, later=1), run(0))
-
-
-@pytest.mark.parametrize("value", [1.5, "a", True, None])
-def test_seed_and_step_are_integers(value):
-    layer = nn.Linear(3, 2)
-    with pytest.raises(InputError, match="integer"):
-        fqtstats.prepare_(layer, FQT, seed=value)
-    assert type(layer) is nn.Linear
-    handle = fqtstats.prepare_(layer, FQT)
-    with pytest.raises(InputError, match="integer"):
-        handle.step = value
-
-
-# --- quantizers that misbehave ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("place", ["activation", "weight", "grad_input", "grad_weight"])
 @pytest.mark.parametrize(
     ("wrong", "arrived"),
@@ -478,221 +306,6 @@ def test_second_derivatives_are_refused():
         dx.sum().backward()
 
 
-# --- activation checkpointing -----------------------------------------------------------------------------------------
-
-
-class Blocks(nn.Module):
-    """Layers in checkpointed segments; ``shared`` is called once in each of two segments and twice in a third."""
-
-    def __init__(self, wrap):
-        super().__init__()
-        self.first, self.shared, self.last = (filled(nn.Linear(6, 6), seed) for seed in (1, 3, 5))
-        self.norm = nn.LayerNorm(6)
-        self.wrap = wrap
-
-    def segment_a(self, x):
-        return torch.tanh(self.shared(torch.relu(self.first(x))))
-
-    def segment_b(self, x):
-        return self.norm(self.shared(self.shared(x)))
-
-    def nested(self, x):
-        return torch.tanh(self.wrap(self.segment_b, self.wrap(self.segment_a, x)))
-
-    def forward(self, x):
-        x = self.wrap(self.segment_a, x)
-        x = self.wrap(self.segment_b, x)
-        x = self.wrap(self.nested, x)
-        return self.last(self.shared(x))
-
-
-def wrapped(kind):
-    if kind == "none":
-        return lambda f, x: f(x)
-    return lambda f, x: checkpoint(f, x, use_reentrant=kind == "reentrant")
-
-
-class Kept:
-    """A quantizer whose results are kept by stream; asked twice for one stream, it must give the same numbers."""
-
-    def __init__(self, q):
-        self.q = q
-        self.results = {}
-
-    def __call__(self, x, stream):
-        out = self.q(x, stream)
-        assert torch.equal(self.results.setdefault(stream, out), out), f"recomputed differently: {stream}"
-        return out
-
-    def __deepcopy__(self, memo):
-        return self
-
-
-def training(kind, policy):
-    """Everything that the quantizers of two steps of two micro-batches gave, and the gradients."""
-    places = ("activation", "weight", "grad_input", "grad_weight")
-    quantizers = {place: Kept(getattr(policy, place)) for place in places if getattr(policy, place) is not None}
-    model = Blocks(wrapped(kind))
-    handle = fqtstats.prepare_(model, Policy(**quantizers), seed=3)
-    gradients = []
-    for step in range(2):
-        handle.step = step
-        x = gaussian(5, 6, seed=step).requires_grad_()
-        for _ in range(2):
-            model(x).square().mean().backward()
-        gradients += [x.grad, *(p.grad.clone() for p in model.parameters())]
-    return {stream: out for q in quantizers.values() for stream, out in q.results.items()}, gradients
-
-
-STOCHASTIC_FORWARD = Policy(activation=quantizer("psq", bits=3), weight=quantizer("ptq", bits=3))
-
-
-# A nested reentrant checkpoint runs its first pass under no_grad, which torch comments on.
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
-@pytest.mark.parametrize("policy", [FQT, STOCHASTIC_FORWARD], ids=["fqt", "stochastic forward"])
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-def test_checkpointing_changes_no_number(kind, policy):
-    plain, plain_gradients = training("none", policy)
-    checkpointed, gradients = training(kind, policy)
-    assert plain.keys() == checkpointed.keys()
-    assert {s.call for s in plain if s.layer == "shared"} == set(range(14)), "7 calls in each of 2 micro-batches"
-    if kind == "non-reentrant":
-        assert all(torch.equal(plain[s], checkpointed[s]) for s in plain)
-        assert all(torch.equal(a, b) for a, b in zip(plain_gradients, gradients, strict=True))
-    else:
-        # Reentrant checkpoints add up the gradients of a tensor that is used several times in another order.
-        for s, out in plain.items():
-            if s.site in ("activation", "weight"):
-                assert torch.equal(out, checkpointed[s])
-            else:
-                differs = (out - checkpointed[s]).abs() > 1e-5 * out.abs().max()
-                assert differs.float().mean() <= 0.05, "an ulp may turn a rounding decision here and there"
-        for a, b in zip(plain_gradients, gradients, strict=True):
-            assert_near(a, b, 64)
-
-
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("policy", [FQT, STOCHASTIC_FORWARD], ids=["fqt", "stochastic forward"])
-def test_gradients_under_checkpointing_are_bit_identical_where_nothing_is_added_up(kind, policy):
-    def run(kind):
-        wrap = wrapped(kind)
-        layers = nn.ModuleList([filled(nn.Linear(6, 6), seed) for seed in range(1, 9)])
-        handle = fqtstats.prepare_(layers, policy, seed=3)
-        handle.step = 2
-        x = y = gaussian(5, 6).requires_grad_()
-        for first, second in zip(layers[::2], layers[1::2], strict=True):
-            y = wrap(lambda y, a=first, b=second: torch.tanh(b(torch.relu(a(y)))), y)
-        y.square().sum().backward()
-        return [x.grad, *(p.grad for p in layers.parameters())]
-
-    assert all(torch.equal(a, b) for a, b in zip(run("none"), run(kind), strict=True))
-
-
-@pytest.mark.parametrize("kind", ["reentrant", "non-reentrant"])
-def test_an_interrupted_backward_pass_leaves_the_calls_in_order(kind):
-    armed = []
-
-    def failing(g):
-        if armed:
-            raise ZeroDivisionError
-        return g
-
-    def backward(kind, interrupt):
-        layer = filled(nn.Linear(6, 6))
-        kept = Kept(quantizer("psq", bits=3))
-        fqtstats.prepare_(layer, Policy(activation=kept, grad_weight=FQT.grad_weight))
-
-        def segment(x):
-            y = layer(x)
-            if torch.is_grad_enabled():
-                y.register_hook(failing)
-                if armed and torch._C._current_graph_task_id() != -1:
-                    raise ZeroDivisionError
-            return layer(layer(y))
-
-        loss = wrapped(kind)(segment, gaussian(5, 6).requires_grad_()).square().sum()
-        if interrupt:
-            armed.append(True)
-            with pytest.raises(ZeroDivisionError):
-                loss.backward(retain_graph=True)
-            armed.clear()
-            layer.zero_grad()
-        loss.backward()
-        return layer.weight.grad
-
-    assert_near(backward(kind, True), backward(kind, False))
-
-
-# --- torch.compile and nn.DataParallel --------------------------------------------------------------------------------
-
-
-def small():
-    return nn.Sequential(filled(nn.Linear(3, 3)), nn.ReLU(), filled(nn.Linear(3, 2)))
-
-
-COMPILE_ERRORS = (UnsupportedError, torch._dynamo.exc.Unsupported)
-"""Under ``fullgraph=True`` the compiler wraps our error in its own, message included."""
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("backend", ["eager", None], ids=["eager", "default"])
-@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "graph breaks"])
-@pytest.mark.parametrize("when", ["before", "before, already run", "after", "in place", "layer in place", "function"])
-def test_compiled_models_fail_at_every_call_and_eager_ones_still_work(when, fullgraph, backend):
-    torch._dynamo.reset()
-    options = {"fullgraph": fullgraph} if backend is None else {"fullgraph": fullgraph, "backend": backend}
-    model, x = small(), gaussian(4, 3)
-    run = None
-    if when.startswith("before"):
-        run = torch.compile(model, **options)
-        if "run" in when and backend == "eager":  # the default one would run a C++ compiler
-            run(x)
-    handle = fqtstats.prepare_(model, FQT)
-    eager = model.forward
-    if when == "after":
-        run = torch.compile(model, **options)
-    elif when == "in place":
-        model.compile(**options)
-        run = model
-    elif when == "layer in place":
-        model[0].compile(**options)
-        run = model
-    elif when == "function":
-        run = torch.compile(lambda x: model(x).sum(), **options)
-    for attempt in range(3):
-        with pytest.raises(COMPILE_ERRORS, match="quantized layers cannot run under"):
-            run(x)
-        if when != "layer in place":
-            assert eager(x).shape == (4, 2), f"attempt {attempt}: eager calls are not affected"
-    with torch.no_grad(), pytest.raises(COMPILE_ERRORS, match="quantized layers cannot run under"):
-        run(x)
-    handle.remove()
-    if backend == "eager" and "place" not in when:
-        run(x)
-    torch._dynamo.reset()
-
-
-def test_compiled_and_parallel_models_are_refused_at_preparation():
-    for wrap in (lambda m: torch.compile(m, backend="eager"), nn.DataParallel):
-        model = small()
-        with pytest.raises(UnsupportedError, match=r"eagerly|DistributedDataParallel"):
-            fqtstats.prepare_(wrap(model), FQT)
-        assert type(model[0]) is nn.Linear
-
-
-def test_data_parallel_replicas_are_refused():
-    model = small()
-    fqtstats.prepare_(model, FQT)
-    replica = model[0]._replicate_for_data_parallel()
-    assert type(replica) is QuantLinear
-    with pytest.raises(UnsupportedError, match="DataParallel"):
-        replica(gaussian(4, 3))
-    model(gaussian(4, 3))
-
-
-# --- a model as a whole -----------------------------------------------------------------------------------------------
-
-
 def test_a_network_equals_the_oracle_end_to_end():
     conv, linear = filled(nn.Conv2d(2, 4, 3, padding="same")), filled(nn.Linear(4, 3))
     x = gaussian(5, 2, 6, 6, dtype=torch.float64).requires_grad_()
@@ -718,13 +331,3 @@ def test_reparametrized_weights_are_used():
     y.sum().backward()
     assert layer.weight_g.grad is not None
     assert layer.weight_v.grad is not None
-
-
-def test_a_torch_that_keeps_checkpoints_otherwise_is_refused_only_with_checkpoints(monkeypatch):
-    monkeypatch.setattr(recomputation, "_AGAIN", None)
-    layer = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    x = torch.randn(3, 4, requires_grad=True)
-    with fqtstats.quantized(layer, fqtstats.policies.get("statquant-psq")):
-        layer(x).sum().backward()
-        with pytest.raises(UnsupportedError, match="activation checkpointing"):
-            checkpoint(layer, x, use_reentrant=False).sum().backward()

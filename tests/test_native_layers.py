@@ -21,6 +21,7 @@ from fqtstats.layers import state
 from fqtstats.layers.state import Draw
 from fqtstats.models.preact_resnet import PreActResNet
 from fqtstats.ops import products
+from fqtstats.ops.codes import Affine, Codes
 from fqtstats.quantizers import storage
 
 
@@ -393,6 +394,34 @@ def test_calls_of_a_layer_are_added_up():
         y = layer(layer(layer(torch.randn(4, 8))))
         assert handle.kept[""].activation_float32 == 3 * 4 * 4 * 8
         y.sum().backward()
+
+
+# --- overflow ---------------------------------------------------------------------------------------------------------
+
+
+def row(codes, step, zero=0, offset=0.0):
+    affine = Affine(torch.tensor([step]), torch.tensor([zero], dtype=torch.int32), torch.tensor([offset]))
+    return Codes.pack(torch.tensor([codes], dtype=torch.uint8), 8, affine)
+
+
+# Two rows, their product on codes, and that of the decoded numbers.
+OVERFLOWS = {
+    "result": (row([1, 2], 1e20), row([1, 2], 1e20), math.inf, math.inf),
+    "product of the steps": (row([0, 1], 1e20), row([1, 0], 1e20), math.nan, 0.0),
+    "parts": (row([1, 1], 1e20, offset=-1e20), row([1, 1], 1e20, offset=-1e20), math.nan, 0.0),
+    "terms": (row([2, 0], 1e38, zero=1), row([4, 4], 1.0), 0.0, math.nan),
+}
+
+
+@pytest.mark.parametrize(("x", "w", "on_codes", "decoded"), OVERFLOWS.values(), ids=OVERFLOWS.keys())
+def test_overflow_is_that_of_float32(x, w, on_codes, decoded, monkeypatch):
+    """What the docstring of the products says, with kernels and without."""
+    found = [products.linear(x, w)]
+    monkeypatch.setattr(products, "native_module", lambda: None)
+    found.append(products.linear(x, w))
+    for y in found:
+        assert float(y) == pytest.approx(on_codes, nan_ok=True)
+    assert float(x.decode() @ w.decode().t()) == pytest.approx(decoded, nan_ok=True)
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------

@@ -4,8 +4,14 @@ Shape legend: linear: input ``x [R, I]``, weight ``w [O, I]``, output ``y [R, O]
 ``w [O, I / groups, kh, kw]``, ``y [N, O, OH, OW]``; a 1-D convolution has H = kh = OH = 1. The incoming gradient ``g =
 dL/dY`` has ``y``'s shape.
 
-A product of codes needs its scales on indices that it does not contract. Where they sit on one that it does, as
-per-sample scales in the weight gradient, the codes are decoded and multiplied in floating point.
+A product of codes needs its scales on indices that it does not contract: one that varies from term to term cannot be
+taken out of an integer sum. The per-sample scales of PSQ and BHQ sit on the rows of the result in the input gradient
+``g w``, but on the contracted index in the weight gradient ``g^T x``. There the codes are decoded and multiplied in
+floating point: the estimator keeps the mean and the variance of the quantizer that the policy names. The alternative in
+the literature is sample-channel joint quantization (SCQ; C. Gao et al., arXiv 2408.14267): for this product the
+gradient is quantized with one scale per output channel, which keeps it on integers but is another estimator. Q1 and Q2
+being separate quantizers, a policy has that by naming it, ``grad_input`` PSQ or BHQ and ``grad_weight`` PCQ, as
+``statquant-psq`` and ``statquant-bhq`` do.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ multiple of 4 bytes (8 bytes for 1 bit): the products read whole words.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fqtstats.errors import InputError
 
-__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "empty_images", "row_bytes"]
+__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "array", "empty_images", "row_bytes"]
 
 STORAGE_BITS = (1, 2, 4, 8)
 
@@ -27,6 +28,11 @@ def row_bytes(channels: int, bits: int) -> int:
 def empty_images(n: int, channels: int, height: int, width: int) -> torch.Tensor:
     """Uninitialized ``[N, C, H, W]`` float32 on the CPU in channels-last memory; not a view, unlike a permuted one."""
     return torch.empty(n, channels, height, width, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def array(values: torch.Tensor | None) -> Any:
+    """A tensor on the CPU as a contiguous NumPy array, which is how the extension takes it; None for None."""
+    return None if values is None else values.detach().contiguous().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,10 @@ class Affine:
         if self.axis is not None:
             shape[self.axis] = -1
         return values.view(shape)
+
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """``step, zero, offset`` as the extension takes them."""
+        return array(self.step), array(self.zero), array(self.offset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,9 @@ those.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from fqtstats.ops.codes import Codes, Geometry, empty_images
+from fqtstats.ops.codes import Codes, Geometry, array, empty_images
 from fqtstats.ops.extension import native_module
 
 __all__ = ["GRADIENT_BITS", "convolution", "convolution_grad_input", "convolution_grad_weight"]
@@ -31,7 +29,7 @@ def convolution(
         *_image(x),
         *_weights(w),
         *_slide(geometry),
-        _numpy(bias),
+        array(bias),
         torch.get_num_threads(),
         out.permute(0, 2, 3, 1).numpy(),
         variant,
@@ -47,9 +45,7 @@ def convolution_grad_input(
         return None
     out = empty_images(g.shape[0], w.shape[1], *size)
     done = native_module().convolution1_grad_input(
-        g.data.numpy(),
-        g.bits,
-        *_image(g)[1:],
+        *_gradient(g),
         *_weights(w),
         *_slide(geometry),
         tuple(size),
@@ -68,9 +64,7 @@ def convolution_grad_weight(
         return None
     out = torch.empty(g.shape[1], x.shape[1], *kernel, dtype=torch.float32, device="cpu")
     done = native_module().convolution1_grad_weight(
-        g.data.numpy(),
-        g.bits,
-        *_image(g)[1:],
+        *_gradient(g),
         *_image(x),
         *_slide(geometry),
         tuple(kernel),
@@ -81,21 +75,18 @@ def convolution_grad_weight(
     return out if done else None
 
 
-def _numpy(values: torch.Tensor | None) -> Any:
-    return None if values is None else values.detach().contiguous().numpy()
+def _image(codes: Codes) -> tuple[object, ...]:
+    return codes.data.numpy(), codes.shape, codes.pad, *codes.affine.arrays()
 
 
-def _grid(codes: Codes) -> tuple[Any, ...]:
-    affine = codes.affine
-    return _numpy(affine.step), _numpy(affine.zero), _numpy(affine.offset)
+def _gradient(codes: Codes) -> tuple[object, ...]:
+    """Images, and the width of their codes."""
+    data, *others = _image(codes)
+    return data, codes.bits, *others
 
 
-def _image(codes: Codes) -> tuple[Any, ...]:
-    return codes.data.numpy(), codes.shape, codes.pad, *_grid(codes)
-
-
-def _weights(codes: Codes) -> tuple[Any, ...]:
-    return codes.data.numpy(), codes.shape, *_grid(codes)
+def _weights(codes: Codes) -> tuple[object, ...]:
+    return codes.data.numpy(), codes.shape, *codes.affine.arrays()
 
 
 def _slide(geometry: Geometry) -> tuple[tuple[int, int], ...]:

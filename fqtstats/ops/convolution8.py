@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fqtstats.ops.codes import Codes, Geometry, empty_images
+from fqtstats.ops.codes import Codes, Geometry, array, empty_images
 from fqtstats.ops.extension import native_module
 
 __all__ = ["convolution", "convolution_grad_input", "convolution_grad_weight"]
@@ -21,19 +21,8 @@ def convolution(
     if not _fits(inputs * kh * kw, x, w):
         return None
     out = empty_images(x.shape[0], outputs, *geometry.positions(x.shape[2:], (kh, kw)))
-    native_module().convolution8(
-        *_codes(x),
-        *_weights(w),
-        None if bias is None else bias.detach().contiguous().numpy(),
-        x.shape[1],
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        out.permute(0, 2, 3, 1).numpy(),
-        torch.get_num_threads(),
-        variant,
-    )
+    others = _others(x.shape[1], geometry, out.permute(0, 2, 3, 1), variant)
+    native_module().convolution8(*_images(x), *_weights(w), array(bias), *others)
     return out
 
 
@@ -46,18 +35,8 @@ def convolution_grad_input(
         return None
     channels = inputs * geometry.groups
     out = empty_images(g.shape[0], channels, *size)
-    native_module().convolution8_grad_input(
-        *_codes(g),
-        *_weights(w),
-        channels,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        out.permute(0, 2, 3, 1).numpy(),
-        torch.get_num_threads(),
-        variant,
-    )
+    others = _others(channels, geometry, out.permute(0, 2, 3, 1), variant)
+    native_module().convolution8_grad_input(*_images(g), *_weights(w), *others)
     return out
 
 
@@ -70,18 +49,8 @@ def convolution_grad_weight(
         return None
     channels = x.shape[1]
     out = torch.empty(outputs, channels // geometry.groups, *kernel, dtype=torch.float32, device="cpu")
-    native_module().convolution8_grad_weight(
-        *_codes(g),
-        *_codes(x),
-        channels,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-        out.numpy(),
-        torch.get_num_threads(),
-        variant,
-    )
+    others = _others(channels, geometry, out, variant)
+    native_module().convolution8_grad_weight(*_images(g), *_images(x), *others)
     return out
 
 
@@ -91,18 +60,15 @@ def _fits(terms: int, *operands: Codes) -> bool:
     return terms <= _MAX_TERMS and all(bool((zero >= 0).all() and (zero <= 255).all()) for zero in zeros)
 
 
-def _codes(c: Codes) -> tuple[object, ...]:
-    return c.data.numpy(), c.bits, c.pad, *_affine(c)
+def _images(c: Codes) -> tuple[object, ...]:
+    return c.data.numpy(), c.bits, c.pad, *c.affine.arrays()
 
 
 def _weights(c: Codes) -> tuple[object, ...]:
-    return c.data.numpy(), c.bits, *_affine(c)
+    return c.data.numpy(), c.bits, *c.affine.arrays()
 
 
-def _affine(c: Codes) -> tuple[object, ...]:
-    affine = c.affine
-    return (
-        affine.step.numpy(),
-        None if affine.zero is None else affine.zero.numpy(),
-        None if affine.offset is None else affine.offset.numpy(),
-    )
+def _others(channels: int, geometry: Geometry, out: torch.Tensor, variant: str | None) -> tuple[object, ...]:
+    """What follows the operands in every call; ``channels`` are those of the input."""
+    slide = geometry.stride, geometry.padding, geometry.dilation, geometry.groups
+    return channels, *slide, out.numpy(), torch.get_num_threads(), variant

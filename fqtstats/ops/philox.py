@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -48,11 +50,12 @@ def philox_bits(
     Raises:
         InputError: ``n`` or ``dtype`` is out of range, or ``FQTSTATS_ISA`` cannot be met.
     """
+    request = _Request(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
     # Tracers must see the operation itself; otherwise its dispatch costs several times a small draw.
     if device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode(include_infra_modes=True):
-        result: torch.Tensor = torch.ops.fqtstats.philox_bits(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
+        result: torch.Tensor = torch.ops.fqtstats.philox_bits(*request)
         return result
-    return _philox_bits_cpu(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
+    return _drawn(request)
 
 
 def philox_bits_torch(
@@ -102,20 +105,25 @@ def _philox_words(block: torch.Tensor, k0: int, k1: int, c2: int, c3: int) -> tu
     return x0, x1, x2, x3
 
 
-def _philox_bits_cpu(
-    k0: int,
-    k1: int,
-    c2: int,
-    c3: int,
-    numel: int,
-    n: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    first_tile: int = 0,
-) -> torch.Tensor:
-    native = native_module()
+class _Request(NamedTuple):
+    """The arguments of the operation, in its order."""
+
+    k0: int
+    k1: int
+    c2: int
+    c3: int
+    numel: int
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    first_tile: int = 0
+
+
+def _drawn(request: _Request) -> torch.Tensor:
+    native = native_module() if request.device.type == "cpu" else None
     if native is None:
-        return philox_bits_torch(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
+        return philox_bits_torch(*request)
+    k0, k1, c2, c3, numel, n, dtype, device, first_tile = request
     _check(n, dtype)
     out = torch.empty(numel, dtype=dtype, device=device)
     native.philox_bits(k0, k1, c2, c3, n, torch.get_num_threads(), out.numpy(), first_tile)
@@ -136,31 +144,11 @@ torch.library.define(
 
 
 @torch.library.impl("fqtstats::philox_bits", "default")
-def _philox_bits_kernel(
-    k0: int,
-    k1: int,
-    c2: int,
-    c3: int,
-    numel: int,
-    n: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    first_tile: int = 0,
-) -> torch.Tensor:
-    draw = _philox_bits_cpu if device.type == "cpu" else philox_bits_torch
-    return draw(k0, k1, c2, c3, numel, n, dtype, device, first_tile)
+def _philox_bits_kernel(*arguments: Any) -> torch.Tensor:
+    return _drawn(_Request(*arguments))
 
 
 @torch.library.register_fake("fqtstats::philox_bits")  # type: ignore[untyped-decorator]
-def _philox_bits_fake(
-    k0: int,
-    k1: int,
-    c2: int,
-    c3: int,
-    numel: int,
-    n: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    first_tile: int = 0,
-) -> torch.Tensor:
-    return torch.empty(numel, dtype=dtype, device=device)
+def _philox_bits_fake(*arguments: Any) -> torch.Tensor:
+    request = _Request(*arguments)
+    return torch.empty(request.numel, dtype=request.dtype, device=request.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fqtstats.errors import InputError
-from fqtstats.ops.codes import Codes
+from fqtstats.ops.codes import Codes, array
 from fqtstats.ops.extension import native_module
 
 __all__ = ["PAIRS", "integer_product", "linear", "linear_grad_input", "linear_grad_weight"]
@@ -58,20 +58,8 @@ def integer_product(a: Codes, b: Codes, *, signs: bool = False, variant: str | N
             "extension is in use"
         )
     out = torch.empty(a.shape[0], b.shape[0], dtype=torch.int32, device="cpu")
-    native.product1_integers(
-        a.data.numpy(),
-        a.shape[1],
-        a.bits,
-        False,
-        b.data.numpy(),
-        b.shape[1],
-        b.bits,
-        False,
-        signs,
-        torch.get_num_threads(),
-        out.numpy(),
-        variant,
-    )
+    operands = *_codes(a, False), *_codes(b, False)
+    native.product1_integers(*operands, signs, torch.get_num_threads(), out.numpy(), variant)
     return out
 
 
@@ -82,25 +70,10 @@ def _product(
     if (a.bits, b.bits) not in PAIRS:
         return None
     out = torch.empty(a.shape[int(contract_a)], b.shape[int(contract_b)], dtype=torch.float32, device="cpu")
-    native_module().product1_multiply(
-        *_arguments(a, contract_a),
-        *_arguments(b, contract_b),
-        None if bias is None else bias.detach().contiguous().numpy(),
-        torch.get_num_threads(),
-        out.numpy(),
-        variant,
-    )
+    operands = *_codes(a, contract_a), *a.affine.arrays(), *_codes(b, contract_b), *b.affine.arrays()
+    native_module().product1_multiply(*operands, array(bias), torch.get_num_threads(), out.numpy(), variant)
     return out
 
 
-def _arguments(x: Codes, contract_rows: bool) -> tuple[object, ...]:
-    affine = x.affine
-    return (
-        x.data.numpy(),
-        x.shape[1],
-        x.bits,
-        contract_rows,
-        affine.step.detach().contiguous().numpy(),
-        None if affine.zero is None else affine.zero.contiguous().numpy(),
-        None if affine.offset is None else affine.offset.detach().contiguous().numpy(),
-    )
+def _codes(x: Codes, contract_rows: bool) -> tuple[object, ...]:
+    return x.data.numpy(), x.shape[1], x.bits, contract_rows

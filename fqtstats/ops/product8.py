@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fqtstats.errors import InputError
-from fqtstats.ops.codes import Codes
+from fqtstats.ops.codes import Codes, array
 from fqtstats.ops.extension import native_module
 
 __all__ = ["integer_product", "linear", "linear_grad_input", "linear_grad_weight"]
@@ -95,7 +95,6 @@ def _product(
     variant: str | None = None,
 ) -> torch.Tensor:
     """``[m, n]``, of operands that the contracted index runs along in memory (inner), or across."""
-    p, q = a.affine, b.affine
     out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     native_module().product8_affine(
         a.data.numpy(),
@@ -105,13 +104,9 @@ def _product(
         b.bits,
         a_inner,
         b_inner,
-        p.step.detach().numpy(),
-        None if p.zero is None else p.zero.numpy(),
-        None if p.offset is None else p.offset.detach().numpy(),
-        q.step.detach().numpy(),
-        None if q.zero is None else q.zero.numpy(),
-        None if q.offset is None else q.offset.detach().numpy(),
-        None if bias is None else bias.detach().contiguous().numpy(),
+        *a.affine.arrays(),
+        *b.affine.arrays(),
+        array(bias),
         out.numpy(),
         torch.get_num_threads(),
         variant,

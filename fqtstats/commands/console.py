@@ -1,0 +1,43 @@
+"""Output and options that commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fqtstats.errors import InputError
+
+__all__ = ["check_counts", "err", "out", "progress", "separated"]
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars of progress on stderr, shown only where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
+        yield bars
+
+
+def separated(text: str, option: str) -> list[str]:
+    """The values of an option that takes several, without repetitions.
+
+    Raises:
+        InputError: one is empty.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"expected {option} as one value or several separated by commas, got {text!r}; fill the gaps")
+    return list(dict.fromkeys(parts))
+
+
+def check_counts(**limits: tuple[int, int]) -> None:
+    """Raise InputError where an option's value is too small; by option: its value and the least one."""
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")

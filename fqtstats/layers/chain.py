@@ -1,0 +1,263 @@
+"""A chain of convolutions and what lies between them, as one autograd function.
+
+What a chain is: :mod:`fqtstats.layers.fusion`. What it changes: batch normalization sums in float64 and multiplies by
+one folded factor. ``t = a y + b`` (before ReLU and pooling, which are exact) is within ``4 * 2^-23 * (|a y| + |b| +
+|beta|)`` of batch normalization in exact arithmetic; a code then differs from the unfused one only where a coordinate
+lies within the sum of both paths' errors of a rounding boundary, and by one step. Every quantizer draws from the stream
+it would draw from otherwise, in every call of a step. Without batch normalization finite numbers stay what they are bit
+for bit, but for the sign of zero.
+
+Kept for the backward pass, per stage: input and weight as the products take them (codes where they have some), and the
+convolution's output in float32 where anything follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from fqtstats.layers import guards
+from fqtstats.layers.modules import QuantConv2d
+from fqtstats.layers.multiply import Saved
+from fqtstats.layers.operand import Operand
+from fqtstats.layers.state import Call
+from fqtstats.ops import fused
+from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
+from fqtstats.quantizers.storage import Stored
+
+__all__ = ["Normalization", "Output", "Stage", "run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A convolution and what follows it."""
+
+    convolution: QuantConv2d
+    normalization: nn.BatchNorm2d | None
+    relu: bool
+    pool: bool
+
+    @property
+    def parameters(self) -> tuple[torch.Tensor | None, ...]:
+        """Weight and bias of the convolution, weight and bias of the normalization."""
+        own, normalization = self.convolution, self.normalization
+        others = (None, None) if normalization is None else (normalization.weight, normalization.bias)
+        return own.weight, own.bias, *others
+
+    @property
+    def codes_of_input(self) -> MinMax | Symmetric | ZeroOnGrid | None:
+        """The input's quantizer, if its codes can be made in the pass over the output before."""
+        q = self.convolution.fqt_state.policy.activation
+        return q if isinstance(q, (MinMax, Symmetric, ZeroOnGrid)) and q.format.storage_bits == 8 else None
+
+
+def _on_batch(module: nn.BatchNorm2d) -> bool:
+    """Whether it normalizes with the statistics of the batch."""
+    return module.training or (module.running_mean is None and module.running_var is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """The numbers of one call of batch normalization; ``[C]`` float64.
+
+    Attributes:
+        mean, scale: ``scale = 1 / sqrt(variance + eps)``.
+        gamma, beta: the affine part.
+        pixels: R if the statistics are those of the batch, 0 if they are constant.
+    """
+
+    mean: torch.Tensor
+    scale: torch.Tensor
+    gamma: torch.Tensor
+    beta: torch.Tensor
+    pixels: int
+
+    @staticmethod
+    def of(module: nn.BatchNorm2d, moments: fused.Moments | None, pixels: int) -> Normalization:
+        """With the statistics of the batch (``moments``) or the running ones, which are updated, as the module does."""
+        like = module.running_mean if moments is None else moments.mean
+        assert like is not None
+        gamma = torch.ones_like(like).double() if module.weight is None else module.weight.detach().double()
+        beta = torch.zeros_like(gamma) if module.bias is None else module.bias.detach().double()
+        running = module.running_mean, module.running_var
+        if not _on_batch(module):
+            mean, variance = (statistic.double() for statistic in running if statistic is not None)
+            return Normalization(mean, torch.rsqrt(variance + module.eps), gamma, beta, 0)
+        assert moments is not None
+        if pixels == 1:
+            raise ValueError("expected more than 1 value per channel for batch normalization in training, got 1")
+        if module.training and module.track_running_stats:
+            factor = module.momentum
+            if module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
+                factor = 1 / float(module.num_batches_tracked) if factor is None else factor
+            for statistic, new in zip(running, (moments.mean, moments.square / (pixels - 1)), strict=True):
+                if statistic is not None:
+                    statistic.copy_((1 - (factor or 0)) * statistic.double() + (factor or 0) * new)
+        return Normalization(moments.mean, torch.rsqrt(moments.square / pixels + module.eps), gamma, beta, pixels)
+
+    def map(self, stage: Stage) -> fused.Map:
+        """With ``b`` for the rounded ``a``: what is normalized to 0 then cancels to the last digit."""
+        a = (self.gamma * self.scale).float()
+        return fused.Map(a, (self.beta - self.mean * a.double()).float(), stage.relu, stage.pool)
+
+    def adjoint(self, total: torch.Tensor, dot: torch.Tensor) -> fused.Adjoint:
+        """For ``sum h`` and ``sum h (y - mean)``."""
+        mean, r = self.mean.float(), (self.gamma * self.scale).float()
+        if self.pixels == 0:
+            zero = torch.zeros_like(mean)
+            return fused.Adjoint(mean, zero, zero, r)
+        p, q = total / self.pixels, dot / self.pixels * self.scale.square()
+        return fused.Adjoint(mean, p.float(), q.float(), r)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A convolution's output and what is to become of it.
+
+    Attributes:
+        y: the output.
+        moments: of ``y``, where they are needed.
+        normalization: of this call, or None.
+        map: from ``y`` to what the next stage takes, before it is quantized.
+    """
+
+    y: torch.Tensor
+    moments: fused.Moments | None
+    normalization: Normalization | None
+    map: fused.Map
+
+    @property
+    def read_backward(self) -> bool:
+        """Whether the backward pass reads ``y``."""
+        return self.normalization is not None or self.map.relu or self.map.pool
+
+    @staticmethod
+    def of(stage: Stage, y: torch.Tensor, needs_range: bool) -> Output:
+        """Updates running statistics."""
+        module, moments = stage.normalization, None
+        if needs_range or (module is not None and _on_batch(module)):
+            moments = fused.moments(y)
+        normalization = None
+        if module is None:
+            ones = torch.ones(y.shape[1], dtype=torch.float32, device="cpu")
+            f = fused.Map(ones, torch.zeros_like(ones), stage.relu, stage.pool)
+        else:
+            normalization = Normalization.of(module, moments, y.numel() // y.shape[1])
+            f = normalization.map(stage)
+        if f.pool and min(y.shape[2:]) < 2:
+            F.max_pool2d(y, 2)  # refuses images without a window
+        return Output(y, moments, normalization, f)
+
+    def operand(self, stage: Stage, call: Call, pad: tuple[int, int]) -> Operand:
+        """The input of the next stage through its quantizer."""
+        q = stage.codes_of_input
+        if q is not None and self.moments is not None:
+            ends = torch.stack(fused.extremes(self.y, self.moments, self.map))
+            # What is not finite goes the usual way, which says so.
+            if bool(torch.isfinite(ends).all()):
+                grid = q._grid(ends[0].amin().view(1, 1, 1), ends[1].amax().view(1, 1, 1))
+                return Operand(Stored(fused.encode(self.y, self.map, grid, pad), None))
+        return call.operand("activation", self.numbers(), pad)
+
+    def numbers(self) -> torch.Tensor:
+        """What the modules after the convolution give, in memory of its own."""
+        return fused.apply(self.y, self.map)
+
+
+def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
+    """What the modules of the stages give one after the other.
+
+    Args:
+        x: ``[N, C, H, W]`` float32 on the CPU.
+        stages: at least one.
+    """
+    # Opened here: within an autograd function gradients are off, as in an evaluation, whose calls do not count.
+    calls = []
+    for stage in stages:
+        guards.check(stage.convolution)
+        calls.append(stage.convolution.fqt_state.call())
+    parameters = [p for stage in stages for p in stage.parameters]
+    out: torch.Tensor = _Run.apply(x, stages, calls, *parameters)  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What the backward pass of a stage needs, but for the large tensors."""
+
+    saved: Saved
+    map: fused.Map
+    normalization: Normalization | None
+
+
+class _Run(torch.autograd.Function):
+    """A chain: ``forward(x, stages, a call of each, *parameters of the stages)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], calls: list[Call], *parameters: torch.Tensor | None
+    ) -> torch.Tensor:
+        records: list[_Record] = []
+        large: list[torch.Tensor] = []
+        output: Output | None = None
+        for stage, call, following in zip_longest(stages, calls, stages[1:]):
+            layer, product = stage.convolution, stage.convolution._product()
+            pad = product.pad("activation", layer.kernel_size)
+            a = call.operand("activation", x, pad) if output is None else output.operand(stage, call, pad)
+            b = call.operand("weight", layer.weight)
+            y = call.compute("forward", product, a, b, layer.bias).contiguous(memory_format=torch.channels_last)
+            output = Output.of(stage, y, following is not None and following.codes_of_input is not None)
+            large += [a.data, b.data, y if output.read_backward else y.new_empty(0)]
+            records.append(_Record(Saved.of(call, product, a, b), output.map, output.normalization))
+        assert output is not None
+        ctx.save_for_backward(*large)
+        ctx.records = records
+        return output.numbers()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        gradients: list[torch.Tensor | None] = [None] * len(needs)
+        large = ctx.saved_tensors
+        grad: torch.Tensor | None = g
+        for i in reversed(range(len(ctx.records))):
+            assert grad is not None
+            own = slice(4 * i, 4 * i + 4)
+            further = needs_x or any(needs[: 4 * i])
+            grad, gradients[own] = _adjoint(ctx.records[i], grad, large[3 * i : 3 * i + 3], needs[own], further)
+            if not further:
+                break
+        return (grad if needs_x else None), None, None, *gradients
+
+
+def _adjoint(
+    record: _Record, g: torch.Tensor, large: Sequence[torch.Tensor], needs: Sequence[bool], further: bool
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """Gradients of a stage's input (where the pass goes ``further``) and parameters for ``g``, that of its output."""
+    needs_w, needs_bias, needs_gamma, needs_beta = needs
+    *operands, y = large
+    gamma = beta = adjoint = extremes = None
+    g = g.contiguous(memory_format=torch.channels_last)
+    normalization, f = record.normalization, record.map
+    if normalization is not None:
+        total, dot = fused.gradient_sums(g, y, f, normalization.mean.float())
+        gamma = (dot * normalization.scale).float() if needs_gamma else None
+        beta = total.float() if needs_beta else None
+        adjoint = normalization.adjoint(total, dot)
+    elif f.relu or f.pool:
+        zero = torch.zeros_like(f.a)
+        adjoint = fused.Adjoint(zero, zero, zero, f.a)
+    if adjoint is not None:
+        g, low, high = fused.gradient(g, y, f, adjoint)
+        extremes = low, high
+    grad_x, grad_w, grad_bias = record.saved.gradients(g, operands, (further, needs_w, needs_bias), extremes)
+    return grad_x, [grad_w, grad_bias, gamma, beta]
