@@ -13,6 +13,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -34,7 +35,7 @@ convolution1::Image image(const char* name, const Array& data_, int bits, const 
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
   for (const std::int64_t extent : shape) check_range((label + "_shape").c_str(), extent, 1, kLimit);
   for (const std::int64_t extent : pad) check_range((label + "_pad").c_str(), extent, 0, kLimit);
-  const std::int64_t word = bits == 1 ? 8 : 4, bytes = (shape[1] * bits + 8 * word - 1) / (8 * word) * word;
+  const std::int64_t bytes = row_bytes(shape[1], bits);
   const auto* codes = data<std::uint8_t>(name, data_, {shape[0], shape[2] + 2 * pad[0], shape[3] + 2 * pad[1], bytes});
   const bool groups = step.ndim() == 1 && step.shape(0) != 1;
   const std::int64_t entries = groups ? shape[axis] : 1;

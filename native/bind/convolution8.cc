@@ -14,6 +14,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -33,8 +34,7 @@ convolution8::Codes codes(const char* name, const Array& data_, int bits, std::i
   const std::string pad_name = std::string(name) + "_pad";
   if (bits != 1 && bits != 2 && bits != 4 && bits != 8)
     bad_value((std::string(name) + "_bits").c_str(), "1, 2, 4 or 8", bits);
-  const std::int64_t word = bits == 1 ? 8 : 4, row = (channels * bits + 8 * word - 1) / (8 * word) * word;
-  const auto* data = bind::data<std::uint8_t>(name, data_, {kAny, kAny, kAny, row});
+  const auto* data = bind::data<std::uint8_t>(name, data_, {kAny, kAny, kAny, row_bytes(channels, bits)});
   for (const std::int64_t p : pad) check_range(pad_name.c_str(), p, 0, kMaxExtent);
   const std::int64_t height = static_cast<std::int64_t>(data_.shape(1)) - 2 * pad[0];
   const std::int64_t width = static_cast<std::int64_t>(data_.shape(2)) - 2 * pad[1];

@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "kernels/codes.h"
 #include "kernels/convolution1/convolution1.h"
 
 namespace fqtstats::convolution1 {
@@ -23,15 +24,9 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t words(const Image& a) { return ceil_div(a.c, 64); }
 
-// Bytes of a pixel: whole words of 8 bytes at 1 bit, of 4 bytes otherwise.
-std::int64_t pixel_bytes(const Image& a) {
-  const std::int64_t word = a.bits == 1 ? 8 : 4;
-  return ceil_div(a.c * a.bits, 8 * word) * word;
-}
+std::int64_t pixel_bytes(const Image& a) { return row_bytes(a.c, a.bits); }
 
 const std::uint8_t* pixel(const Image& a, std::int64_t n, std::int64_t y, std::int64_t x) {
   const std::int64_t height = a.h + 2 * a.pad_h, width = a.w + 2 * a.pad_w;

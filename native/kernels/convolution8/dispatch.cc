@@ -4,6 +4,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "kernels/codes.h"
 #include "kernels/convolution8/convolution8.h"
 
 namespace fqtstats::convolution8 {
@@ -27,13 +28,6 @@ using std::int32_t, std::int64_t, std::uint8_t;
 
 constexpr int64_t kCacheBytes = 256 << 10;  // what is kept in the second-level cache, beside the panels
 constexpr uint8_t kFlip = 0x80;             // u8 - 128 as s8
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-int64_t row_bytes(int64_t channels, int bits) {
-  const int word = bits == 1 ? 8 : 4;
-  return ceil_div(channels * bits, 8 * word) * word;
-}
 
 // 8-bit codes of images, without their padding; strides in bytes. The channels of a group start `group` bytes after
 // those of the one before, and whole words of them may be read.
