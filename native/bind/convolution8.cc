@@ -70,10 +70,9 @@ convolution8::Geometry geometry(const Pair& stride, const Pair& padding, const P
 
 // Checks that a kernel of that size gives `out` positions on `in`, axis 0 (height) or 1.
 void check_size(const convolution8::Geometry& g, int axis, std::int64_t in, std::int64_t kernel, std::int64_t out) {
-  const std::int64_t room = in + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
-  if (room < 0 || room / g.stride[axis] + 1 != out)
-    bad_value(axis == 0 ? "height of the output" : "width of the output",
-              std::to_string(room < 0 ? 0 : room / g.stride[axis] + 1), out);
+  const std::int64_t expected = g.positions(axis, in, kernel);
+  if (out != expected || expected == 0)
+    bad_value(axis == 0 ? "height of the output" : "width of the output", std::to_string(expected), out);
 }
 
 void check_groups(const char* name, std::int64_t channels, std::int64_t groups) {
