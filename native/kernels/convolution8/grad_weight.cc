@@ -43,13 +43,17 @@ class WeightGradient {
     struct Rows;
     struct PixelsX;
     struct PixelsG;
+    struct TapsX;
+    struct TapsG;
+    struct U;
     const int64_t images = round_up(g_.n, 4);
     panel_data_ = cpu::scratch<Panels, uint8_t>(pixels_ * images * kPanel);
     row_data_ = cpu::scratch<Rows, uint8_t>(x_.height * x_.width * row_vectors_ * kLanes * images);
-    sums_x_.stride = round_up(rows_, kPanel);
-    sums_g_.stride = kPanel;
-    sums_x_.pixels = cpu::scratch<PixelsX, int32_t>(x_.height * x_.width * sums_x_.stride);
-    sums_g_.pixels = cpu::scratch<PixelsG, int32_t>(pixels_ * sums_g_.stride);
+    const int64_t stride = round_up(rows_, kPanel);
+    sums_x_ = {cpu::scratch<PixelsX, int32_t>(x_.height * x_.width * stride),
+               cpu::scratch<TapsX, int32_t>(taps_ * stride), stride};
+    sums_g_ = {cpu::scratch<PixelsG, int32_t>(pixels_ * kPanel), cpu::scratch<TapsG, int32_t>(taps_ * kPanel), kPanel};
+    if (x_.offset != nullptr) u_ = cpu::scratch<U, float>(taps_ * kPanel);
     int64_t packed = -1;
     for (const Panel& panel : plan_.panels) {
       if (panel.group != packed) {
@@ -57,7 +61,7 @@ class WeightGradient {
         cpu::split(x_.height, ceil_div(kGrain, images * x_.width * rows_), threads_, [&](int64_t begin, int64_t end) {
           for (int64_t y = begin; y < end; ++y) pack_rows(packed, y);
         });
-        sum_rows();
+        sum_taps(sums_x_, false, x_.height, x_.width);
       }
       cpu::split(g_.height, ceil_div(kGrain, images * g_.width * panel.count), threads_,
                  [&](int64_t begin, int64_t end) {
@@ -84,9 +88,9 @@ class WeightGradient {
 
   // Sums of codes: of all images per pixel, and over the output pixels whose tap is inside the image per tap.
   struct TapSums {
-    int32_t* pixels = nullptr;  // [pixel][stride]
-    int32_t* taps = nullptr;    // [tap][stride]
-    int64_t stride = 0;
+    int32_t* pixels;  // [pixel][stride]
+    int32_t* taps;    // [tap][stride]
+    int64_t stride;
   };
 
   // Where the words of a line of pixels go, strides in bytes, and to what the sums of their codes are added.
@@ -139,12 +143,10 @@ class WeightGradient {
   }
 
   // s.taps from s.pixels; `gradient`: the pixels are those of g.
-  template <typename Tag>
-  void sum_taps(TapSums& s, bool gradient, int64_t height, int64_t width) {
+  void sum_taps(const TapSums& s, bool gradient, int64_t height, int64_t width) const {
     struct Lines;
     const int64_t kernel_height = taps_ / kernel_width_;
     int32_t* lines = cpu::scratch<Lines, int32_t>(height * s.stride);
-    s.taps = cpu::scratch<Tag, int32_t>(taps_ * s.stride);
     std::fill_n(s.taps, taps_ * s.stride, 0);
     const auto add = [&](const int32_t* in, int32_t* to) {
       for (int64_t j = 0; j < s.stride; ++j) to[j] += in[j];
@@ -165,17 +167,9 @@ class WeightGradient {
     }
   }
 
-  void sum_rows() {
-    struct Tag;
-    sum_taps<Tag>(sums_x_, false, x_.height, x_.width);
-  }
-
   // sums_g_.taps = -sum (g - 128), and u of fqtstats/ops/products.py.
-  void sum_columns(const Panel& panel) {
-    struct Tag;
-    struct U;
-    sum_taps<Tag>(sums_g_, true, g_.height, g_.width);
-    u_ = x_.offset == nullptr ? nullptr : cpu::scratch<U, float>(taps_ * kPanel);
+  void sum_columns(const Panel& panel) const {
+    sum_taps(sums_g_, true, g_.height, g_.width);
     for (int64_t tap = 0; tap < taps_; ++tap)
       for (int64_t j = 0; j < kPanel; ++j) {
         int32_t& sum = sums_g_.taps[tap * kPanel + j];
@@ -305,7 +299,7 @@ class WeightGradient {
   float* const out_;
   const Image dy_, image_;
   const Scales columns_;
-  TapSums sums_x_, sums_g_;
+  TapSums sums_x_{}, sums_g_{};
   float* u_ = nullptr;
   uint8_t *row_data_ = nullptr, *panel_data_ = nullptr;
   Plan& plan_ = Plan::of_thread();  // of the calling thread

@@ -174,9 +174,9 @@ class Product {
 
   const Kernel& kernel_;
   const Codes& a_;
-  const Image& image_;
+  const Image image_;
   const Weights& weights_;
-  const Shape& shape_;
+  const Shape shape_;
   const Plan& plan_;
   const float* const bias_;  // readable as the columns are, or nullptr
   const int threads_;
