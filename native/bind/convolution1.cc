@@ -13,6 +13,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -34,7 +35,7 @@ convolution1::Image image(const char* name, const Array& data_, int bits, const 
   constexpr std::int64_t kLimit = std::int64_t{1} << 31;
   for (const std::int64_t extent : shape) check_range((label + "_shape").c_str(), extent, 1, kLimit);
   for (const std::int64_t extent : pad) check_range((label + "_pad").c_str(), extent, 0, kLimit);
-  const std::int64_t word = bits == 1 ? 8 : 4, bytes = (shape[1] * bits + 8 * word - 1) / (8 * word) * word;
+  const std::int64_t bytes = row_bytes(shape[1], bits);
   const auto* codes = data<std::uint8_t>(name, data_, {shape[0], shape[2] + 2 * pad[0], shape[3] + 2 * pad[1], bytes});
   const bool groups = step.ndim() == 1 && step.shape(0) != 1;
   const std::int64_t entries = groups ? shape[axis] : 1;
@@ -55,16 +56,10 @@ convolution1::Geometry geometry(const Pair& stride, const Pair& padding, const P
   return geometry;
 }
 
-// Extent of the output of a convolution.
-std::int64_t extent(const convolution1::Geometry& g, int axis, std::int64_t size, std::int64_t kernel) {
-  const std::int64_t room = size + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / g.stride[axis] + 1;
-}
-
 void check_extents(const char* name, const convolution1::Geometry& geometry, const Pair& size, const Pair& kernel,
                    const Pair& out) {
   for (int axis = 0; axis < 2; ++axis) {
-    const std::int64_t expected = extent(geometry, axis, size[axis], kernel[axis]);
+    const std::int64_t expected = geometry.positions(axis, size[axis], kernel[axis]);
     if (out[axis] != expected || expected == 0)
       bad_value(name,
                 "of extent " + std::to_string(expected) + " (at least 1) along image axis " + std::to_string(axis),
@@ -80,7 +75,7 @@ bool forward(Array x, Shape x_shape, Pair x_pad, Array x_step, Maybe x_zero, May
   if (b.c != a.c) bad_value("w_shape[1]", std::to_string(a.c), b.c);
   const auto g = geometry(stride, padding, dilation);
   if (out.ndim() != 4) bad_value("out", "4-D", out);
-  const std::int64_t out_h = extent(g, 0, a.h, b.h), out_w = extent(g, 1, a.w, b.w);
+  const std::int64_t out_h = g.positions(0, a.h, b.h), out_w = g.positions(1, a.w, b.w);
   if (out_h < 1 || out_w < 1) bad_value("w_shape", "a kernel within the padded image", out_h < 1 ? b.h : b.w);
   auto* y = data<float>("out", out, {a.n, out_h, out_w, b.n});
   const auto* added = data<float>("bias", bias, {b.n});

@@ -14,6 +14,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -33,8 +34,7 @@ convolution8::Codes codes(const char* name, const Array& data_, int bits, std::i
   const std::string pad_name = std::string(name) + "_pad";
   if (bits != 1 && bits != 2 && bits != 4 && bits != 8)
     bad_value((std::string(name) + "_bits").c_str(), "1, 2, 4 or 8", bits);
-  const std::int64_t word = bits == 1 ? 8 : 4, row = (channels * bits + 8 * word - 1) / (8 * word) * word;
-  const auto* data = bind::data<std::uint8_t>(name, data_, {kAny, kAny, kAny, row});
+  const auto* data = bind::data<std::uint8_t>(name, data_, {kAny, kAny, kAny, row_bytes(channels, bits)});
   for (const std::int64_t p : pad) check_range(pad_name.c_str(), p, 0, kMaxExtent);
   const std::int64_t height = static_cast<std::int64_t>(data_.shape(1)) - 2 * pad[0];
   const std::int64_t width = static_cast<std::int64_t>(data_.shape(2)) - 2 * pad[1];
@@ -70,10 +70,9 @@ convolution8::Geometry geometry(const Pair& stride, const Pair& padding, const P
 
 // Checks that a kernel of that size gives `out` positions on `in`, axis 0 (height) or 1.
 void check_size(const convolution8::Geometry& g, int axis, std::int64_t in, std::int64_t kernel, std::int64_t out) {
-  const std::int64_t room = in + 2 * g.padding[axis] - g.dilation[axis] * (kernel - 1) - 1;
-  if (room < 0 || room / g.stride[axis] + 1 != out)
-    bad_value(axis == 0 ? "height of the output" : "width of the output",
-              std::to_string(room < 0 ? 0 : room / g.stride[axis] + 1), out);
+  const std::int64_t expected = g.positions(axis, in, kernel);
+  if (out != expected || expected == 0)
+    bad_value(axis == 0 ? "height of the output" : "width of the output", std::to_string(expected), out);
 }
 
 void check_groups(const char* name, std::int64_t channels, std::int64_t groups) {

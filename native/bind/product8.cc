@@ -11,6 +11,7 @@
 #include "bind/arrays.h"
 #include "bind/bind.h"
 #include "bind/variants.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -26,8 +27,7 @@ void check_bits(const char* name, int bits) {
 
 // Codes [rows, bytes of a row]; the contracted index is `inner` to a row or runs over the rows.
 product8::Operand codes(const char* name, const Array& a, int bits, bool inner, std::int64_t extent, std::int64_t k) {
-  const std::int64_t count = inner ? k : extent, word = bits == 1 ? 8 : 4;
-  const std::int64_t bytes = (count * bits + 8 * word - 1) / (8 * word) * word;
+  const std::int64_t bytes = row_bytes(inner ? k : extent, bits);
   const auto* from = data<std::uint8_t>(name, a, {inner ? extent : k, bytes});
   return {from == nullptr ? kNothing : from, bytes, bits, inner, true, 0};
 }

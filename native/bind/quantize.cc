@@ -59,8 +59,7 @@ quantize::Layout layout_of(int bits, const Pair& size, const Pair& pad) {
 }
 
 std::uint8_t* codes_of(const char* name, const Array& a, const quantize::Layout& l, std::int64_t n, std::int64_t c) {
-  return data<std::uint8_t>(name, a,
-                            {n, l.height + 2 * l.pad_h, l.width + 2 * l.pad_w, quantize::row_bytes(c, l.bits)});
+  return data<std::uint8_t>(name, a, {n, l.height + 2 * l.pad_h, l.width + 2 * l.pad_w, row_bytes(c, l.bits)});
 }
 
 void quantize_extremes(Array x, bool channels_last, int axis, Array low, Array high, int threads,

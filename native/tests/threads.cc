@@ -101,7 +101,7 @@ bool quantize_tensor(std::int64_t n, std::int64_t c, std::int64_t height, std::i
   const std::int64_t pad = height * width > 1;
   const quantize::Layout layout{4, height, width, pad, pad};
   return same(quantize::kernels(), [&](const quantize::Kernel& kernel, int threads) {
-    Quantized out{std::vector<std::uint8_t>(n * (height + 2 * pad) * (width + 2 * pad) * quantize::row_bytes(c, 4)),
+    Quantized out{std::vector<std::uint8_t>(n * (height + 2 * pad) * (width + 2 * pad) * row_bytes(c, 4)),
                   std::vector<float>(size + 4 * groups)};
     std::vector<std::int32_t> zero(groups);
     float *step = out.numbers.data(), *offset = step + groups, *low = offset + groups, *high = low + groups;

@@ -19,8 +19,11 @@
 #include <span>
 
 #include "cpu/isa.h"
+#include "kernels/convolution.h"
 
 namespace fqtstats::convolution1 {
+
+using convolution::Geometry;  // without groups
 
 // What codes mean: (code - zero) * step + offset, with one entry, or one per group.
 struct Grid {
@@ -36,10 +39,6 @@ struct Image {
   int bits;
   std::int64_t n, c, h, w, pad_h, pad_w;
   Grid grid;
-};
-
-struct Geometry {  // (height, width)
-  std::int64_t stride[2], padding[2], dilation[2];
 };
 
 // A product reads `length` consecutive steps of its source from each of `count` offsets (bytes) on. A step is 64

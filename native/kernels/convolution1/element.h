@@ -18,15 +18,12 @@ static inline std::uint8_t code_at(const std::uint8_t* packed, int bits, std::in
   return static_cast<std::uint8_t>(packed[i * bits / 8] >> (i * bits % 8) & ((1 << bits) - 1));
 }
 
-// The epilogue of one result; `c` counts from the first column of all.
-static inline float result(std::int32_t sum, const Row& row, const Columns& columns, std::int64_t c) {
-  if (columns.zero) sum -= columns.zero[c] * row.sum;
-  if (columns.rest) sum += row.zero * columns.rest[c];
-  float y = static_cast<float>(sum) * (row.step * columns.step[c]);
-  if (columns.offset) y = y + row.u * columns.offset[c];
-  if (row.v) y = y + row.offset * row.v[c];
-  if (columns.bias) y = y + columns.bias[c];
-  return y;
+static inline void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts) {
+  for (std::int64_t i = 0; i < n; ++i) {
+    std::int64_t bits = 0;
+    for (std::int64_t k = 0; k < words; ++k, pixels += 8) bits += __builtin_popcountll(load64(pixels));
+    counts[i] = static_cast<std::int32_t>(bits);
+  }
 }
 
 }  // namespace fqtstats::convolution1

@@ -8,13 +8,6 @@
 namespace fqtstats::convolution1 {
 namespace {
 
-void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    counts[i] = 0;
-    for (std::int64_t k = 0; k < words; ++k) counts[i] += std::popcount(load64(pixels + (i * words + k) * 8));
-  }
-}
-
 void clear(int rows, bool add, std::int32_t* sums, std::int64_t ld) {
   for (int i = 0; i < rows && !add; ++i) std::fill_n(sums + i * ld, kColumns, 0);
 }
@@ -76,6 +69,17 @@ void lookup(const std::uint8_t* const* source, const Runs& runs, const std::uint
             const std::uint8_t* nibbles = panel + c / 16 * 256 + q * 64 + c % 16 * 4;
             for (int j = 0; j < 4; ++j) sums[i * ld + c] += table[16 * j + nibbles[j]];
           }
+}
+
+// The epilogue of one result; `c` counts from the first column of all.
+float result(std::int32_t sum, const Row& row, const Columns& columns, std::int64_t c) {
+  if (columns.zero) sum -= columns.zero[c] * row.sum;
+  if (columns.rest) sum += row.zero * columns.rest[c];
+  float y = static_cast<float>(sum) * (row.step * columns.step[c]);
+  if (columns.offset) y = y + row.u * columns.offset[c];
+  if (row.v) y = y + row.offset * row.v[c];
+  if (columns.bias) y = y + columns.bias[c];
+  return y;
 }
 
 void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,

@@ -4,25 +4,13 @@
 // lookup: vpshufb holds one 16-entry table per 128-bit lane, so a block is [4 nibbles][16 columns] and a table's halves
 // serve two nibbles each. Four look-ups, at most 60 each, add up in a byte; even and odd columns are kept as 16-bit
 // sums, moved to 32 bits before they can overflow.
-#include <immintrin.h>
-
-#include "kernels/convolution1/convolution1.h"
 #include "kernels/convolution1/element.h"
+#include "kernels/convolution1/x86.h"
 
 namespace fqtstats::convolution1 {
 
-#define FQTSTATS_INLINE __attribute__((always_inline)) static inline
-
 FQTSTATS_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 FQTSTATS_INLINE void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
-
-static void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    std::int64_t bits = 0;
-    for (std::int64_t k = 0; k < words; ++k, pixels += 8) bits += __builtin_popcountll(load64(pixels));
-    counts[i] = static_cast<std::int32_t>(bits);
-  }
-}
 
 // Number of set bits of each byte.
 FQTSTATS_INLINE __m256i byte_counts(__m256i x) {
@@ -81,25 +69,6 @@ static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n,
   for (; i < n; ++i) sum += codes[i] = code_at(packed, bits, i);
   for (; i % 64; ++i) codes[i] = 0;
   return sum;
-}
-
-// Four rounds of interleaving the first half with the second transpose 16 x 16 bytes.
-static void transpose(const std::uint8_t* codes, std::int64_t ld, std::int64_t n, std::uint8_t* out) {
-  for (std::int64_t c = 0; c < n; c += 16, codes += 16, out += 256) {
-    __m128i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * ld));
-    for (int round = 0; round < 2; ++round) {
-      for (int i = 0; i < 8; ++i) {
-        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
-      }
-      for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
-        a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
-      }
-    }
-    for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), a[i]);
-  }
 }
 
 static void tables(const std::uint8_t* codes, std::int64_t n, std::int64_t stride, std::uint8_t* out) {
@@ -205,30 +174,41 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
   for (int i = 0; i < kRows; ++i) lookup_strip(source[i], runs, panel, add, sums + i * ld);
 }
 
-static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
-                   std::int64_t first, std::int64_t n) {
-  for (int r = 0; r < rows; ++r) {
-    std::int64_t c = 0;
-    for (; c + 8 <= n; c += 8) {
-      const std::int64_t at = first + c;
-      __m256i sum = load(sums + r * ld + c);
-      if (columns.zero)
-        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(load(columns.zero + at), _mm256_set1_epi32(row[r].sum)));
-      if (columns.rest)
-        sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(load(columns.rest + at), _mm256_set1_epi32(row[r].zero)));
-      const __m256 step = _mm256_mul_ps(_mm256_set1_ps(row[r].step), _mm256_loadu_ps(columns.step + at));
-      __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), step);
-      if (columns.offset)
-        y = _mm256_add_ps(y, _mm256_mul_ps(_mm256_set1_ps(row[r].u), _mm256_loadu_ps(columns.offset + at)));
-      if (row[r].v) y = _mm256_add_ps(y, _mm256_mul_ps(_mm256_set1_ps(row[r].offset), _mm256_loadu_ps(row[r].v + at)));
-      if (columns.bias) y = _mm256_add_ps(y, _mm256_loadu_ps(columns.bias + at));
-      _mm256_storeu_ps(row[r].out + at, y);
-    }
-    for (; c < n; ++c) row[r].out[first + c] = result(sums[r * ld + c], row[r], columns, first + c);
-  }
-}
+namespace {
 
-extern const Kernel avx2{"avx2", cpu::Isa::avx2, count,     popcount,  unpack, transpose,
-                         tables, blocks,         lookup<8>, lookup<1>, finish};
+struct Avx2 {
+  using Int = __m256i;
+  using Float = __m256;
+  static constexpr int kLanes = 8;
+
+  struct All {};
+  struct First {
+    __m256i lanes;  // all bits of those that are used
+  };
+  FQTSTATS_INLINE First first(std::int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane)};
+  }
+
+  FQTSTATS_INLINE Int load(const std::int32_t* p, All) { return convolution1::load(p); }
+  FQTSTATS_INLINE Int load(const std::int32_t* p, First mask) { return _mm256_maskload_epi32(p, mask.lanes); }
+  FQTSTATS_INLINE Float load(const float* p, All) { return _mm256_loadu_ps(p); }
+  FQTSTATS_INLINE Float load(const float* p, First mask) { return _mm256_maskload_ps(p, mask.lanes); }
+  FQTSTATS_INLINE void store(float* p, Float x, All) { _mm256_storeu_ps(p, x); }
+  FQTSTATS_INLINE void store(float* p, Float x, First mask) { _mm256_maskstore_ps(p, mask.lanes, x); }
+  FQTSTATS_INLINE Int fill(std::int32_t value) { return _mm256_set1_epi32(value); }
+  FQTSTATS_INLINE Float fill(float value) { return _mm256_set1_ps(value); }
+  FQTSTATS_INLINE Int add(Int x, Int y) { return _mm256_add_epi32(x, y); }
+  FQTSTATS_INLINE Int sub(Int x, Int y) { return _mm256_sub_epi32(x, y); }
+  FQTSTATS_INLINE Int mul(Int x, Int y) { return _mm256_mullo_epi32(x, y); }
+  FQTSTATS_INLINE Float add(Float x, Float y) { return _mm256_add_ps(x, y); }
+  FQTSTATS_INLINE Float mul(Float x, Float y) { return _mm256_mul_ps(x, y); }
+  FQTSTATS_INLINE Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+};
+
+}  // namespace
+
+extern const Kernel avx2{"avx2", cpu::Isa::avx2, count,     popcount,  unpack,      transpose,
+                         tables, blocks,         lookup<8>, lookup<1>, finish<Avx2>};
 
 }  // namespace fqtstats::convolution1

@@ -4,22 +4,10 @@
 // lookup: 8 rows x 2 blocks of 16 columns. vpermb looks up 16 columns x 4 nibbles at once: a byte of a block is the
 // nibble plus 16 times its place j, a table is the 4 x 16 subset sums. Four look-ups, at most 60 each, add up in a
 // byte; vpdpbusd then adds the four nibbles of a column to its 32-bit sum.
-#include <immintrin.h>
-
-#include "kernels/convolution1/convolution1.h"
 #include "kernels/convolution1/element.h"
+#include "kernels/convolution1/x86.h"
 
 namespace fqtstats::convolution1 {
-
-#define FQTSTATS_INLINE __attribute__((always_inline)) static inline
-
-static void count(const std::uint8_t* pixels, std::int64_t n, std::int64_t words, std::int32_t* counts) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    std::int64_t bits = 0;
-    for (std::int64_t k = 0; k < words; ++k, pixels += 8) bits += __builtin_popcountll(load64(pixels));
-    counts[i] = static_cast<std::int32_t>(bits);
-  }
-}
 
 // sums[0..31] = or += two registers.
 FQTSTATS_INLINE void put(std::int32_t* sums, bool add, __m512i low, __m512i high) {
@@ -97,26 +85,6 @@ static std::int32_t unpack(const std::uint8_t* packed, int bits, std::int64_t n,
   return bits == 4   ? unpack_bits<4>(packed, n, codes)
          : bits == 2 ? unpack_bits<2>(packed, n, codes)
                      : unpack_bits<1>(packed, n, codes);
-}
-
-// Four rounds of interleaving the first half with the second transpose 16 x 16 bytes. In 128 bits: with wider
-// registers, too few are left, and it is no faster.
-static void transpose(const std::uint8_t* codes, std::int64_t ld, std::int64_t n, std::uint8_t* out) {
-  for (std::int64_t c = 0; c < n; c += 16, codes += 16, out += 256) {
-    __m128i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * ld));
-    for (int round = 0; round < 2; ++round) {
-      for (int i = 0; i < 8; ++i) {
-        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
-        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
-      }
-      for (int i = 0; i < 8; ++i) {
-        a[2 * i] = _mm_unpacklo_epi8(b[i], b[i + 8]);
-        a[2 * i + 1] = _mm_unpackhi_epi8(b[i], b[i + 8]);
-      }
-    }
-    for (int i = 0; i < 16; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), a[i]);
-  }
 }
 
 static void tables(const std::uint8_t* codes, std::int64_t n, std::int64_t stride, std::uint8_t* out) {
@@ -211,43 +179,36 @@ static void lookup(const std::uint8_t* const* source, const Runs& runs, const st
   for (int i = 0; i < kRows; ++i) put(sums + i * ld, add, c0[i], c1[i]);
 }
 
-// 16 columns, or the first few of them. Whole registers are stored without a mask, which is faster.
-template <bool kWhole>
-FQTSTATS_INLINE void finish16(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows,
-                              const Columns& columns, std::int64_t at, __mmask16 valid) {
-  const auto integers = [&](const std::int32_t* p) {
-    return kWhole ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(valid, p);
-  };
-  const auto floats = [&](const float* p) { return kWhole ? _mm512_loadu_ps(p) : _mm512_maskz_loadu_ps(valid, p); };
-  const __m512 step = floats(columns.step + at);
-  const __m512 offset = columns.offset ? floats(columns.offset + at) : _mm512_setzero_ps();
-  const __m512 bias = columns.bias ? floats(columns.bias + at) : _mm512_setzero_ps();
-  const __m512i zero = columns.zero ? integers(columns.zero + at) : _mm512_setzero_si512();
-  const __m512i rest = columns.rest ? integers(columns.rest + at) : _mm512_setzero_si512();
-  for (int r = 0; r < rows; ++r) {
-    __m512i sum = integers(sums + r * ld);
-    if (columns.zero) sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(zero, _mm512_set1_epi32(row[r].sum)));
-    if (columns.rest) sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(rest, _mm512_set1_epi32(row[r].zero)));
-    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(_mm512_set1_ps(row[r].step), step));
-    if (columns.offset) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].u), offset));
-    if (row[r].v) y = _mm512_add_ps(y, _mm512_mul_ps(_mm512_set1_ps(row[r].offset), floats(row[r].v + at)));
-    if (columns.bias) y = _mm512_add_ps(y, bias);
-    if (kWhole)
-      _mm512_storeu_ps(row[r].out + at, y);
-    else
-      _mm512_mask_storeu_ps(row[r].out + at, valid, y);
-  }
-}
+namespace {
 
-static void finish(const std::int32_t* sums, std::int64_t ld, const Row* row, int rows, const Columns& columns,
-                   std::int64_t first, std::int64_t n) {
-  std::int64_t c = 0;
-  for (; c + 16 <= n; c += 16) finish16<true>(sums + c, ld, row, rows, columns, first + c, 0xFFFF);
-  if (c < n) finish16<false>(sums + c, ld, row, rows, columns, first + c, static_cast<__mmask16>((1 << (n - c)) - 1));
-}
+struct Avx512 {
+  using Int = __m512i;
+  using Float = __m512;
+  static constexpr int kLanes = 16;
+
+  struct All {};  // without a mask, which is faster
+  FQTSTATS_INLINE __mmask16 first(std::int64_t n) { return static_cast<__mmask16>((1 << n) - 1); }
+
+  FQTSTATS_INLINE Int load(const std::int32_t* p, All) { return _mm512_loadu_si512(p); }
+  FQTSTATS_INLINE Int load(const std::int32_t* p, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, p); }
+  FQTSTATS_INLINE Float load(const float* p, All) { return _mm512_loadu_ps(p); }
+  FQTSTATS_INLINE Float load(const float* p, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, p); }
+  FQTSTATS_INLINE void store(float* p, Float x, All) { _mm512_storeu_ps(p, x); }
+  FQTSTATS_INLINE void store(float* p, Float x, __mmask16 mask) { _mm512_mask_storeu_ps(p, mask, x); }
+  FQTSTATS_INLINE Int fill(std::int32_t value) { return _mm512_set1_epi32(value); }
+  FQTSTATS_INLINE Float fill(float value) { return _mm512_set1_ps(value); }
+  FQTSTATS_INLINE Int add(Int x, Int y) { return _mm512_add_epi32(x, y); }
+  FQTSTATS_INLINE Int sub(Int x, Int y) { return _mm512_sub_epi32(x, y); }
+  FQTSTATS_INLINE Int mul(Int x, Int y) { return _mm512_mullo_epi32(x, y); }
+  FQTSTATS_INLINE Float add(Float x, Float y) { return _mm512_add_ps(x, y); }
+  FQTSTATS_INLINE Float mul(Float x, Float y) { return _mm512_mul_ps(x, y); }
+  FQTSTATS_INLINE Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
+};
+
+}  // namespace
 
 extern const Kernel avx512vbmi{
-    "avx512vbmi", cpu::Isa::avx512vbmi, count, popcount, unpack, transpose, tables, blocks, lookup<8>, lookup<1>,
-    finish};
+    "avx512vbmi", cpu::Isa::avx512vbmi, count, popcount, unpack, transpose, tables, blocks, lookup<8>,
+    lookup<1>,    finish<Avx512>};
 
 }  // namespace fqtstats::convolution1

@@ -22,8 +22,11 @@
 #include <span>
 
 #include "cpu/isa.h"
+#include "kernels/convolution.h"
 
 namespace fqtstats::convolution8 {
+
+using convolution::Geometry;
 
 inline constexpr int kLanes = 16, kPanel = 64;  // columns: of a vector, of the widest panel
 inline constexpr int kMaxHeight = 12;           // rows of the highest tile
@@ -107,10 +110,6 @@ struct Codes {
   const float* step;
   const std::int32_t* zero;  // 0..255, or nullptr
   const float* offset;       // or nullptr
-};
-
-struct Geometry {
-  std::int64_t stride[2], padding[2], dilation[2], groups;
 };
 
 // y [n][oh][ow][w.n] of x and w [w.n][x.channels / groups]; bias [w.n] or nullptr.

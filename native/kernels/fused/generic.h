@@ -1,11 +1,11 @@
 // The kernels on registers of V::kLanes channels; included by the files of single instruction sets. V has
 //
-//   F       float32 lanes             load<kTail>(p, tail), store<kTail>(p, x, tail), set(x), add, sub, mul, flip
+//   F       float32 lanes: + - *      load<kTail>(p, tail), store<kTail>(p, x, tail), set(x), flip
 //                                     max, min (of equal or unordered ones the second)
 //   M       a choice of lanes         greater(x, y), unordered(x), either(m, n), without(m, n): m and not n
 //                                     pick(m, x, y): x where m, else y; keep(m, x), drop(m, x): x where m
 //                                     (not m), else 0
-//   D       the same lanes, float64   wide(x), load_wide, store_wide, add, sub, mul
+//   D       them in float64: + - *    wide(x), load_wide, store_wide
 //   T       the lanes of a tail       first(n)
 //   encode<kTail>(out, x, zero, levels, channels, row)
 //
@@ -17,6 +17,7 @@
 #include "kernels/fused/fused.h"
 
 #define FQTSTATS_INLINE __attribute__((always_inline)) static inline
+#define FQTSTATS_OPERATOR __attribute__((always_inline)) friend inline
 
 namespace fqtstats::fused {
 namespace {
@@ -56,7 +57,7 @@ FQTSTATS_INLINE Window window(const Run& run, std::int64_t i) {
 
 template <class V>
 FQTSTATS_INLINE typename V::F affine(typename V::F y, typename V::F a, typename V::F b) {
-  return V::add(V::mul(a, y), b);
+  return a * y + b;
 }
 
 template <class V, bool kTail>
@@ -86,9 +87,9 @@ FQTSTATS_INLINE void moments_of(const Run& run, const float* shift, double* sum,
   const float* y = run.y + c;
   for (std::int64_t i = 0; i < run.count; ++i, y += run.channels) {
     const auto x = V::template load<kTail>(y, tail);
-    const auto d = V::sub(V::wide(x), origin);
-    s = V::add(s, d);
-    q = V::add(q, V::mul(d, d));
+    const auto d = V::wide(x) - origin;
+    s = s + d;
+    q = q + d * d;
     lo = V::min(lo, x);
     hi = V::max(hi, x);
   }
@@ -129,7 +130,7 @@ static void encode(const Run& run, const Map& map, const Grid& grid, std::int64_
   for (std::int64_t i = 0; i < run.count; ++i)
     over_channels<V>(run.channels, [&]<bool kTail>(std::int64_t c, typename V::T tail) __attribute__((always_inline)) {
       const auto x = value<V, kTail>(run, map, i, c, tail);
-      const auto coordinate = V::mul(V::mul(V::sub(x, offset), prescale), scale);
+      const auto coordinate = ((x - offset) * prescale) * scale;
       V::template encode<kTail>(out + i * row + c, coordinate, grid.zero, grid.levels, run.channels - c, row - c);
     });
 }
@@ -170,8 +171,8 @@ FQTSTATS_INLINE void gradient_sums_of(const Run& run, const Map& map, const floa
   auto s = V::template load_wide<kTail>(sum + c, tail), q = V::template load_wide<kTail>(dot + c, tail);
   const auto take = [&](typename V::F t, typename V::F y, std::int64_t i) __attribute__((always_inline)) {
     const auto h = V::wide(V::keep(V::greater(t, floor), load(g + i * run.channels)));
-    s = V::add(s, h);
-    q = V::add(q, V::mul(h, V::wide(V::sub(y, center))));
+    s = s + h;
+    q = q + h * V::wide(y - center);
   };
   if (run.below == nullptr) {
     for (std::int64_t i = 0; i < run.count; ++i) {
@@ -207,7 +208,7 @@ FQTSTATS_INLINE void gradient_of(const Run& run, const Map& map, const Adjoint& 
   auto lo = load(low), hi = load(high);
   auto bad = V::unordered(lo);
   const auto emit = [&](typename V::F h, typename V::F y, float* to) __attribute__((always_inline)) {
-    const auto dy = V::mul(V::sub(V::sub(h, p), V::mul(V::sub(y, mean), q)), r);
+    const auto dy = ((h - p) - (y - mean) * q) * r;
     V::template store<kTail>(to + c, dy, tail);
     lo = V::min(lo, dy);
     hi = V::max(hi, dy);

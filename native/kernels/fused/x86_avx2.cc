@@ -15,6 +15,10 @@ struct V {
   using T = __m256i;
   struct D {
     __m256d lower, upper;
+
+    FQTSTATS_OPERATOR D operator+(D x, D y) { return {x.lower + y.lower, x.upper + y.upper}; }
+    FQTSTATS_OPERATOR D operator-(D x, D y) { return {x.lower - y.lower, x.upper - y.upper}; }
+    FQTSTATS_OPERATOR D operator*(D x, D y) { return {x.lower * y.lower, x.upper * y.upper}; }
   };
 
   FQTSTATS_INLINE T first(std::int64_t n) {
@@ -30,9 +34,6 @@ struct V {
     kTail ? _mm256_maskstore_ps(p, tail, x) : _mm256_storeu_ps(p, x);
   }
   FQTSTATS_INLINE F set(float x) { return _mm256_set1_ps(x); }
-  FQTSTATS_INLINE F add(F x, F y) { return _mm256_add_ps(x, y); }
-  FQTSTATS_INLINE F sub(F x, F y) { return _mm256_sub_ps(x, y); }
-  FQTSTATS_INLINE F mul(F x, F y) { return _mm256_mul_ps(x, y); }
   FQTSTATS_INLINE F flip(F x, F sign) { return _mm256_xor_ps(x, sign); }
   FQTSTATS_INLINE F max(F x, F y) { return _mm256_max_ps(x, y); }
   FQTSTATS_INLINE F min(F x, F y) { return _mm256_min_ps(x, y); }
@@ -65,9 +66,6 @@ struct V {
       _mm256_storeu_pd(p + 4, x.upper);
     }
   }
-  FQTSTATS_INLINE D add(D x, D y) { return {_mm256_add_pd(x.lower, y.lower), _mm256_add_pd(x.upper, y.upper)}; }
-  FQTSTATS_INLINE D sub(D x, D y) { return {_mm256_sub_pd(x.lower, y.lower), _mm256_sub_pd(x.upper, y.upper)}; }
-  FQTSTATS_INLINE D mul(D x, D y) { return {_mm256_mul_pd(x.lower, y.lower), _mm256_mul_pd(x.upper, y.upper)}; }
 
   template <bool kTail>
   FQTSTATS_INLINE void encode(std::uint8_t* out, F x, std::int32_t zero, std::int32_t levels, std::int64_t channels,

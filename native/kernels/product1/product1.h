@@ -20,6 +20,7 @@
 #include <span>
 
 #include "cpu/isa.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::product1 {
 
@@ -36,9 +37,7 @@ struct Operand {
   bool contract_rows;  // k runs along the rows, not along the channels
 };
 
-static inline std::int64_t row_bytes(const Operand& x) {
-  return x.bits == 1 ? (x.channels + 63) / 64 * 8 : (x.channels * x.bits + 31) / 32 * 4;
-}
+static inline std::int64_t row_bytes(const Operand& x) { return fqtstats::row_bytes(x.channels, x.bits); }
 static inline std::int64_t terms(const Operand& x) { return x.contract_rows ? x.rows : x.channels; }   // K
 static inline std::int64_t extent(const Operand& x) { return x.contract_rows ? x.channels : x.rows; }  // M or N
 

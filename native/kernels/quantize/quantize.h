@@ -23,6 +23,7 @@
 #include <span>
 
 #include "cpu/isa.h"
+#include "kernels/codes.h"
 #include "kernels/philox/philox.h"
 
 namespace fqtstats::quantize {
@@ -90,11 +91,6 @@ inline constexpr std::int64_t kTile = 64;
 
 // Every variant that was built, fastest first.
 std::span<const Kernel> kernels();
-
-static constexpr std::int64_t row_bytes(std::int64_t channels, int bits) {
-  const std::int64_t word = bits == 1 ? 8 : 4;
-  return (channels * bits + 8 * word - 1) / (8 * word) * word;
-}
 
 enum class Rule : std::uint8_t { affine, zero_on_grid, symmetric };
 enum class Axis : std::int8_t { none = -1, sample = 0, channel = 1 };
