@@ -1,7 +1,7 @@
 """Which tests let the instruction set choose a kernel: a pytest plugin that lists them, or runs no others.
 
-``--list-dispatched FILE`` adds to a file the tests that call the extension without naming a variant, or start another
-Python process, and what each calls. ``--only-dispatched FILE`` runs those alone, and ``--fewest`` of them: of a test
+``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, or start another
+Python process, and what each calls. ``--only-dispatched=FILE`` runs those alone, and ``--fewest`` of them: of a test
 with many sets of parameters, those that call what the ones before them do not. A test that names a variant runs it
 whatever ``FQTSTATS_ISA`` is.
 """
