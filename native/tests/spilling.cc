@@ -1,14 +1,16 @@
-// A loop with more accumulators than registers: what spills.py must report.
-#include <immintrin.h>
+// A loop with more accumulators than registers, of WIDTH bytes each: what spills.py must report.
+typedef float Vector __attribute__((vector_size(WIDTH)));
 
-void spilling(const float* x, long n, float* out) {
+void spilling(const Vector* x, long n, Vector* out) {
   constexpr int kAccumulators = 40;
-  __m512 sums[kAccumulators];
-  for (__m512& sum : sums) sum = _mm512_setzero_ps();
-  for (long i = 0; i < n; ++i) {
-    const __m512 a = _mm512_loadu_ps(x + 16 * i);
+  Vector sums[kAccumulators];
 #pragma GCC unroll 40
-    for (int j = 0; j < kAccumulators; ++j) sums[j] = _mm512_add_ps(_mm512_mul_ps(sums[j], a), a);
+  for (int j = 0; j < kAccumulators; ++j) sums[j] = Vector{};
+  for (long i = 0; i < n; ++i) {
+    const Vector a = x[i];
+#pragma GCC unroll 40
+    for (int j = 0; j < kAccumulators; ++j) sums[j] = sums[j] * a + sums[(j + 1) % kAccumulators];
   }
-  for (int j = 0; j < kAccumulators; ++j) _mm512_storeu_ps(out + 16 * j, sums[j]);
+#pragma GCC unroll 40
+  for (int j = 0; j < kAccumulators; ++j) out[j] = sums[j];
 }
