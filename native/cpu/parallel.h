@@ -30,26 +30,28 @@ inline Place place{typeid(Body).name()};
 
 // Calls body(begin, end) on disjoint ranges that cover [0, total), on at most `threads` threads, and on no more than
 // one per `grain` items. With one thread no OpenMP region is entered, so a forked child may call this: an OpenMP pool
-// does not survive a fork. body must not throw.
+// does not survive a fork. body must not throw. Callers pass the thread count that they were given: see below.
 template <typename Body>
 void split(std::int64_t total, std::int64_t grain, int threads, const Body& body) {
-  threads = static_cast<int>(std::min<std::int64_t>(threads, total / grain));
+  const std::int64_t parts = std::min<std::int64_t>(threads, total / grain);
 #if defined(FQTSTATS_STD_THREADS)
-  if (threads > 1) {
+  if (parts > 1) {
     place<Body>.shared.store(true, std::memory_order_relaxed);  // relaxed: hides no race
     std::vector<std::thread> team;
-    for (std::int64_t t = 0; t < threads; ++t)
-      team.emplace_back([&, t] { body(total * t / threads, total * (t + 1) / threads); });
+    for (std::int64_t t = 0; t < parts; ++t)
+      team.emplace_back([&, t] { body(total * t / parts, total * (t + 1) / parts); });
     for (std::thread& thread : team) thread.join();
     return;
   }
 #elif defined(_OPENMP)
-  if (threads > 1) {
+  if (parts > 1) {
+    // A team is always of the same size, though some of it may have nothing to do: libgomp ends the threads that the
+    // next team has no use for, and with them goes their scratch memory.
 #pragma omp parallel num_threads(threads)
     {
       // The runtime may give fewer threads than were asked for.
-      const std::int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-      body(total * t / team, total * (t + 1) / team);
+      const std::int64_t t = omp_get_thread_num(), team = std::min<std::int64_t>(parts, omp_get_num_threads());
+      if (t < team) body(total * t / team, total * (t + 1) / team);
     }
     return;
   }

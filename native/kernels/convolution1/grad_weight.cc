@@ -27,7 +27,8 @@ class WeightGradient {
         pixels_(g.n * g.h * g.w),
         bytes_(pixel_bytes(x)),
         padded_(round_up(g.c, 64)),
-        threads_(team(static_cast<double>(pixels_) * static_cast<double>(taps_ * g.c * x.c), threads)),
+        slots_(slots_for(static_cast<double>(pixels_) * static_cast<double>(taps_ * g.c * x.c), threads)),
+        threads_(threads),
         dw_(dw) {}
 
   // False, and nothing written, where a sum could overflow or there are too many taps.
@@ -37,23 +38,24 @@ class WeightGradient {
     pad_source();
     list_inside();
     lay_out();
-    auto* results = cpu::scratch<struct ResultTag, float>(threads_ * taps_ * x_.c);
+    auto* results = cpu::scratch<struct ResultTag, float>(slots_ * taps_ * x_.c);
     const std::int64_t part = steps_ * 64;
     for (std::int64_t first = 0; first < pixels_; first += part) {
       const bool last = first + part >= pixels_;
-      split_slots(4 * steps_, threads_, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+      split_slots(4 * steps_, slots_, threads_, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
         for (std::int64_t block = begin; block < end; ++block) pack(first, block, codes_ + slot * kBlock * 2 * padded_);
       });
       // The column of ones first, which the corrections of all others need.
       multiply(g_.c, 1, first > 0);
       if (last) correct();
-      split_slots(ceil_div(g_.c, kLookupRows), threads_, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
-        for (std::int64_t c = begin * kLookupRows; c < std::min(g_.c, end * kLookupRows); c += kLookupRows) {
-          const int count = static_cast<int>(std::min<std::int64_t>(kLookupRows, g_.c - c));
-          multiply(c, count, first > 0);
-          for (int i = 0; last && i < count; ++i) finish(c + i, results + slot * taps_ * x_.c);
-        }
-      });
+      split_slots(
+          ceil_div(g_.c, kLookupRows), slots_, threads_, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+            for (std::int64_t c = begin * kLookupRows; c < std::min(g_.c, end * kLookupRows); c += kLookupRows) {
+              const int count = static_cast<int>(std::min<std::int64_t>(kLookupRows, g_.c - c));
+              multiply(c, count, first > 0);
+              for (int i = 0; last && i < count; ++i) finish(c + i, results + slot * taps_ * x_.c);
+            }
+          });
     }
     return true;
   }
@@ -78,7 +80,7 @@ class WeightGradient {
     } else {
       const std::int64_t image = (x_.h + 2 * pad[0]) * (x_.w + 2 * pad[1]) * bytes_;
       auto* copied = cpu::scratch<struct CopyTag, std::uint8_t>(x_.n * image);
-      cpu::split(x_.n, 1, threads_, [&](std::int64_t begin, std::int64_t end) {
+      split_slots(x_.n, slots_, threads_, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
         copy_padded(x_, begin, end, pad[0], pad[1], true, copied + begin * image);
       });
       source_ = copied;
@@ -118,7 +120,7 @@ class WeightGradient {
     panels_ = cpu::scratch<struct PanelTag, std::uint8_t>(2 * row_words * panel_bytes());
     tables_ = cpu::scratch<struct TableTag, std::uint8_t>((padded_ + 1) * table_bytes());
     sums_ = cpu::scratch<struct ProductTag, std::int32_t>((g_.c + 1) * ld_);
-    codes_ = cpu::scratch<struct CodeTag, std::uint8_t>(threads_ * kBlock * 2 * padded_);
+    codes_ = cpu::scratch<struct CodeTag, std::uint8_t>(slots_ * kBlock * 2 * padded_);
     const std::int64_t reach =
         ((kh_ - 1) * geometry_.dilation[0] * width_ + (kw_ - 1) * geometry_.dilation[1] + 1) * bytes_;
     nothing_ = cpu::scratch<struct NothingTag, std::uint8_t>(reach);
@@ -241,6 +243,7 @@ class WeightGradient {
   const std::int64_t kh_, kw_, taps_, pixels_;  // of the kernel; of the output, of all images
   const std::int64_t bytes_;                    // of a pixel of x
   const std::int64_t padded_;                   // output channels, in whole words
+  const std::int64_t slots_;
   const int threads_;
   float* const dw_;
   const std::uint8_t* source_ = nullptr;  // x, padded

@@ -32,7 +32,9 @@ bool fits(std::int64_t terms, int bits, std::int64_t zero_a, std::int64_t zero_b
   return static_cast<double>(terms) * a * b < 2147483648.0;
 }
 
-int team(double products, int threads) { return static_cast<int>(std::min<double>(threads, 1 + products / 4e6)); }
+std::int64_t slots_for(double products, int threads) {
+  return static_cast<std::int64_t>(std::min<double>(threads, 1 + products / 4e6));
+}
 
 Columns columns_of(const Grid& grid, std::int64_t columns, const float* bias) {
   return {spread<struct StepTag>(grid.step, grid.groups, columns),

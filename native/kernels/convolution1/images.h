@@ -29,13 +29,13 @@ std::int64_t largest_zero(const Grid& grid, std::int64_t groups);
 // Do all integers that make up a result of `terms` products fit into 32 bits? `bits` of the wider operand's codes.
 bool fits(std::int64_t terms, int bits, std::int64_t zero_a, std::int64_t zero_b);
 
-// Threads for that many products of codes: each gets some 10 us of work.
-int team(double products, int threads);
+// Slots for that many products of codes, one per thread at most: each gets some 10 us of work.
+std::int64_t slots_for(double products, int threads);
 
 // body(slot, begin, end) over [0, total), for slots 0 ... slots - 1; a slot has working memory of its own.
 template <typename Body>
-void split_slots(std::int64_t total, std::int64_t slots, const Body& body) {
-  cpu::split(slots, 1, static_cast<int>(slots), [&](std::int64_t first, std::int64_t last) {
+void split_slots(std::int64_t total, std::int64_t slots, int threads, const Body& body) {
+  cpu::split(slots, 1, threads, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t s = first; s < last; ++s) body(s, total * s / slots, total * (s + 1) / slots);
   });
 }

@@ -79,9 +79,10 @@ class Product {
         phase_count_(forward ? 1 : geometry.stride[0] * phases_x_),
         zero_a_(largest_zero(a.grid, a.n)),
         zero_b_(largest_zero(w.grid, columns_)),
-        threads_(team(static_cast<double>(a.n * out_h * out_w) * static_cast<double>(columns_ * a.c) *
-                          static_cast<double>(taps_) / static_cast<double>(phase_count_),
-                      threads)) {}
+        slots_(slots_for(static_cast<double>(a.n * out_h * out_w) * static_cast<double>(columns_ * a.c) *
+                             static_cast<double>(taps_) / static_cast<double>(phase_count_),
+                         threads)),
+        threads_(threads) {}
 
   // False, and nothing written, where a sum could overflow or there are too many taps.
   bool run(const float* bias) {
@@ -128,13 +129,14 @@ class Product {
       const std::int64_t bytes = phases_[p].taps * tap_bytes_;
       std::uint8_t* to = take(packed, panels_ * bytes);
       phases_[p].panels = to;
-      cpu::split(forward_ ? panels_ : panels_ / 2, 1, threads_, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i)
-          if (forward_)
-            pack_words(w_, phases_[p], i, to + i * bytes);
-          else
-            pack_blocks(kernel_, w_, phases_[p], i, to + 2 * i * bytes, to + (2 * i + 1) * bytes);
-      });
+      split_slots(forward_ ? panels_ : panels_ / 2, slots_, threads_,
+                  [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+                    for (std::int64_t i = begin; i < end; ++i)
+                      if (forward_)
+                        pack_words(w_, phases_[p], i, to + i * bytes);
+                      else
+                        pack_blocks(kernel_, w_, phases_[p], i, to + 2 * i * bytes, to + (2 * i + 1) * bytes);
+                  });
     }
   }
 
@@ -196,7 +198,7 @@ class Product {
     const std::int64_t pad_h = direct ? a_.pad_h : pad_h_, pad_w = direct ? a_.pad_w : pad_w_;
     const std::int64_t height = a_.h + 2 * pad_h, width = a_.w + 2 * pad_w, per_pixel = steps_ * tile_.step;
     const std::int64_t image_bytes = height * width * per_pixel, outputs = out_h_ * out_w_;
-    const std::int64_t slots = std::min<std::int64_t>(threads_, a_.n);
+    const std::int64_t slots = std::min(slots_, a_.n);
     const std::int64_t group =
         std::clamp<std::int64_t>(std::min(kCache / image_bytes, kRows / outputs), 1, ceil_div(a_.n, slots));
     const bool need_sums = w_.grid.offset || zero_b_ != 0;
@@ -206,7 +208,7 @@ class Product {
     auto* all_sums = cpu::scratch<struct SumTag, std::int32_t>(slots * group * height * width);
     auto* all_across = cpu::scratch<struct AcrossTag, std::int32_t>(slots * (height * out_w_ + outputs));
     auto* all_rows = cpu::scratch<struct RowTag, Row>(slots * group * outputs);
-    split_slots(a_.n, slots, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
+    split_slots(a_.n, slots, threads_, [&](std::int64_t slot, std::int64_t begin, std::int64_t end) {
       std::uint8_t* copied = all_sources + slot * source_bytes;
       std::uint8_t* codes = all_codes + slot * (steps_ * 64 + per_pixel);
       std::int32_t* across = need_sums ? all_across + slot * (height * out_w_ + outputs) : nullptr;
@@ -294,6 +296,7 @@ class Product {
   const std::int64_t panels_, tap_bytes_;      // bytes of one tap of a panel
   const std::int64_t phases_x_, phase_count_;
   const std::int64_t zero_a_, zero_b_;  // the largest ones
+  const std::int64_t slots_;
   const int threads_;
   Phase* phases_ = nullptr;
   std::int64_t pad_h_ = 0, pad_w_ = 0;  // that the phases need

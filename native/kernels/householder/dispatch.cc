@@ -87,7 +87,7 @@ void run(void (*kernel)(const Block&), const Transform& t, const float* in, std:
     std::fill_n(partial + 2 * p * t.rows, t.rows, std::numeric_limits<float>::infinity());
     std::fill_n(partial + (2 * p + 1) * t.rows, t.rows, -std::numeric_limits<float>::infinity());
   }
-  cpu::split(parts, 1, static_cast<int>(parts), [&](std::int64_t begin, std::int64_t end) {
+  cpu::split(parts, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p)
       transform(kernel, t, in, columns, units * p / parts * kUnit, std::min(units * (p + 1) / parts * kUnit, columns),
                 memory + p * size, out, partial + 2 * p * t.rows, partial + (2 * p + 1) * t.rows);

@@ -5,6 +5,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/stream.h"
+#include "kernels/integers.h"
 #include "kernels/product1/product1.h"
 
 namespace fqtstats::product1 {
@@ -32,8 +33,6 @@ template <int kArray>
 struct Numbers;
 
 constexpr std::int64_t kGrain = 1 << 17;  // bytes to move, or sums of 64 terms: some 10 us, several times a wake-up
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // How many items of `cost` each make a grain.
 std::int64_t grain(std::int64_t cost) { return ceil_div(kGrain, std::max<std::int64_t>(cost, 1)); }

@@ -4,6 +4,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/stream.h"
+#include "kernels/integers.h"
 #include "kernels/product8/product8.h"
 
 namespace fqtstats::product8 {
@@ -32,9 +33,6 @@ constexpr std::int64_t kGrain = 1 << 22;      // products: about 20 us
 constexpr std::int64_t kPackGrain = 1 << 17;  // bytes: about 10 us
 constexpr std::int64_t kSpan = 1 << 16;       // 65536 * 255 * 128 < 2^31
 constexpr std::int64_t kConflict = 1024;      // rows at a multiple of it compete for the same sets of the cache
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 struct Panels {};
 struct PartialSums {};
@@ -149,7 +147,7 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
         }
       }
     };
-    cpu::split(shares, 1, static_cast<int>(shares), [&](std::int64_t begin, std::int64_t end) {
+    cpu::split(shares, 1, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t i = begin; i < end; ++i) share(i);
       if (stream) cpu::order_streams();
     });
