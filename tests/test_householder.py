@@ -378,7 +378,7 @@ def test_groups_where_shares_end_on_halves(n):
     check_groups((torch.arange(n) == n // 2).double())
 
 
-def test_transform_of_the_torch_path_alone_has_a_tree():
+def test_only_the_torch_path_makes_a_summation_tree():
     """The native path makes only what it needs."""
     x, _ = case(40, 12)
     q, s = quantizer("bhq", bits=4), stream(seed=1)
@@ -482,9 +482,9 @@ def test_codes_are_those_of_encode(monkeypatch, shape, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(45, 9000), (12, 40, 37, 40)])
+@pytest.mark.parametrize("shape", [(45, 12_000), (12, 35, 34, 38)])
 def test_codes_of_what_is_transformed_in_several_parts(monkeypatch, shape, dtype):
-    for random_bits in (8, 16, 24):
+    for random_bits in (8, 24):
         for x in forms(input_of(shape, spread=0.5).to(dtype)):
             stored = check_codes(monkeypatch, x, 8, (0, 1) if len(shape) == 4 else (0, 0), random_bits)
     assert stored.transform.heads.numel() > 1

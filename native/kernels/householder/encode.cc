@@ -20,7 +20,7 @@ namespace {
 //
 // Rounding cannot start before the extremes of the transformed rows are known. Transforming the rows a second time
 // then, rather than keeping them transformed, would take longer than writing and reading them does.
-constexpr std::int64_t kChunk = 1 << 16;
+constexpr std::int64_t kChunk = 1 << 17;
 constexpr std::int64_t kGrain = 1 << 15;
 
 // Elements of a chunk whose memory is kept between calls: 64 MB. A single group can be as large as the tensor.
