@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import torch
 
+from fqtstats.formats import uint
+from fqtstats.ops.codes import Affine, Codes, row_bytes
 from fqtstats.ops.extension import native_module
+from fqtstats.ops.quantize import _MOST_RANDOM_BITS, _OK_WITH_OFFSET, _native_for, _view
 
-__all__ = ["Groups", "householder_forward", "householder_inverse"]
+__all__ = ["Groups", "householder_encode", "householder_forward", "householder_groups", "householder_inverse"]
 
 
 class Groups(NamedTuple):
@@ -25,6 +28,91 @@ class Groups(NamedTuple):
     heads: torch.Tensor
     sizes: torch.Tensor
     scale: torch.Tensor
+
+
+def householder_groups(ranges: torch.Tensor) -> Groups | None:
+    """Groups of rows and their scales in float32.
+
+    Args:
+        ranges: of the rows, ``[N]`` float64, N >= 2; finite, not negative, at least one of them positive.
+
+    Returns:
+        None where the extension is not in use, or ``ranges`` is not on the CPU.
+    """
+    native = native_module()
+    if native is None or ranges.device.type != "cpu":
+        return None
+    groups = _empty_groups(ranges.numel())
+    count = native.householder_groups(ranges.numpy(), *_arguments(groups))
+    return _first_groups(groups, count)
+
+
+def householder_encode(
+    x: torch.Tensor,
+    bits: int,
+    random_bits: int,
+    words: tuple[int, int, int, int],
+    pad: tuple[int, int] = (0, 0),
+    *,
+    extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    variant: str | None = None,
+) -> tuple[Codes, Groups | None] | None:
+    """Codes of the transformed rows of ``x`` in group order, an affine grid for each of them.
+
+    Args:
+        x: ``[N, C]`` or ``[N, C, H, W]``, not empty; a row is a sample. Contiguous and channels-last memory is read in
+            place.
+        bits: of a code.
+        random_bits: per stochastic rounding.
+        words: key words of the random stream (:meth:`fqtstats.random.Stream.words`).
+        pad: pixels around every image.
+        extremes: minimum and maximum of each row, float32 ``[N]``, where they are known already.
+        variant: name of the kernels, by default the fastest.
+
+    Returns:
+        Codes, and the groups of rows, or None in their place where the rows are encoded without a transform: there is
+        one row, or no range is positive. None for both where there is no kernel for ``x`` (not float32 or bfloat16 on
+        the CPU, more than 24 random bits, or the extension is not in use), or where numbers, ranges, or transformed
+        numbers are not finite.
+    """
+    native = _native_for(x)
+    if native is None or random_bits > _MOST_RANDOM_BITS:
+        return None
+    n, c, *size = x.shape
+    height, width = size or (1, 1)
+    view, channels_last = _view(x)
+    storage_bits = uint(bits).storage_bits
+    out = torch.empty(
+        n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, storage_bits), dtype=torch.uint8, device="cpu"
+    )
+    step, offset = torch.empty(2, n, dtype=torch.float32, device="cpu").unbind()
+    zero = torch.empty(n, dtype=torch.int32, device="cpu")
+    low, high = (None, None) if extremes is None else (t.detach().numpy() for t in extremes)
+    groups = _empty_groups(n)
+    status, count = native.householder_encode(
+        view,
+        channels_last,
+        bits,
+        random_bits,
+        words,
+        storage_bits,
+        (height, width),
+        pad,
+        out.numpy(),
+        step.numpy(),
+        zero.numpy(),
+        offset.numpy(),
+        *_arguments(groups),
+        low,
+        high,
+        torch.get_num_threads(),
+        variant,
+    )
+    if status != _OK_WITH_OFFSET:
+        return None
+    affine = Affine(step=step, zero=None, offset=offset, axis=0 if n > 1 else None)
+    codes = Codes(out if size else out.view(n, -1), storage_bits, tuple(x.shape), pad, affine)
+    return codes, None if count < 0 else _first_groups(groups, count)
 
 
 def householder_forward(x: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
@@ -62,6 +150,20 @@ def householder_inverse(y: torch.Tensor, groups: Groups) -> torch.Tensor | None:
 
 def _fits(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _empty_groups(n: int) -> Groups:
+    # Of n rows; a group has two or more.
+    return Groups(
+        order=torch.empty(n, dtype=torch.int64, device="cpu"),
+        heads=torch.empty(n // 2, dtype=torch.int64, device="cpu"),
+        sizes=torch.empty(n // 2, dtype=torch.float64, device="cpu"),
+        scale=torch.empty(n, dtype=torch.float32, device="cpu"),
+    )
+
+
+def _first_groups(groups: Groups, count: int) -> Groups:
+    return groups._replace(heads=groups.heads[:count], sizes=groups.sizes[:count])
 
 
 def _arguments(groups: Groups) -> tuple[object, ...]:

@@ -193,8 +193,12 @@ class UniformQuantizer(Quantizer):
         """Grid coordinates ``[N, C, S]`` of ``x``, fresh memory, and the frame that undoes them."""
         view = self._view(x)
         transform = self.transform(x)
-        y = view if transform is None else transform.forward(view)
-        grid = self._grid(*extremes(y, self.recipe.axis))
+        if transform is None:
+            y, (low, high) = view, extremes(view, self.recipe.axis)
+        else:
+            y, low, high = transform.forward_extremes(view)
+            native.require_finite(low, high, y)
+        grid = self._grid(low, high)
         n, c, s = view.shape
         return grid.coordinates(y), Frame(x.shape, (n, c, s), grid, transform)
 

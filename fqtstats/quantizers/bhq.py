@@ -12,12 +12,13 @@ lambda_i is the range (maximum - minimum) of row i, lambda_1 of a leader, lambda
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 
 from fqtstats.ops.householder import Groups as NativeGroups
-from fqtstats.ops.householder import householder_forward, householder_inverse
+from fqtstats.ops.householder import householder_forward, householder_groups, householder_inverse
 from fqtstats.ops.quantize import Recipe, require_finite_ranges
 from fqtstats.quantizers.base import StochasticQuantizer, Transform, extremes, rows
 
@@ -112,7 +113,7 @@ def small_row_scale(groups: Groups) -> torch.Tensor:
     return torch.where(groups.small_range > 0, t, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockHouseholder(Transform):
     """``T = H diag(s, s t, .., s t)`` in every group, rows in group order; the identity in groups of one row.
 
@@ -124,19 +125,14 @@ class BlockHouseholder(Transform):
     Attributes:
         order: row index of each position, ``[N]``.
         heads: position of each transformed group's leader, ``[K]``.
-        members: position of each small row of those groups, ``[M]``; head_of_member: index of its group, ``[M]``.
         sizes: n of each transformed group, ``[K]`` float64.
         row_scale: ``s`` of a leader, ``s t`` of a small row, 1 elsewhere, ``[N, 1, 1]`` in the compute dtype.
-        tree: per level of the summation tree, the positions that are added to and those that are added.
     """
 
     order: torch.Tensor
     heads: torch.Tensor
-    members: torch.Tensor
-    head_of_member: torch.Tensor
     sizes: torch.Tensor
     row_scale: torch.Tensor
-    tree: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     @staticmethod
     def of(groups: Groups, dtype: torch.dtype) -> BlockHouseholder:
@@ -154,25 +150,58 @@ class BlockHouseholder(Transform):
         s = torch.where(groups.leader_range < 1 / edge, lift, torch.where(groups.leader_range > edge, 1 / edge, s))
         scale = torch.where(groups.rank > 0, s * small_row_scale(groups), s)
         scale = torch.where(transformed, scale, 1.0)
-        positions = torch.arange(groups.rank.numel(), device=groups.rank.device)
-        heads = positions[transformed & (groups.rank == 0)]
-        members = positions[transformed & (groups.rank > 0)]
-        levels = []
-        width = 1
-        while width < int(groups.size.max()):
-            adds = transformed & (groups.rank % (2 * width) == 0) & (groups.rank + width < groups.size)
-            target = positions[adds]
-            levels.append((target, target + width))
-            width *= 2
+        heads = torch.nonzero(transformed & (groups.rank == 0)).view(-1)
         return BlockHouseholder(
             order=groups.order,
             heads=heads,
-            members=members,
-            head_of_member=torch.searchsorted(heads, members) - 1,
             sizes=groups.size[heads].double(),
             row_scale=scale.to(dtype).view(-1, 1, 1),
-            tree=tuple(levels),
         )
+
+    @staticmethod
+    def of_ranges(ranges: torch.Tensor, dtype: torch.dtype) -> BlockHouseholder:
+        """The transform of rows with these ranges, as :func:`group_rows` takes them."""
+        native = householder_groups(ranges) if dtype == torch.float32 else None
+        return BlockHouseholder.of(group_rows(ranges), dtype) if native is None else BlockHouseholder.of_native(native)
+
+    @staticmethod
+    def of_native(groups: NativeGroups) -> BlockHouseholder:
+        """The transform with groups and float32 scales that are known already."""
+        return BlockHouseholder(groups.order, groups.heads, groups.sizes, groups.scale.view(-1, 1, 1))
+
+    # The native kernels do not need what follows: it is made when it is asked for.
+
+    @cached_property
+    def members(self) -> torch.Tensor:
+        """Position of each small row of the transformed groups, ``[M]``."""
+        position, _, rank = self._rows
+        return position[rank > 0]
+
+    @cached_property
+    def head_of_member(self) -> torch.Tensor:
+        """Index of the group of each of ``members``, ``[M]``."""
+        _, group, rank = self._rows
+        return group[rank > 0]
+
+    @cached_property
+    def tree(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Per level of the summation tree, the positions that are added to and those that are added."""
+        position, group, rank = self._rows
+        size = self.sizes[group]
+        levels = []
+        width = 1
+        while (target := position[(rank % (2 * width) == 0) & (rank + width < size)]).numel() > 0:
+            levels.append((target, target + width))
+            width *= 2
+        return tuple(levels)
+
+    @cached_property
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Of each row of the transformed groups: position, index of its group, place within it.
+        sizes = self.sizes.long()
+        group = torch.repeat_interleave(sizes)
+        rank = torch.arange(group.numel(), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+        return self.heads[group] + rank, group, rank
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Rows of x in their own order, the result in group order.
@@ -251,15 +280,18 @@ class BHQ(StochasticQuantizer):
 
     def transform(self, x: torch.Tensor) -> BlockHouseholder | None:
         view = rows(x)
-        groups = self._groups(view)
-        return None if groups is None else BlockHouseholder.of(groups, view.dtype)
+        ranges = self._ranges(view)
+        return None if ranges is None else BlockHouseholder.of_ranges(ranges, view.dtype)
 
     @staticmethod
-    def _groups(view: torch.Tensor) -> Groups | None:
+    def _ranges(view: torch.Tensor) -> torch.Tensor | None:
+        # None where there is nothing to group.
         ranges = require_finite_ranges(*extremes(view, 0)).view(-1)
-        if ranges.numel() < 2 or not bool((ranges > 0).any()):
-            return None
-        return group_rows(ranges)
+        return None if ranges.numel() < 2 or not bool((ranges > 0).any()) else ranges
+
+    def _groups(self, view: torch.Tensor) -> Groups | None:
+        ranges = self._ranges(view)
+        return None if ranges is None else group_rows(ranges)
 
     def bound(self, x: torch.Tensor) -> float:
         """Sum over groups of ``D / (4 B^2) (1 + (n-1) / t^2) (lambda_1 / sqrt n + t (n-1) / sqrt n lambda_2)^2``.

@@ -9,9 +9,11 @@ import torch
 from fqtstats.ops import native_module
 from fqtstats.ops import quantize as native
 from fqtstats.ops.codes import Affine, Codes
+from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
-from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer, rows
+from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
+from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
 from fqtstats.random import Stream
 
 __all__ = ["Extremes", "Stored", "store"]
@@ -89,19 +91,23 @@ def _store_native(
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
     if not ours or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
         return None
-    # A transform mixes rows, the same way in every column: any order of the columns will do.
-    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    by_rows = x.movedim(1, -1) if channels_last else x
-    transform = q.transform(by_rows)
-    groups: Extremes | None
-    if transform is not None:
-        y, low, high = transform.forward_extremes(rows(by_rows))
-        y, groups = y.view(by_rows.shape), (low.view(-1), high.view(-1))
-        x = y.movedim(-1, 1) if channels_last else y
-    else:
-        groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
+    groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
+    if isinstance(q, BHQ):
+        return _store_transformed(q, x, stream, pad, groups)
     codes = native.encode(x, q.recipe, stream.words(), pad, extremes=groups)
-    return None if codes is None else Stored(codes, transform)
+    return None if codes is None else Stored(codes, None)
+
+
+def _store_transformed(
+    q: BHQ, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
+) -> Stored | None:
+    encoded = householder_encode(
+        x.float() if x.dtype == torch.float16 else x, q.bits, q.random_bits, stream.words(), pad, extremes=extremes
+    )
+    if encoded is None:
+        return None
+    codes, groups = encoded
+    return Stored(codes, None if groups is None else BlockHouseholder.of_native(groups))
 
 
 def _of_groups(extremes: Extremes, axis: int | None) -> Extremes:

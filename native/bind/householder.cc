@@ -1,10 +1,13 @@
 #include "kernels/householder/householder.h"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -12,8 +15,11 @@
 
 #include "bind/arrays.h"
 #include "bind/bind.h"
+#include "bind/quantize.h"
 #include "bind/variants.h"
 #include "cpu/scratch.h"
+#include "kernels/householder/encode.h"
+#include "kernels/householder/groups.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -91,6 +97,63 @@ void householder_inverse(const Array& x, const Array& order, const Array& heads,
   householder::inverse(kernel, t, from, columns, threads, to);
 }
 
+householder::Groups groups_of(const Array& order, const Array& heads, const Array& sizes, const Array& scale,
+                              std::int64_t rows) {
+  return {data<std::int64_t>("order", order, {rows}), data<std::int64_t>("heads", heads, {rows / 2}),
+          data<double>("sizes", sizes, {rows / 2}), data<float>("scale", scale, {rows})};
+}
+
+std::int64_t householder_groups(const Array& ranges, const Array& order, const Array& heads, const Array& sizes,
+                                const Array& scale) {
+  const auto* from = data<double>("ranges", ranges, {kAny});
+  const auto rows = static_cast<std::int64_t>(ranges.size());
+  if (rows < 2) bad_value("ranges", "of 2 rows at least", ranges);
+  bool positive = false;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    if (!std::isfinite(from[i]) || from[i] < 0)
+      bad_index("ranges", "finite and not negative", i, std::to_string(from[i]));
+    positive = positive || from[i] > 0;
+  }
+  if (!positive) bad_value("ranges", "positive in one row at least", ranges);
+  const householder::Groups groups = groups_of(order, heads, sizes, scale, rows);
+  nb::gil_scoped_release release;
+  return householder::group_rows(from, rows, groups);
+}
+
+nb::tuple householder_encode(const Array& x, bool channels_last, int bits, int random_bits,
+                             const std::array<std::uint32_t, 4>& words, int storage_bits, const Pair& size,
+                             const Pair& pad, const Array& out, const Array& step, const Array& zero,
+                             const Array& offset, const Array& order, const Array& heads, const Array& sizes,
+                             const Array& scale, const std::optional<Array>& low, const std::optional<Array>& high,
+                             int threads, const std::optional<std::string>& variant) {
+  const quantize::Input in = input_of(x, channels_last);
+  check_range("bits", bits, 1, 8);
+  check_range("random_bits", random_bits, 1, 24);
+  const quantize::Layout layout = layout_of(storage_bits, size, pad);
+  if (storage_bits < bits) bad_value("storage_bits", "at least bits", storage_bits);
+  if (size[0] * size[1] != in.s) bad_value("x", "as many positions as size has", x);
+  std::uint8_t* codes = codes_of("out", out, layout, in.n, in.c);
+  float* steps = data<float>("step", step, {in.n});
+  auto* zeros = data<std::int32_t>("zero", zero, {in.n});
+  float* offsets = data<float>("offset", offset, {in.n});
+  const householder::Groups groups = groups_of(order, heads, sizes, scale, in.n);
+  if (low.has_value() != high.has_value())
+    throw nb::value_error("low and high must be given together, got only one of them");
+  const float* lows = data<float>("low", low, {in.n});
+  const float* highs = data<float>("high", high, {in.n});
+  check_range("threads", threads, 1, kMaxThreads);
+  const householder::Kernel& kernel = find_variant(householder::kernels(), variant);
+  const quantize::Kernel& rounding = find_variant(quantize::kernels(), variant);
+  const philox::Stream key{words[0], words[1], words[2], words[3]};
+  householder::Encoded encoded;
+  {
+    nb::gil_scoped_release release;
+    encoded = householder::encode(kernel, rounding, in, (1 << bits) - 1, random_bits, key, layout, lows, highs, threads,
+                                  groups, codes, steps, zeros, offsets);
+  }
+  return nb::make_tuple(static_cast<int>(encoded.status), encoded.groups);
+}
+
 }  // namespace
 
 void householder(nb::module_& m) {
@@ -101,6 +164,18 @@ void householder(nb::module_& m) {
   m.def("householder_inverse", householder_inverse, "x"_a.noconvert(), "order"_a.noconvert(), "heads"_a.noconvert(),
         "sizes"_a.noconvert(), "scale"_a.noconvert(), "threads"_a.noconvert(), "out"_a.noconvert(),
         "variant"_a = nb::none(), "Undo householder_forward.");
+  m.def("householder_groups", householder_groups, "ranges"_a.noconvert(), "order"_a.noconvert(), "heads"_a.noconvert(),
+        "sizes"_a.noconvert(), "scale"_a.noconvert(),
+        "Groups and scales of rows of `ranges` (float64 [N]). Returns how many are reflected: so many of `heads` and "
+        "`sizes` ([N / 2]) are written.");
+  m.def("householder_encode", householder_encode, "x"_a.noconvert(), "channels_last"_a.noconvert(),
+        "bits"_a.noconvert(), "random_bits"_a.noconvert(), "words"_a, "storage_bits"_a.noconvert(), "size"_a, "pad"_a,
+        "out"_a.noconvert(), "step"_a.noconvert(), "zero"_a.noconvert(), "offset"_a.noconvert(), "order"_a.noconvert(),
+        "heads"_a.noconvert(), "sizes"_a.noconvert(), "scale"_a.noconvert(), "low"_a.noconvert().none(),
+        "high"_a.noconvert().none(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+        "Codes of the transformed samples of x, as quantize_encode gives them for axis 0 and rule 0, and what "
+        "householder_groups gives. Returns the status of quantize_encode, and how many groups are reflected; -1 where "
+        "the samples are not transformed, and order, heads, sizes and scale are not written.");
 }
 
 std::vector<Variant> householder_variants() { return list_variants("householder", householder::kernels()); }

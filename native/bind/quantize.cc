@@ -1,4 +1,4 @@
-#include "kernels/quantize/quantize.h"
+#include "bind/quantize.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -15,18 +15,11 @@
 #include "bind/variants.h"
 
 namespace fqtstats::bind {
-namespace {
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
-using Pair = std::array<std::int64_t, 2>;
-
-// Of sizes, channels and pads, so that no product of two of them overflows.
-constexpr std::int64_t kMaxSize = 1 << 30;
-
-// x is [N, C, S], or [N, S, C] where channels_last; not empty.
-quantize::Input input(const Array& x, bool channels_last) {
+quantize::Input input_of(const Array& x, bool channels_last) {
   constexpr nb::dlpack::dtype kBfloat{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
   const bool bfloat = x.dtype() == kBfloat;
   if (!bfloat && x.dtype() != nb::dtype<float>()) bad_type("x", "float32 or bfloat16", x);
@@ -42,13 +35,6 @@ quantize::Input input(const Array& x, bool channels_last) {
           channels_last ? second : third};
 }
 
-quantize::Axis axis_of(int axis) {
-  check_range("axis", axis, -1, 1);
-  return static_cast<quantize::Axis>(axis);
-}
-
-std::int64_t groups(int axis, std::int64_t n, std::int64_t c) { return axis < 0 ? 1 : axis == 0 ? n : c; }
-
 quantize::Layout layout_of(int bits, const Pair& size, const Pair& pad) {
   if (bits != 1 && bits != 2 && bits != 4 && bits != 8) bad_value("storage_bits", "1, 2, 4 or 8", bits);
   for (int i : {0, 1}) {
@@ -62,9 +48,18 @@ std::uint8_t* codes_of(const char* name, const Array& a, const quantize::Layout&
   return data<std::uint8_t>(name, a, {n, l.height + 2 * l.pad_h, l.width + 2 * l.pad_w, row_bytes(c, l.bits)});
 }
 
+namespace {
+
+quantize::Axis axis_of(int axis) {
+  check_range("axis", axis, -1, 1);
+  return static_cast<quantize::Axis>(axis);
+}
+
+std::int64_t groups(int axis, std::int64_t n, std::int64_t c) { return axis < 0 ? 1 : axis == 0 ? n : c; }
+
 void quantize_extremes(Array x, bool channels_last, int axis, Array low, Array high, int threads,
                        const std::optional<std::string>& variant) {
-  const quantize::Input in = input(x, channels_last);
+  const quantize::Input in = input_of(x, channels_last);
   const quantize::Axis along = axis_of(axis);
   const std::int64_t count = groups(axis, in.n, in.c);
   float* lows = data<float>("low", low, {count});
@@ -79,7 +74,7 @@ int quantize_encode(Array x, bool channels_last, int axis, int rule, int bits, i
                     const std::array<std::uint32_t, 4>& words, int storage_bits, const Pair& size, const Pair& pad,
                     Array out, Array step, Array zero, Array offset, const std::optional<Array>& low,
                     const std::optional<Array>& high, int threads, const std::optional<std::string>& variant) {
-  const quantize::Input in = input(x, channels_last);
+  const quantize::Input in = input_of(x, channels_last);
   const quantize::Axis along = axis_of(axis);
   const std::int64_t count = groups(axis, in.n, in.c);
   check_range("rule", rule, 0, 2);

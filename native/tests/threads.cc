@@ -3,6 +3,7 @@
 // threads at least once. `threads race` makes a race inside cpu::split instead, which the sanitizer must report.
 #include <cxxabi.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +19,7 @@
 #include "kernels/convolution1/convolution1.h"
 #include "kernels/convolution8/convolution8.h"
 #include "kernels/fused/fused.h"
+#include "kernels/householder/encode.h"
 #include "kernels/householder/householder.h"
 #include "kernels/philox/philox.h"
 #include "kernels/product1/product1.h"
@@ -90,6 +92,32 @@ struct Quantized {
   std::vector<float> numbers;
   bool operator==(const Quantized&) const = default;
 };
+
+// Of bfloat16 rows, a few of them large: several groups.
+bool householder_codes() {
+  constexpr std::int64_t kRows = 70, kColumns = 7001;
+  std::vector<std::uint16_t> x(kRows * kColumns);
+  for (std::int64_t i = 0; i < std::ssize(x); ++i) {
+    const float v = static_cast<float>(scrambled(i) % 1000) * (i / kColumns % 9 == 4 ? 1.0f : 0.01f);
+    x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
+  }
+  const quantize::Input in{x.data(), quantize::Type::bf16, true, kRows, kColumns, 1};
+  return same(householder::kernels(), [&](const householder::Kernel& kernel, int threads) {
+    Quantized out{std::vector<std::uint8_t>(kRows * quantize::row_bytes(kColumns, 8)), std::vector<float>(3 * kRows)};
+    std::vector<std::int64_t> order(kRows), heads(kRows);
+    std::vector<std::int32_t> zero(kRows);
+    std::vector<double> sizes(kRows);
+    float *step = out.numbers.data(), *offset = step + kRows;
+    const quantize::Kernel* rounding = nullptr;
+    for (const quantize::Kernel& row : quantize::kernels())
+      if (row.isa == kernel.isa) rounding = &row;
+    const householder::Encoded encoded = householder::encode(
+        kernel, *rounding, in, 255, 24, {1, 2, 3, 4}, {8, 1, 1, 0, 0}, nullptr, nullptr, threads,
+        {order.data(), heads.data(), sizes.data(), offset + kRows}, out.codes.data(), step, zero.data(), offset);
+    if (encoded.groups < 1) out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
+    return out;
+  });
+}
 
 // There and back.
 bool quantize_tensor(std::int64_t n, std::int64_t c, std::int64_t height, std::int64_t width, bool channels_last,
@@ -288,6 +316,7 @@ constexpr struct {
     {"philox, int32", philox_bits<std::int32_t>},
     {"philox, int64", philox_bits<std::int64_t>},
     {"householder", householder_both_ways},
+    {"householder, codes", householder_codes},
     {"quantize", quantize_both_ways},
     {"product8", product8_all},
     {"product1", product1_all},

@@ -62,8 +62,9 @@ struct Transform {
   const float* scale;         // [rows] by position
 };
 
-// in and out: [rows, columns], row-major, not overlapping. low, high: [rows], of the rows of `out`; a row that holds
-// NaN has NaN for both, zeros are positive, and without columns they are +inf and -inf.
+// in and out: [rows, columns], row-major, not overlapping, or the same where every row keeps its place. low, high:
+// [rows], of the rows of `out`; a row that holds NaN has NaN for both, zeros are positive, and without columns they are
+// +inf and -inf.
 void forward(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
              float* out, float* low, float* high);
 void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,

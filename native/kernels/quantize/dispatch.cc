@@ -335,8 +335,8 @@ class Encoder {
   const std::int32_t* run_of_bits(std::int64_t index, std::int64_t count) const {
     if (recipe_.random_bits == 0) return nullptr;
     std::int32_t* buffer = bits_buffer();
-    const std::int64_t skip = index % tile();
-    fill_bits(index - skip, skip + count, buffer);
+    const std::int64_t from = index + in_.first * in_.c * in_.s, skip = from % tile();
+    fill_bits(from - skip, skip + count, buffer);
     return buffer + skip;
   }
 
@@ -349,7 +349,7 @@ class Encoder {
     std::int32_t* buffer = bits_buffer() + kMaxTile;
     *stride = kPositions + kMaxTile;
     for (std::int64_t i = 0; i < channels; ++i) {
-      const std::int64_t from = index + i * in_.s, skip = from % tile();
+      const std::int64_t from = index + (in_.first * in_.c + i) * in_.s, skip = from % tile();
       fill_bits(from - skip, skip + length, buffer + i * *stride - skip);
     }
     return buffer;

@@ -115,6 +115,7 @@ struct Input {
   Type type;
   bool channels_last;
   std::int64_t n, c, s;
+  std::int64_t first = 0;  // number of the first sample in the random stream, where x is a part of a tensor
 };
 
 // Minimum and maximum of every group; NaN where it holds one.
