@@ -103,7 +103,7 @@ bool householder_codes() {
   }
   const quantize::Input in{x.data(), quantize::Type::bf16, true, kRows, kColumns, 1};
   return same(householder::kernels(), [&](const householder::Kernel& kernel, int threads) {
-    Quantized out{std::vector<std::uint8_t>(kRows * quantize::row_bytes(kColumns, 8)), std::vector<float>(3 * kRows)};
+    Quantized out{std::vector<std::uint8_t>(kRows * row_bytes(kColumns, 8)), std::vector<float>(3 * kRows)};
     std::vector<std::int64_t> order(kRows), heads(kRows);
     std::vector<std::int32_t> zero(kRows);
     std::vector<double> sizes(kRows);

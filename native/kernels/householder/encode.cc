@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/stream.h"
+#include "kernels/codes.h"
 
 namespace fqtstats::householder {
 namespace {
@@ -95,7 +96,7 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
   const std::int64_t count = group_rows(ranges, rows, groups);
 
   const std::int64_t bytes =
-      (layout.height + 2 * layout.pad_h) * (layout.width + 2 * layout.pad_w) * quantize::row_bytes(in.c, layout.bits);
+      (layout.height + 2 * layout.pad_h) * (layout.width + 2 * layout.pad_w) * row_bytes(in.c, layout.bits);
   std::int64_t* identity = cpu::scratch<Identity, std::int64_t>(rows);
   std::iota(identity, identity + rows, std::int64_t{0});
   std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(count);

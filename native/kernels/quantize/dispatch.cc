@@ -6,6 +6,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "kernels/integers.h"
 #include "kernels/quantize/quantize.h"
 
 namespace fqtstats::quantize {
@@ -30,8 +31,6 @@ constexpr std::int64_t kPositions =
 constexpr std::int64_t kRun =
     2048;  // consecutive elements at a time: few enough to read ahead while their random bits are made
 constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 std::int64_t groups_of(Axis axis, std::int64_t n, std::int64_t c) {
   return axis == Axis::none ? 1 : axis == Axis::sample ? n : c;
