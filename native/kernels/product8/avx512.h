@@ -273,13 +273,14 @@ template <bool kStream>
 __attribute__((noinline)) static void finish_tile(const Finish& f, const RowConstants& row, std::int64_t column,
                                                   int rows, int columns, const std::int32_t* sums, std::int64_t lds,
                                                   std::int32_t* c, std::int64_t ldc) {
+  const bool zero_a = f.zero_a || f.shift_a;
   for (int j = 0; j < columns; j += kLanes) {
     const __mmask16 valid = first_lanes(columns - j);
     const std::int64_t n = column + j;
     const __m512i sum_b = _mm512_loadu_si512(f.sum_b + n), zero_b = _mm512_loadu_si512(f.zero_b + n);
     const auto correct = [&](int i) {
-      const __m512i p = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(valid, sums + i * lds + j),
-                                         _mm512_mullo_epi32(sum_b, _mm512_set1_epi32(row.zero[i])));
+      __m512i p = _mm512_maskz_loadu_epi32(valid, sums + i * lds + j);
+      if (zero_a) p = _mm512_sub_epi32(p, _mm512_mullo_epi32(sum_b, _mm512_set1_epi32(row.zero[i])));
       return _mm512_sub_epi32(p, _mm512_mullo_epi32(zero_b, _mm512_set1_epi32(row.sum[i])));
     };
     if (!f.step_a) {

@@ -29,7 +29,7 @@ namespace {
 constexpr std::int64_t kPositions =
     1024;  // of one image, at a time; a multiple of every Philox tile; long runs for the prefetcher
 constexpr std::int64_t kRun =
-    2048;  // consecutive elements at a time: few enough to read ahead while their random bits are made
+    1024;  // consecutive elements at a time: few enough to read ahead while their random bits are made
 constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
 
 std::int64_t groups_of(Axis axis, std::int64_t n, std::int64_t c) {
@@ -194,7 +194,7 @@ class Encoder {
     return from_low_ ? Status::ok_with_offset : Status::ok;
   }
 
-  // Rows [begin, end) of a matrix: one row, or at most kRun elements.
+  // Rows [begin, end) of a matrix: one row, or some kRun elements.
   void rows(std::int64_t begin, std::int64_t end) {
     for (std::int64_t c = 0; c < in_.c; c += kRun) {
       const std::int64_t count = std::min(kRun, in_.c - c), element = begin * in_.c + c;
@@ -426,7 +426,7 @@ Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const
     if (!encoder.set_grids(low, high, 0, groups)) return encoder.status();
   }
   if (in.s == 1 && layout.pad_h == 0 && layout.pad_w == 0) {
-    const std::int64_t block = std::max<std::int64_t>((kRun + in.c / 2) / in.c, 1);
+    const std::int64_t block = std::max<std::int64_t>((kRun + in.c / 2) / in.c, 1);  // rows: some kRun elements
     cpu::split(ceil_div(in.n, block), kGrain / (block * in.c) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t n = begin * block; n < std::min(end * block, in.n); n += block) {
         const std::int64_t stop = std::min(n + block, in.n);
