@@ -1,6 +1,6 @@
 """Speed of the native kernels against named baselines: the bench table, with the machine that it was measured on.
 
-``python -m analysis.speed`` runs ``fqtstats bench all --allocator both`` (half an hour) and writes
+``python -m analysis.speed`` runs ``fqtstats bench all --allocator both`` (some ten minutes) and writes
 ``analysis/results/speed/{rows.json,table.md,figures/speed.png}``; ``--render`` only writes table and figure again.
 """
 
