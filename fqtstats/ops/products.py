@@ -19,9 +19,10 @@ sums run over all samples and positions, codes without pad are therefore counted
 the offset's side: with ``k = floor(-o / s)``, as far as ``z <= z + k <= B``, ``z + k`` takes the place of ``z``, and
 ``float32(o + k s)`` (in float64, rounded once) that of ``o``.
 
-Every step is rounded by itself (no fused multiply-add). Against exact arithmetic on the decoded operands the error is
-at most ``((1 + 2^-24)^6 - 1) (|I sa sb| + |u ob| + |oa v| + |bias|)`` where nothing over- or underflows: no term passes
-more than six roundings. See ``tests/test_products.py``.
+Every step is rounded by itself (no fused multiply-add). Against exact arithmetic on the decoded operands (of a weight
+gradient: decoded with ``z`` and ``o`` as just counted) the error is at most
+``((1 + 2^-24)^6 - 1) (|I sa sb| + |u ob| + |oa v| + |bias|)`` where nothing over- or underflows: no term passes more
+than six roundings. See ``tests/test_products.py``.
 
 Beyond 3.4e38, the range of float32, each of these values becomes Inf, without an error, as in any float32 arithmetic
 (one operand of about 1e37 is near it, and so are two of 1e19); ``y`` is then Inf, or NaN where an Inf meets a 0 or an
