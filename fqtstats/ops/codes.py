@@ -14,7 +14,17 @@ import torch
 
 from fqtstats.errors import InputError
 
-__all__ = ["STORAGE_BITS", "Affine", "Codes", "Geometry", "array", "empty_images", "row_bytes"]
+__all__ = [
+    "STORAGE_BITS",
+    "Affine",
+    "Codes",
+    "Geometry",
+    "array",
+    "empty_codes",
+    "empty_grids",
+    "empty_images",
+    "row_bytes",
+]
 
 STORAGE_BITS = (1, 2, 4, 8)
 
@@ -28,6 +38,20 @@ def row_bytes(channels: int, bits: int) -> int:
 def empty_images(n: int, channels: int, height: int, width: int) -> torch.Tensor:
     """Uninitialized ``[N, C, H, W]`` float32 on the CPU in channels-last memory; not a view, unlike a permuted one."""
     return torch.empty(n, channels, height, width, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
+def empty_codes(shape: tuple[int, ...], bits: int, pad: tuple[int, int]) -> torch.Tensor:
+    """Uninitialized data of codes of a logical shape ``[N, C]`` or ``[N, C, H, W]``, with its axes of pixels."""
+    n, c, *size = shape
+    height, width = size or (1, 1)
+    lines, line, row = height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, bits)
+    return torch.empty(n, lines, line, row, dtype=torch.uint8, device="cpu")
+
+
+def empty_grids(groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialized step, zero and offset of an :class:`Affine`, ``[G]`` each."""
+    step, offset = torch.empty(2, groups, dtype=torch.float32, device="cpu").unbind()
+    return step, torch.empty(groups, dtype=torch.int32, device="cpu"), offset
 
 
 def array(values: torch.Tensor | None) -> Any:

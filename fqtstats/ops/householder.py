@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from fqtstats.formats import uint
-from fqtstats.ops.codes import Affine, Codes, row_bytes
+from fqtstats.ops.codes import Affine, Codes, empty_codes, empty_grids
 from fqtstats.ops.extension import native_module
-from fqtstats.ops.quantize import _MOST_RANDOM_BITS, _OK_WITH_OFFSET, _native_for, _view
+from fqtstats.ops.quantize import MOST_RANDOM_BITS, OK_WITH_OFFSET, native_for, view_of
 
 __all__ = ["Groups", "householder_encode", "householder_forward", "householder_groups", "householder_inverse"]
 
@@ -71,22 +71,19 @@ def householder_encode(
 
     Returns:
         Codes, and the groups of rows, or None in their place where the rows are encoded without a transform: there is
-        one row, or no range is positive. None for both where there is no kernel for ``x`` (not float32 or bfloat16 on
-        the CPU, more than 24 random bits, or the extension is not in use), or where numbers, ranges, or transformed
-        numbers are not finite.
+        one row, or no range is positive. None instead of the pair where there is no kernel for ``x`` (not float32 or
+        bfloat16 on the CPU, more than 24 random bits, or the extension is not in use), or where numbers, ranges, or
+        transformed numbers are not finite.
     """
-    native = _native_for(x)
-    if native is None or random_bits > _MOST_RANDOM_BITS:
+    native = native_for(x)
+    if native is None or random_bits > MOST_RANDOM_BITS:
         return None
-    n, c, *size = x.shape
+    n, _, *size = x.shape
     height, width = size or (1, 1)
-    view, channels_last = _view(x)
+    view, channels_last = view_of(x)
     storage_bits = uint(bits).storage_bits
-    out = torch.empty(
-        n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, storage_bits), dtype=torch.uint8, device="cpu"
-    )
-    step, offset = torch.empty(2, n, dtype=torch.float32, device="cpu").unbind()
-    zero = torch.empty(n, dtype=torch.int32, device="cpu")
+    out = empty_codes(tuple(x.shape), storage_bits, pad)
+    step, zero, offset = empty_grids(n)
     low, high = (None, None) if extremes is None else (t.detach().numpy() for t in extremes)
     groups = _empty_groups(n)
     status, count = native.householder_encode(
@@ -108,7 +105,7 @@ def householder_encode(
         torch.get_num_threads(),
         variant,
     )
-    if status != _OK_WITH_OFFSET:
+    if status != OK_WITH_OFFSET:
         return None
     affine = Affine(step=step, zero=None, offset=offset, axis=0 if n > 1 else None)
     codes = Codes(out if size else out.view(n, -1), storage_bits, tuple(x.shape), pad, affine)

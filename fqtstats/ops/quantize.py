@@ -16,16 +16,27 @@ import torch
 
 from fqtstats.errors import NonFiniteError
 from fqtstats.formats import uint
-from fqtstats.ops.codes import Affine, Codes, row_bytes
+from fqtstats.ops.codes import Affine, Codes, empty_codes, empty_grids
 from fqtstats.ops.extension import native_module
 
-__all__ = ["Recipe", "decode", "encode", "extremes", "require_finite", "require_finite_ranges"]
+__all__ = [
+    "MOST_RANDOM_BITS",
+    "OK_WITH_OFFSET",
+    "Recipe",
+    "decode",
+    "encode",
+    "extremes",
+    "native_for",
+    "require_finite",
+    "require_finite_ranges",
+    "view_of",
+]
 
 Rule = Literal["affine", "zero_on_grid", "symmetric"]
 
 _RULES: dict[Rule, int] = {"affine": 0, "zero_on_grid": 1, "symmetric": 2}
-_OK_WITH_OFFSET, _NOT_FINITE, _RANGE_OVERFLOWS = 1, 2, 3
-_MOST_RANDOM_BITS = 24
+OK_WITH_OFFSET, _NOT_FINITE, _RANGE_OVERFLOWS = 1, 2, 3
+MOST_RANDOM_BITS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +90,21 @@ def encode(
         ValueError: an argument is out of range.
     """
     random_bits = recipe.random_bits or 0
-    native = _native_for(x)
-    if native is None or random_bits > _MOST_RANDOM_BITS:
+    native = native_for(x)
+    if native is None or random_bits > MOST_RANDOM_BITS:
         return None
     if random_bits and words is None:
         raise ValueError("stochastic rounding needs the words of a stream, got None")
     shape = tuple(x.shape)
     if len(shape) not in (2, 4):
         raise ValueError(f"x must be [N, C] or [N, C, H, W], got {list(shape)}")
-    n, c, *size = shape
+    n, _, *size = shape
     height, width = size or (1, 1)
-    view, channels_last = _view(x)
+    view, channels_last = view_of(x)
     storage_bits = uint(recipe.bits).storage_bits
     groups = 1 if recipe.axis is None else shape[recipe.axis]
-    out = torch.empty(
-        n, height + 2 * pad[0], width + 2 * pad[1], row_bytes(c, storage_bits), dtype=torch.uint8, device="cpu"
-    )
-    step, offset = torch.empty(2, groups, dtype=torch.float32, device="cpu").unbind()
-    zero = torch.empty(groups, dtype=torch.int32, device="cpu")
+    out = empty_codes(shape, storage_bits, pad)
+    step, zero, offset = empty_grids(groups)
     low, high = (None, None) if extremes is None else (t.detach().numpy() for t in extremes)
     status = native.quantize_encode(
         view,
@@ -123,7 +131,7 @@ def encode(
     affine = Affine(
         step=step,
         zero=None if recipe.rule == "affine" else zero,
-        offset=offset if status == _OK_WITH_OFFSET else None,
+        offset=offset if status == OK_WITH_OFFSET else None,
         axis=recipe.axis if groups > 1 else None,
     )
     return Codes(out if size else out.view(n, -1), storage_bits, shape, pad, affine)
@@ -144,7 +152,7 @@ def decode(
     height, width = size or (1, 1)
     affine = codes.affine
     out = torch.empty(codes.shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
-    view, channels_last = _view(out)
+    view, channels_last = view_of(out)
     native.quantize_decode(
         (codes.data if size else codes.data.view(n, 1, 1, -1)).numpy(),
         codes.bits,
@@ -152,9 +160,7 @@ def decode(
         (height, width),
         codes.pad,
         -1 if affine.axis is None else affine.axis,
-        affine.step.numpy(),
-        None if affine.zero is None else affine.zero.numpy(),
-        None if affine.offset is None else affine.offset.numpy(),
+        *affine.arrays(),
         channels_last,
         view,
         torch.get_num_threads(),
@@ -176,10 +182,10 @@ def extremes(
     Returns:
         None where there is no kernel, as for :func:`encode`.
     """
-    native = _native_for(x)
+    native = native_for(x)
     if native is None:
         return None
-    view, channels_last = _view(x)
+    view, channels_last = view_of(x)
     groups = 1 if axis is None else x.shape[axis]
     low, high = torch.empty(2, groups, dtype=torch.float32, device="cpu").unbind()
     native.quantize_extremes(
@@ -230,7 +236,8 @@ def require_finite_ranges(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor
     return span
 
 
-def _native_for(x: torch.Tensor) -> Any:
+def native_for(x: torch.Tensor) -> Any:
+    """The extension where it can read ``x`` (float32 or bfloat16 on the CPU), else None."""
     # Subclasses of tensors (fake ones among them) have no memory of their own.
     if x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):
         return None
@@ -243,7 +250,7 @@ def _fail(x: torch.Tensor, recipe: Recipe, given: tuple[torch.Tensor, torch.Tens
     require_finite_ranges(low, high)
 
 
-def _view(x: torch.Tensor) -> tuple[object, bool]:
+def view_of(x: torch.Tensor) -> tuple[object, bool]:
     """``x [N, C, ...]`` as the kernels take it: ``[N, C, S]``, or ``[N, S, C]`` where channels are last in memory."""
     x = x.detach()
     n, c, *size = x.shape

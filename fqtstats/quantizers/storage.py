@@ -89,7 +89,8 @@ def _store_native(
 ) -> Stored | None:
     # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
-    if not ours or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+    known = isinstance(q, BHQ) or type(q).transform is UniformQuantizer.transform
+    if not (ours and known) or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
         return None
     groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
     if isinstance(q, BHQ):

@@ -5,6 +5,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -13,6 +14,10 @@
 namespace fqtstats::bind {
 
 using Array = nanobind::ndarray<>;
+using Pair = std::array<std::int64_t, 2>;  // height, width
+
+// Of sizes, channels and pads, so that no product of two of them overflows.
+inline constexpr std::int64_t kMaxSize = 1 << 30;
 
 // "2-D float32 [3, 4] on the CPU", with its strides where it is not contiguous.
 std::string describe(const Array& a);

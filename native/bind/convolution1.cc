@@ -21,7 +21,6 @@ namespace {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-using Pair = std::array<std::int64_t, 2>;
 using Shape = std::array<std::int64_t, 4>;
 using Maybe = std::optional<Array>;
 

@@ -22,20 +22,17 @@ namespace {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-using Pair = std::array<std::int64_t, 2>;  // height, width
 using Floats = std::optional<Array>;
 
 // Windows of more terms would overflow the sums of codes alone.
 constexpr std::int64_t kMaxTerms = 1 << 23;
-// Of channels and sizes, so that no product of a few of them overflows.
-constexpr std::int64_t kMaxExtent = 1 << 30;
 
 convolution8::Codes codes(const char* name, const Array& data_, int bits, std::int64_t channels, const Pair& pad) {
   const std::string pad_name = std::string(name) + "_pad";
   if (bits != 1 && bits != 2 && bits != 4 && bits != 8)
     bad_value((std::string(name) + "_bits").c_str(), "1, 2, 4 or 8", bits);
   const auto* data = bind::data<std::uint8_t>(name, data_, {kAny, kAny, kAny, row_bytes(channels, bits)});
-  for (const std::int64_t p : pad) check_range(pad_name.c_str(), p, 0, kMaxExtent);
+  for (const std::int64_t p : pad) check_range(pad_name.c_str(), p, 0, kMaxSize);
   const std::int64_t height = static_cast<std::int64_t>(data_.shape(1)) - 2 * pad[0];
   const std::int64_t width = static_cast<std::int64_t>(data_.shape(2)) - 2 * pad[1];
   if (height < 1 || width < 1) bad_value(name, "larger than its padding", data_);
@@ -60,11 +57,11 @@ void affine(convolution8::Codes& c, const std::string& name, std::int64_t groups
 
 convolution8::Geometry geometry(const Pair& stride, const Pair& padding, const Pair& dilation, std::int64_t groups) {
   for (int i = 0; i < 2; ++i) {
-    check_range("stride", stride[i], 1, kMaxExtent);
-    check_range("padding", padding[i], 0, kMaxExtent);
-    check_range("dilation", dilation[i], 1, kMaxExtent);
+    check_range("stride", stride[i], 1, kMaxSize);
+    check_range("padding", padding[i], 0, kMaxSize);
+    check_range("dilation", dilation[i], 1, kMaxSize);
   }
-  check_range("groups", groups, 1, kMaxExtent);
+  check_range("groups", groups, 1, kMaxSize);
   return {{stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}, groups};
 }
 
@@ -76,7 +73,7 @@ void check_size(const convolution8::Geometry& g, int axis, std::int64_t in, std:
 }
 
 void check_groups(const char* name, std::int64_t channels, std::int64_t groups) {
-  check_range(name, channels, 1, kMaxExtent);
+  check_range(name, channels, 1, kMaxSize);
   if (channels % groups != 0) bad_value(name, "a multiple of groups = " + std::to_string(groups), channels);
 }
 
@@ -136,8 +133,8 @@ void convolution8_grad_weight(Array g, int g_bits, Pair g_pad, Array g_step, Flo
   auto* dw = data<float>("out", out, {kAny, channels / groups, kAny, kAny});
   const auto outputs = static_cast<std::int64_t>(out.shape(0));
   const auto kh = static_cast<std::int64_t>(out.shape(2)), kw = static_cast<std::int64_t>(out.shape(3));
-  check_range("kernel height", kh, 1, kMaxExtent);
-  check_range("kernel width", kw, 1, kMaxExtent);
+  check_range("kernel height", kh, 1, kMaxSize);
+  check_range("kernel width", kw, 1, kMaxSize);
   check_groups("output channels", outputs, groups);
   convolution8::Codes a = codes("g", g, g_bits, outputs, g_pad);
   convolution8::Codes b = codes("x", x, x_bits, channels, x_pad);

@@ -7,9 +7,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -108,10 +108,11 @@ std::int64_t householder_groups(const Array& ranges, const Array& order, const A
   const auto* from = data<double>("ranges", ranges, {kAny});
   const auto rows = static_cast<std::int64_t>(ranges.size());
   if (rows < 2) bad_value("ranges", "of 2 rows at least", ranges);
+  constexpr double kWidest = 2.0 * std::numeric_limits<float>::max();
   bool positive = false;
   for (std::int64_t i = 0; i < rows; ++i) {
-    if (!std::isfinite(from[i]) || from[i] < 0)
-      bad_index("ranges", "finite and not negative", i, std::to_string(from[i]));
+    if (!(from[i] >= 0 && from[i] <= kWidest))
+      bad_index("ranges", "from 0 to twice the largest float", i, std::to_string(from[i]));
     positive = positive || from[i] > 0;
   }
   if (!positive) bad_value("ranges", "positive in one row at least", ranges);

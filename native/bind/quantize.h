@@ -1,18 +1,12 @@
-// Checks of the arguments that all functions of codes have.
+// Checks of the arguments that functions which quantize have.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "bind/arrays.h"
 #include "kernels/quantize/quantize.h"
 
 namespace fqtstats::bind {
-
-using Pair = std::array<std::int64_t, 2>;
-
-// Of sizes, channels and pads, so that no product of two of them overflows.
-inline constexpr std::int64_t kMaxSize = 1 << 30;
 
 // x is [N, C, S], or [N, S, C] where channels_last; not empty.
 quantize::Input input_of(const Array& x, bool channels_last);

@@ -1,4 +1,5 @@
-// Results that no cache will hold are written past it: else each of their lines would be read before it is written.
+// Results that are larger than a core's caches are written past them: else each of their lines would be read before it
+// is written.
 #pragma once
 
 #include <cstdint>

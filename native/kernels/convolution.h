@@ -29,12 +29,12 @@ struct Geometry {
 };
 
 // u of fqtstats/ops/products.py for an exact sum of centered codes: in float64, rounded once.
-inline float scaled_sum(float step, std::int64_t centered) {
+static inline float scaled_sum(float step, std::int64_t centered) {
   return static_cast<float>(static_cast<double>(step) * static_cast<double>(centered));
 }
 
 // v, for a sum of `terms` of them; `offset` may be nullptr.
-inline float scaled_sum(float step, std::int64_t centered, std::int64_t terms, const float* offset) {
+static inline float scaled_sum(float step, std::int64_t centered, std::int64_t terms, const float* offset) {
   double sum = static_cast<double>(step) * static_cast<double>(centered);
   if (offset != nullptr) sum += static_cast<double>(terms) * static_cast<double>(*offset);
   return static_cast<float>(sum);

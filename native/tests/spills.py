@@ -125,14 +125,22 @@ def spills(function: Function) -> Iterator[tuple[str, str, int]]:
                 yield line, f"{operation} {operands}", len(loop)
 
 
-def main(paths: list[str], known: list[str]) -> int:
-    """Print all spills; 1 if there are any but the known ones."""
+def main(paths: list[str], known: dict[str, int]) -> int:
+    """Print all spills; 1 if there are any but the known ones, or more or none of those.
+
+    Args:
+        paths: of object files.
+        known: the most spills that functions with this in their name have, each.
+    """
     count = accepted = 0
+    unseen = set(known)
     for path in paths:
         for function in functions(path):
             found = list(spills(function))
-            if any(name in function.name for name in known):
+            name = next((name for name in known if name in function.name), None)
+            if name is not None and 0 < len(found) <= known[name]:
                 accepted += len(found)
+                unseen.discard(name)
                 for length, some in itertools.groupby(length for *_, length in found):
                     print(f"known: {len(list(some))} spills in a loop of {length} instructions of {function.name}")
                 continue
@@ -140,12 +148,15 @@ def main(paths: list[str], known: list[str]) -> int:
             for line, text, length in found:
                 print(f"{line}: spill in a loop of {length} instructions of {function.name}: {text}")
     print(f"{count} spills in the hot loops of {len(paths)} object files, and {accepted} known ones")
-    return int(count > 0)
+    for name in sorted(unseen):
+        print(f"no spills are left in {name}: it is no longer to be named")
+    return int(count > 0 or bool(unseen))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--known", action="append", default=[])
+    parser.add_argument("--known", action="append", default=[], metavar="NAME=MOST")
     parser.add_argument("files", nargs="+")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.files, arguments.known))
+    known = {name: int(most) for name, _, most in (text.rpartition("=") for text in arguments.known)}
+    sys.exit(main(arguments.files, known))

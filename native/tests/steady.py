@@ -3,9 +3,6 @@
 Every call that a test makes of the extension is made twice, on the same arguments. In the second one, with the first
 one's working memory and threads there, no kernel may allocate a byte on any thread, nor the binding 4 KiB; otherwise
 the call raises. The session fails if there is a function that no test has called.
-
-It is run with OMP_THREAD_LIMIT=2: where parallel regions of different sizes follow each other, libgomp ends the threads
-that the smaller one does not need, with their working memory, and starts new ones for the next.
 """
 
 from __future__ import annotations

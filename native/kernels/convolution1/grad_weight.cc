@@ -247,8 +247,8 @@ class WeightGradient {
   const int threads_;
   float* const dw_;
   const std::uint8_t* source_ = nullptr;  // x, padded
-  std::int64_t height_ = 0, width_ = 0, top_ = 0,
-               left_ = 0;  // of it; its pixel under the first tap of the first output
+  std::int64_t height_ = 0, width_ = 0;   // of it
+  std::int64_t top_ = 0, left_ = 0;       // its pixel under the first tap of the first output
   std::uint64_t *inside_y_ = nullptr, *inside_x_ = nullptr;
   std::int64_t steps_ = 0;               // of 64 pixels, in a part
   std::int64_t row_words_ = 0, ld_ = 0;  // of the 1-bit operand; sums per output channel

@@ -5,6 +5,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "kernels/fused/fused.h"
+#include "kernels/integers.h"
 
 namespace fqtstats::fused {
 
@@ -29,7 +30,7 @@ constexpr std::int64_t kGrain = 1 << 16;  // elements: some 10 us, several times
 // Items of `size` elements per share of a thread.
 std::int64_t grain(std::int64_t size) { return std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, size)); }
 
-std::int64_t blocks(std::int64_t count) { return (count + kBlock - 1) / kBlock; }
+std::int64_t blocks(std::int64_t count) { return ceil_div(count, kBlock); }
 
 // Partial sums (two per channel) and extremes of every block.
 struct Partials {

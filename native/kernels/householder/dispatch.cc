@@ -6,6 +6,7 @@
 #include "cpu/scratch.h"
 #include "cpu/stream.h"
 #include "kernels/householder/householder.h"
+#include "kernels/integers.h"
 
 namespace fqtstats::householder {
 
@@ -34,7 +35,7 @@ std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * k
 // Columns [begin, end) of every row. low and high are this call's own.
 void transform(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns,
                std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
-  const bool stream = cpu::streams(out, t.rows * columns, columns);
+  const bool stream = !t.read_next && cpu::streams(out, t.rows * columns, columns);
   const auto rows = [&](std::int64_t first, std::int64_t n) {
     Block block{.in = in,
                 .out = out,
@@ -73,7 +74,7 @@ struct Partial {};
 
 void run(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns, int threads,
          float* out, float* low, float* high) {
-  const std::int64_t units = (columns + kUnit - 1) / kUnit;
+  const std::int64_t units = ceil_div(columns, kUnit);
   const std::int64_t parts =
       std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
   std::int64_t size = workspace(1) * width_of(1);

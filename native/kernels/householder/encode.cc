@@ -3,29 +3,23 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstddef>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "cpu/stream.h"
 #include "kernels/codes.h"
 
 namespace fqtstats::householder {
 namespace {
 
-// Elements per thread that are transformed and then rounded: in float32 they stay in the second-level cache in between.
+// Elements per thread, and at most, that are transformed and then rounded: in float32 they stay in a cache in between.
+// A single group can be as large as the tensor.
 //
 // Rounding cannot start before the extremes of the transformed rows are known. Transforming the rows a second time
 // then, rather than keeping them transformed, would take longer than writing and reading them does.
-constexpr std::int64_t kChunk = 1 << 17;
+constexpr std::int64_t kChunk = 1 << 17, kMost = 1 << 20;
 constexpr std::int64_t kGrain = 1 << 15;
-
-// Elements of a chunk whose memory is kept between calls: 64 MB. A single group can be as large as the tensor.
-constexpr std::int64_t kKept = 1 << 24;
 
 // high - low of every row. Ok where all are finite numbers that float32 has.
 quantize::Status find_ranges(const float* low, const float* high, std::int64_t rows, double* ranges) {
@@ -50,24 +44,6 @@ void widen(const quantize::Input& in, const std::int64_t* order, std::int64_t ro
   });
 }
 
-// Memory for the rows of a chunk.
-class Rows {
- public:
-  float* get(std::int64_t count) {
-    if (count <= kKept) return cpu::scratch<Rows, float>(count);
-    large_.reset();
-    large_.reset(static_cast<float*>(::operator new[](static_cast<std::size_t>(count) * sizeof(float), kLine)));
-    return large_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kLine{cpu::kLine};
-  struct Free {
-    void operator()(float* p) const { ::operator delete[](p, kLine); }
-  };
-  std::unique_ptr<float[], Free> large_;
-};
-
 }  // namespace
 
 Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const quantize::Input& in, int levels,
@@ -78,6 +54,7 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
   struct Ranges;
   struct Heads;
   struct Identity;
+  struct Rows;
   const quantize::Recipe recipe{quantize::Axis::sample, quantize::Rule::affine, levels, random_bits};
   const std::int64_t rows = in.n, columns = in.c * in.s;
   float* lows = cpu::scratch<Extremes, float>(2 * rows);
@@ -97,10 +74,11 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
 
   const std::int64_t bytes =
       (layout.height + 2 * layout.pad_h) * (layout.width + 2 * layout.pad_w) * row_bytes(in.c, layout.bits);
-  std::int64_t* identity = cpu::scratch<Identity, std::int64_t>(rows);
-  std::iota(identity, identity + rows, std::int64_t{0});
+  const bool wide = in.type == quantize::Type::f32;  // others are widened first, and then transformed in place
+  std::int64_t* identity = wide ? nullptr : cpu::scratch<Identity, std::int64_t>(rows);
+  if (!wide) std::iota(identity, identity + rows, std::int64_t{0});
+  const std::int64_t chunk = std::min(kChunk * threads, kMost);
   std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(count);
-  Rows memory;
   for (std::int64_t first = 0, g = 0; first < rows;) {
     const std::int64_t first_group = g;
     std::int64_t end = first;
@@ -108,17 +86,17 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
       const bool group = g < count && groups.heads[g] == end;
       if (group) heads[g] = end - first;
       end += group ? static_cast<std::int64_t>(groups.sizes[g++]) : 1;
-    } while (end < rows && (end - first) * columns < kChunk * threads);
+    } while (end < rows && (end - first) * columns < chunk);
     const std::int64_t many = end - first;
-    float* y = memory.get(many * columns);
-    const bool wide = in.type == quantize::Type::f32;  // others are widened first, and then transformed in place
+    float* y = cpu::scratch<Rows, float>(many * columns);
     if (!wide) widen(in, groups.order + first, many, threads, y);
     const Transform transform{.rows = many,
                               .groups = g - first_group,
                               .order = wide ? groups.order + first : identity,
                               .heads = heads + first_group,
                               .sizes = groups.sizes + first_group,
-                              .scale = groups.scale + first};
+                              .scale = groups.scale + first,
+                              .read_next = true};
     forward(kernel, transform, wide ? static_cast<const float*>(in.x) : y, columns, threads, y, lows, highs);
     quantize::Input transformed{y, quantize::Type::f32, in.channels_last, many, in.c, in.s};
     transformed.first = first;

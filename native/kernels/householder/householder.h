@@ -36,7 +36,7 @@ struct Block {
 };
 
 // Rows of working memory: z, then u, then the partial sums of the tree.
-constexpr std::int64_t workspace(std::int64_t n) {
+static constexpr std::int64_t workspace(std::int64_t n) {
   std::int64_t levels = 1;
   while (n >> levels) ++levels;
   return n + 2 + levels;
@@ -60,6 +60,7 @@ struct Transform {
   const std::int64_t* heads;  // [groups] position of the first row of every group, ascending
   const double* sizes;        // [groups] n >= 2; groups do not overlap
   const float* scale;         // [rows] by position
+  bool read_next = false;     // the result is read at once: not written past the caches
 };
 
 // in and out: [rows, columns], row-major, not overlapping, or the same where every row keeps its place. low, high:

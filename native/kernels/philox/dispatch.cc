@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cpu/parallel.h"
+#include "kernels/integers.h"
 #include "kernels/philox/philox.h"
 
 namespace fqtstats::philox {
@@ -30,7 +31,7 @@ void bits(const Kernel& kernel, const Stream& key, int n, std::uint64_t first_ti
       return kernel.fill64;
   }();
   const std::int64_t tile = tile_elements(n);
-  cpu::split((count + tile - 1) / tile, kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  cpu::split(ceil_div(count, tile), kGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     while (begin < end) {
       const std::uint64_t t = first_tile + begin;
       const std::int64_t stop = begin + std::min<std::uint64_t>(end - begin, kCarry - t % kCarry);

@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "cpu/scratch.h"
+#include "kernels/integers.h"
 #include "kernels/product1/generic.h"
 
 namespace fqtstats::product1 {
@@ -97,8 +98,8 @@ template <class Simd, int kBits>
 static void multiply_tables(const Job& job, std::int64_t begin, std::int64_t end) {
   const Matrix& table = job.table;
   const Epilogue epilogue = *job.epilogue;  // a copy: no store can alias it
-  const std::int64_t panels = (job.index.rows + kPanel - 1) / kPanel, passes = (job.groups + kDepth - 1) / kDepth;
-  const std::int64_t depth = passes == 0 ? 1 : (job.groups + passes - 1) / passes;
+  const std::int64_t panels = ceil_div(job.index.rows, kPanel), passes = ceil_div(job.groups, kDepth);
+  const std::int64_t depth = passes == 0 ? 1 : ceil_div(job.groups, passes);
   std::int32_t* const c = cpu::scratch<Sums, std::int32_t>(kRows * kPanels * kPanel);
   alignas(64) std::uint8_t tables[kDepth * kTile * kTableBytes];
   __m128i codes[4];

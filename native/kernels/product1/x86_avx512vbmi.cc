@@ -1,5 +1,6 @@
 // AVX-512 with VBMI, VNNI and VPOPCNTDQ. Tables: vpermb looks up 16 rows of `index` in four tables at once, the four
 // results of a row side by side, so that vpdpbusd by ones adds them up in 32 bits. Two 1-bit operands: vpopcntq.
+#include "kernels/integers.h"
 #include "kernels/product1/zmm.h"
 
 namespace fqtstats::product1 {
@@ -115,7 +116,7 @@ __attribute__((noinline)) void count_tile(const std::uint8_t* const (&rows)[kRow
 void count(const Job& job, std::int64_t begin, std::int64_t end) {
   const Matrix& x = job.table;
   const Epilogue e = *job.epilogue;  // a copy: no store can alias it
-  const std::int64_t panel_bytes = job.groups * 8 * kPanel, panels = (job.index.rows + kPanel - 1) / kPanel;
+  const std::int64_t panel_bytes = job.groups * 8 * kPanel, panels = ceil_div(job.index.rows, kPanel);
   const std::int64_t pass = kCached / (panel_bytes + 1) + 1;
   alignas(64) std::int32_t s[kRowsPerTile][kPanel];
   for (std::int64_t first = 0; first < panels; first += pass)

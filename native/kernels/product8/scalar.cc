@@ -1,6 +1,7 @@
 // The reference: one element at a time.
 #include <cstring>
 
+#include "kernels/integers.h"
 #include "kernels/product8/product8.h"
 
 namespace fqtstats::product8 {
@@ -26,8 +27,8 @@ void row_sums(const std::uint8_t* a, std::int64_t lda, std::int64_t rows, std::i
 
 void pack_panel(const Operand& op, std::int64_t first, int columns, std::int64_t k0, std::int64_t kc, bool nibbles,
                 std::uint8_t* out, std::int32_t* sums) {
-  const std::int64_t group = nibbles ? 8 : 4, width = (columns + kLanes - 1) / kLanes * kLanes;
-  std::memset(out, 0, static_cast<std::size_t>((kc + group - 1) / group * width * 4));
+  const std::int64_t group = nibbles ? 8 : 4, width = round_up(columns, kLanes);
+  std::memset(out, 0, static_cast<std::size_t>(ceil_div(kc, group) * width * 4));
   for (std::int64_t j = 0; j < width; ++j) sums[j] = 0;
   for (std::int64_t k = 0; k < kc; ++k)
     for (std::int64_t j = 0; j < columns; ++j) {
@@ -39,7 +40,7 @@ void pack_panel(const Operand& op, std::int64_t first, int columns, std::int64_t
 
 // One element of P: int32, modulo 2^32.
 std::uint32_t dot(const Block& b, std::int64_t i, std::int64_t j) {
-  const std::int64_t width = (b.columns + kLanes - 1) / kLanes * kLanes;
+  const std::int64_t width = round_up(b.columns, kLanes);
   std::int32_t sum = 0;
   for (std::int64_t k = 0; k < 4 * b.groups; ++k) {
     const std::int64_t group = b.nibbles ? k / 8 : k / 4;

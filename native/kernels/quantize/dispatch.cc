@@ -26,11 +26,12 @@ std::span<const Kernel> kernels() {
 
 namespace {
 
-constexpr std::int64_t kPositions =
-    1024;  // of one image, at a time; a multiple of every Philox tile; long runs for the prefetcher
-constexpr std::int64_t kRun =
-    1024;  // consecutive elements at a time: few enough to read ahead while their random bits are made
-constexpr std::int64_t kGrain = 32768;  // elements per thread, some 10 us
+// Positions of one image at a time: a multiple of every Philox tile; long runs for the prefetcher.
+constexpr std::int64_t kPositions = 1024;
+// Consecutive elements at a time: few enough to read ahead while their random bits are made.
+constexpr std::int64_t kRun = 1024;
+// Elements per thread, some 10 us.
+constexpr std::int64_t kGrain = 32768;
 
 std::int64_t groups_of(Axis axis, std::int64_t n, std::int64_t c) {
   return axis == Axis::none ? 1 : axis == Axis::sample ? n : c;
