@@ -425,9 +425,21 @@ BAD_GROUPS = [
         ({"ranges": np.ones((5, 1))}, ValueError, r"ranges must be float64 \[\*\]"),
         ({"ranges": np.ones(1)}, ValueError, "ranges must be of 2 rows at least"),
         ({"ranges": np.zeros(5)}, ValueError, "ranges must be positive in one row at least"),
-        ({"ranges": np.array([1, 1, np.nan, 1, 1])}, ValueError, "ranges must be from 0 to twice the largest float, .*nan at 2"),
-        ({"ranges": np.array([1, np.inf, 0, 1, 1])}, ValueError, "ranges must be from 0 to twice the largest float, .*inf at 1"),
-        ({"ranges": np.array([-1.0, 1, 0, 1, 1])}, ValueError, "ranges must be from 0 to twice the largest float, .*at 0"),
+        (
+            {"ranges": np.array([1, 1, np.nan, 1, 1])},
+            ValueError,
+            "ranges must be from 0 to twice the largest float, .*nan at 2",
+        ),
+        (
+            {"ranges": np.array([1, np.inf, 0, 1, 1])},
+            ValueError,
+            "ranges must be from 0 to twice the largest float, .*inf at 1",
+        ),
+        (
+            {"ranges": np.array([-1.0, 1, 0, 1, 1])},
+            ValueError,
+            "ranges must be from 0 to twice the largest float, .*at 0",
+        ),
     ],
 )
 def test_native_boundary_of_groups_is_strict(changes, error, message):
