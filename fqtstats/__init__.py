@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
+    from fqtstats.verdicts.expectation import exact_mean
+    from fqtstats.verdicts.unbiasedness import Verdict, assert_unbiased, check_unbiased
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,10 @@ __all__ = [
     "Quantizer",
     "Result",
     "Stream",
+    "Verdict",
+    "assert_unbiased",
+    "check_unbiased",
+    "exact_mean",
     "fuse_",
     "load",
     "measure",
@@ -46,6 +52,8 @@ _HOMES = {
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),
+    "fqtstats.verdicts.expectation": ("exact_mean",),
+    "fqtstats.verdicts.unbiasedness": ("Verdict", "assert_unbiased", "check_unbiased"),
 }
 
 

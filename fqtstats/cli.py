@@ -1,7 +1,7 @@
-"""The command line: ``fqtstats measure | bench | list``.
+"""The command line: ``fqtstats measure | check | bench | list``.
 
-Exit status: 0; 1 if a benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that
-says what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a claim fails, a benchmark misses its target or the backends disagree; 2 for bad usage or input
+(one line that says what to do); 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from fqtstats import __version__
 from fqtstats.commands.bench import bench
+from fqtstats.commands.check import check
 from fqtstats.commands.console import check_counts, err, out, progress, separated
 from fqtstats.commands.listing import list_
 from fqtstats.errors import InputError
@@ -205,6 +206,7 @@ def _say_what_is_kept(run: RunDirectory, error: BaseException, arguments: Sequen
 
 app.command(name="list")(list_)
 app.command()(bench)
+app.command()(check)
 
 
 class _DirectoryStore:

@@ -27,3 +27,27 @@ class UnsupportedError(InputError, RuntimeError):
 
 class RunDirectoryError(InputError):
     """A run directory cannot be written, is already used, or does not match the arguments."""
+
+
+class NotExact(Exception):  # noqa: N818  (a condition that callers handle)
+    """An expectation cannot be computed by probing: the message says why. Sampling is the remedy.
+
+    Attributes:
+        shared: several elements take the same random number.
+    """
+
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+
+class BiasDetected(AssertionError):  # noqa: N818  (a verdict)
+    """A quantizer failed the test that it is unbiased; ``verdict`` has the evidence.
+
+    Attributes:
+        verdict: :class:`fqtstats.verdicts.Verdict`.
+    """
+
+    def __init__(self, message: str, verdict: object) -> None:
+        super().__init__(message)
+        self.verdict = verdict

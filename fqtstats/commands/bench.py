@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fqtstats.commands.console import check_counts, out, progress, separated
+from fqtstats.commands.console import check_counts, check_writable, out, progress, separated
 from fqtstats.errors import InputError
 
 __all__ = ["bench"]
@@ -38,7 +37,7 @@ def bench(
     if allocator not in (*machine.ALLOCATORS, "both"):
         raise InputError(f"expected --allocator {', '.join(machine.ALLOCATORS)} or both, got {allocator!r}")
     if json_file is not None:
-        _check_writable(Path(json_file))
+        check_writable(Path(json_file))
     settings = machine.ALLOCATORS if allocator == "both" else (allocator,)
     with progress() as bars:
         task = bars.add_task("benchmarking", total=None)
@@ -57,14 +56,3 @@ def bench(
             raise InputError(f"cannot write {json_file!r}: {error.strerror}; choose another place") from error
     if any(row.missed for row in rows):
         raise typer.Exit(1)
-
-
-def _check_writable(path: Path) -> None:
-    """Raise InputError where a file cannot be written, before the work that it is for."""
-    if path.is_dir():
-        raise InputError(f"expected a file to write, got the folder {str(path)!r}; name a file in it")
-    place = path if path.exists() else path.resolve().parent
-    if not place.exists():
-        raise InputError(f"cannot write {str(path)!r}: its folder does not exist; make it first")
-    if not os.access(place, os.W_OK):
-        raise InputError(f"cannot write {str(path)!r}: permission denied; choose another place")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fqtstats.errors import InputError
 
-__all__ = ["check_counts", "err", "out", "progress", "separated"]
+__all__ = ["check_counts", "check_writable", "err", "out", "progress", "separated"]
 
 out = Console()
 err = Console(stderr=True)
@@ -41,3 +43,14 @@ def check_counts(**limits: tuple[int, int]) -> None:
     for name, (value, least) in limits.items():
         if value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where a file cannot be written, before the work that it is for."""
+    if path.is_dir():
+        raise InputError(f"expected a file to write, got the folder {str(path)!r}; name a file in it")
+    place = path if path.exists() else path.resolve().parent
+    if not place.exists():
+        raise InputError(f"cannot write {str(path)!r}: its folder does not exist; make it first")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"cannot write {str(path)!r}: permission denied; choose another place")

@@ -1,0 +1,1 @@
+"""Decisions: unbiased or not, at a stated error rate."""

@@ -1,0 +1,279 @@
+"""The battery: is each decision a fair one, and are they independent? Exact or bounded tails throughout.
+
+Every test is valid for two-point outcomes of any probability: exact binomial tails and Bernstein bounds. Normal
+approximations reject true null hypotheses here (rare outcomes), and are used only where thousands of decisions add up.
+
+Shape legend: P elements in a matrix ``[R, C]``; n draws; ``e = up - p`` in steps, ``v = p (1 - p)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+
+from fqtstats.random import Stream
+from fqtstats.verdicts.decisions import Decisions
+
+__all__ = ["FAMILIES", "LOOKS", "Battery", "Finding", "bernstein", "detectable"]
+
+LOOKS = (16, 32, 64, 128, 256)
+"""Numbers of draws after which the tests are made."""
+
+FAMILIES = 4
+"""Each design and look spends its level on independence, elements, directions and the cross-fit, in equal parts."""
+
+_FIRST = 16  # draws whose independence is tested
+_EXACT_TAILS = 16
+_TRUNCATIONS = 13
+_RANDOM_SIGNS = 8
+_STRATA = 18
+_CUTS = (0.0, 2.5, 4.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One test's result.
+
+    Attributes:
+        family: ``"support"``, ``"independence"``, ``"elements"``, ``"directions"`` or ``"cross-fit"``.
+        p_value: of this family at this look, corrected for the family's own multiplicity.
+        evidence: what showed it, a sentence.
+        draws: how many were used.
+    """
+
+    family: str
+    p_value: float
+    evidence: str
+    draws: int
+
+    @property
+    def about_independence(self) -> bool:
+        return self.family == "independence"
+
+
+class Battery:
+    """The tests of one design, fed draw by draw.
+
+    Args:
+        decisions: what is judged.
+        seed: of the random directions.
+    """
+
+    def __init__(self, decisions: Decisions, seed: int = 0) -> None:
+        self.decisions = decisions
+        self.seed = seed
+        self.draws = 0
+        self._p = decisions.p.float()
+        self._counts = [torch.zeros_like(self._p) for _ in range(2)]  # of ups in even and odd draws
+        self._first: list[torch.Tensor] = []
+        self._outside = 0
+        self._fixed: _Fixed | None = None
+
+    def draw(self, s: Stream) -> None:
+        """One more draw, from stream ``s``."""
+        up, outside = self.decisions.ups(s)
+        self._counts[self.draws % 2] += up
+        self._outside += outside
+        if self.draws < _FIRST:
+            self._first.append(up.float() - self._p)
+        self.draws += 1
+
+    def look(self) -> Iterator[Finding]:
+        """All tests on the draws so far; independence, which the others assume, comes first and once."""
+        yield self._support()
+        if self.draws == _FIRST:
+            yield self._independence()
+        yield self._elements()
+        yield self._directions()
+        yield self._cross_fit()
+
+    # --- T0 ---------------------------------------------------------------------------------------------------------
+
+    def _support(self) -> Finding:
+        # Certain: an element that goes neither up nor down, or moves although it lies on a point.
+        ups = self._counts[0] + self._counts[1]
+        p, tolerance = self.decisions.p, self.decisions.tolerance
+        moved = int(((p <= 0) & (ups > 0) & (tolerance < 2.0**-20)).sum())
+        wrong = self._outside + moved
+        text = f"{self._outside} results off the two neighbouring grid points, {moved} points of the grid that moved"
+        return Finding("support", 0.0 if wrong else 1.0, text, self.draws)
+
+    # --- T4 ---------------------------------------------------------------------------------------------------------
+
+    def _independence(self) -> Finding:
+        e = torch.stack(self._first)  # [n, R, C]
+        n, rows, columns = e.shape
+        v = self.decisions.variance.float()
+        spectrum = torch.fft.rfft2(e)
+        found = torch.fft.irfft2(spectrum.abs().square().sum(0), s=(rows, columns))
+        expected = torch.fft.irfft2(torch.fft.rfft2(v).abs().square(), s=(rows, columns)).clamp(min=0) * n
+        found[0, 0] = 0.0
+        p_lags = bernstein(found.abs(), expected, torch.ones_like(expected)) * max(rows * columns / 2, 1)
+        lag = int(p_lags.argmin())
+        best = Finding(
+            "independence",
+            float(p_lags.view(-1)[lag].clamp(max=1)),
+            f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated",
+            self.draws,
+        )
+        following = (e[1:] * e[:-1]).sum((1, 2)).abs()
+        p_draws = float(bernstein(following, v.square().sum(), torch.ones(())).min()) * (n - 1)
+        if p_draws < best.p_value:
+            best = Finding("independence", p_draws, "errors of consecutive draws are correlated", self.draws)
+        # Three parts share the family's level.
+        return Finding(best.family, min(1.0, 2 * best.p_value), best.evidence, best.draws)
+
+    # --- T1 ---------------------------------------------------------------------------------------------------------
+
+    def _elements(self) -> Finding:
+        k = (self._counts[0] + self._counts[1]).double().view(-1)
+        n = self.draws
+        p, tolerance = self.decisions.p.view(-1), self.decisions.tolerance.view(-1)
+        low, high = (p - tolerance).clamp(min=0), (p + tolerance).clamp(max=1)
+        rate = k / n
+        nearest = torch.minimum(torch.maximum(rate, low), high)
+        divergence = n * _kl(rate, nearest)
+        top = torch.topk(divergence, min(_EXACT_TAILS, k.numel())).indices
+        at, count = top.numpy(), k[top].numpy()
+        upper = stats.binom.sf(count - 1, n, high[top].numpy())
+        lower = stats.binom.cdf(count, n, low[top].numpy())
+        tails = np.minimum(1.0, 2 * np.minimum(upper, lower) * p.numel())
+        best = int(tails.argmin())
+        i = int(at[best])
+        row, column = divmod(i, self.decisions.p.shape[1])
+        text = (
+            f"element ({row}, {column}) went up in {int(count[best])} of {n} draws; with P(up) = {float(p[i]):.3g} it "
+            f"should in {n * float(p[i]):.1f}"
+        )
+        return Finding("elements", float(tails[best]), text, n)
+
+    # --- T2 ---------------------------------------------------------------------------------------------------------
+
+    def _directions(self) -> Finding:
+        n = self.draws
+        mean = ((self._counts[0] + self._counts[1]) / n - self.decisions.p).float()
+        if self._fixed is None:
+            self._fixed = _Fixed(self.decisions, self.seed)
+        fixed = self._fixed
+        sums = fixed.sums(mean)
+        p = 2 * bernstein((sums.abs() - fixed.slack).clamp(min=0), fixed.variance / n, fixed.largest / n)
+        i = int(p.argmin())
+        z = float(sums[i] / (fixed.variance[i] / n).sqrt().clamp(min=1e-300))
+        text = f"the mean error along '{fixed.name(i)}' is {z:.3g} standard deviations from 0"
+        return Finding("directions", min(1.0, float(p[i]) * len(p)), text, n)
+
+    # --- T3 ---------------------------------------------------------------------------------------------------------
+
+    def _cross_fit(self) -> Finding:
+        d = self.decisions
+        halves = (self.draws + 1) // 2, self.draws // 2
+        e = [count.double() / max(n, 1) - d.p for count, n in zip(self._counts, halves, strict=True)]
+        best, text = 1.0, "no direction"
+        for fit, test in ((0, 1), (1, 0)):
+            deviation = (d.variance / halves[fit]).sqrt()
+            for cut in _CUTS:
+                w = torch.where(e[fit].abs() > cut * deviation, e[fit], 0.0)
+                total = ((w * e[test]).sum() - (w.abs() * d.tolerance).sum()).clamp(min=0)
+                variance = (w.square() * d.variance).sum() / halves[test]
+                p = float(bernstein(total, variance, w.abs().max() / halves[test])) * 2 * len(_CUTS)
+                if p < best:
+                    best = p
+                    text = f"errors of one half of the draws (beyond {cut:g} deviations) predict those of the other"
+        return Finding("cross-fit", best, text, self.draws)
+
+
+class _Fixed:
+    """Directions in which a bias is likely to lie, fixed before the draws, and what an unbiased mean does along them.
+
+    Attributes:
+        slack: ``sum |w| tolerance`` of each of the m directions.
+        variance: ``sum w^2 v``.
+        largest: ``max |w|``.
+    """
+
+    def __init__(self, d: Decisions, seed: int) -> None:
+        p = d.p
+        names, dense = ["constant", "towards the nearer point", "x", "sign of x"], []
+        dense += [torch.ones_like(p), torch.sign(p - 0.5), d.x, torch.sign(d.x)]
+        for r in range(_TRUNCATIONS):
+            levels = 2.0**r
+            names += [f"P(up) truncated to {r} bits", f"P(up) rounded to {r} bits"]
+            dense += [(p * levels).floor() / levels - p, (p * levels).round() / levels - p]
+        generator = torch.Generator().manual_seed(seed)
+        for i in range(_RANDOM_SIGNS):
+            names.append(f"random signs {i}")
+            dense.append(2.0 * torch.randint(0, 2, p.shape, generator=generator) - 1)
+        self._shape = p.shape
+        self._dense = torch.stack([w.float() for w in dense]).view(len(dense), -1)
+        self._x = d.x.float()
+        # P(up) and P(down) by powers of two.
+        self._strata = [
+            (-torch.log2(q.clamp(min=2.0**-_STRATA))).long().clamp(max=_STRATA - 1).view(-1) for q in (p, 1 - p)
+        ]
+        names += [f"{of} around 2^-{i}" for of in ("P(up)", "P(down)") for i in range(_STRATA)]
+        for kind, count in zip(("row", "column"), p.shape, strict=True):
+            for what in ("sum", "correlation with x"):
+                names += [f"{what} of {kind} {i}" for i in range(count)]
+        self._names = names
+        v, tolerance = d.variance.float(), d.tolerance.float()
+        self.variance = self.sums(v, power=2)
+        self.slack = self.sums(tolerance, power=1)
+        x = self._x.abs()
+        ones = [torch.ones(count) for count in p.shape]
+        parts = [self._dense.abs().amax(1), torch.ones(2 * _STRATA), ones[0], x.amax(1), ones[1], x.amax(0)]
+        self.largest = torch.cat([part.double() for part in parts])
+
+    def sums(self, values: torch.Tensor, power: int | None = None) -> torch.Tensor:
+        """``sum w values`` of each direction, float64; with ``|w|^power`` in place of ``w``."""
+        dense, x = self._dense, self._x
+        if power is not None:
+            dense, x = dense.abs() ** power, x.abs() ** power
+        flat = values.reshape(-1)
+        weighted = x * values
+        strata = [torch.bincount(s, flat.double(), _STRATA) for s in self._strata]
+        parts = [dense @ flat, *strata, values.sum(1), weighted.sum(1), values.sum(0), weighted.sum(0)]
+        return torch.cat([part.double() for part in parts])
+
+    def name(self, i: int) -> str:
+        """What direction i is."""
+        return self._names[i]
+
+
+def bernstein(total: torch.Tensor, variance: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """``exp(-T^2 / (2 (V + M T / 3)))``: P(sum >= T) at most, for variance V and terms of at most M."""
+    total, variance, largest = total.double(), variance.double(), largest.double()
+    spread = 2 * (variance + largest * total / 3)
+    exponent = torch.where(total > 0, total.square() / spread.clamp(min=1e-300), 0.0)
+    return torch.exp(-exponent)
+
+
+def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of two Bernoulli laws."""
+    divergence: torch.Tensor = torch.special.xlogy(a, a / b.clamp(min=1e-300))
+    divergence += torch.special.xlogy(1 - a, (1 - a) / (1 - b).clamp(min=1e-300))
+    return divergence
+
+
+def detectable(d: Decisions, draws: int, level: float) -> dict[str, float]:
+    """The smallest bias, in steps, that is found with probability .99 after ``draws`` draws, by its shape.
+
+    ``c sqrt(sum w^2 v / n) / sum |w|`` with ``c = sqrt(2 ln(2 m / level)) + 2.33``; one element: an exact binomial tail
+    at ``p = 1/2``.
+    """
+    rows, columns = d.p.shape
+    tests = 100 + 2 * (rows + columns)
+    c = math.sqrt(2 * math.log(2 * tests / level)) + 2.33
+    v = d.variance
+    element = math.sqrt(2 * math.log(2 * d.p.numel() / level)) + 2.33
+    per_row, per_column = v.sum(1).median(), v.sum(0).median()
+    return {
+        "constant": c * math.sqrt(float(v.sum()) / draws) / d.p.numel(),
+        "one row": c * math.sqrt(float(per_row) / draws) / columns,
+        "one column": c * math.sqrt(float(per_column) / draws) / rows,
+        "one element": min(1.0, element * 0.5 / math.sqrt(draws)),
+    }

@@ -1,0 +1,103 @@
+"""Tests of a callable of which nothing is known: neither its grid nor its law.
+
+Shape legend: P elements in a matrix ``[R, C]``; n draws; ``e_i = f(x, s_i) - x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fqtstats.estimators.bias import FLIPS, Directions, cross_fit_p, directed_p, sign_flip_p
+from fqtstats.random import Stream
+from fqtstats.verdicts.battery import Finding, bernstein
+from fqtstats.verdicts.probe import Callable2, call
+
+__all__ = ["BlackBox"]
+
+_RANDOM_SIGNS = 8
+_FIRST = 16  # draws whose independence is tested, once
+
+
+class BlackBox:
+    """Studentized directions, cross-fit and sign flips on the errors of a callable, fed draw by draw.
+
+    Null rejection rates at level .001 over 2000 runs: .0005 to .0013, .0005 to .001 and .0003 to .001. Biases well
+    below the noise of one draw are not found.
+
+    Args:
+        f: the callable.
+        x: ``[N, ...]``.
+        seed: of the random directions and flips.
+    """
+
+    def __init__(self, f: Callable2, x: torch.Tensor, seed: int = 0) -> None:
+        self.f, self.x, self.seed = f, x, seed
+        self._errors: list[torch.Tensor] = []
+        rows = x.shape[0]
+        matrix = x.double().view(rows, -1)
+        generator = torch.Generator().manual_seed(seed)
+        signs = [2.0 * torch.randint(0, 2, matrix.shape, generator=generator) - 1 for _ in range(_RANDOM_SIGNS)]
+        self._fixed = torch.stack([torch.ones_like(matrix), matrix, matrix.sign(), *signs]).view(len(signs) + 3, -1)
+        # One unit in the last place of each result, which nothing random has made.
+        self._slack = torch.finfo(x.dtype).eps * matrix.abs()
+
+    @property
+    def draws(self) -> int:
+        """How many were made."""
+        return len(self._errors)
+
+    def draw(self, s: Stream) -> None:
+        """One more draw, from stream ``s``."""
+        out = call(self.f, self.x, s)
+        self._errors.append((out.double() - self.x.double()).view(self.x.shape[0], -1))
+
+    def look(self, level: float) -> Iterator[Finding]:
+        """All tests on the draws so far.
+
+        Args:
+            level: of each family; sign flips are left out where there are too few of them to reach it.
+        """
+        e = torch.stack(self._errors)
+        flat = e.view(len(e), -1)
+        slack = self._slack.view(-1)
+        kinds = [
+            Directions((flat @ self._fixed.t()).numpy(), (self._fixed.abs() @ slack).numpy(), alike=False),
+            Directions(e.sum(2).numpy(), self._slack.sum(1).numpy(), alike=True),
+            Directions(e.sum(1).numpy(), self._slack.sum(0).numpy(), alike=True),
+        ]
+        gram = (flat @ flat.t()).numpy()
+        gram = gram - float(slack.square().sum())
+        p = directed_p(kinds)
+        yield Finding("directions", p, "the mean error along fixed directions (x, its sign, rows, columns)", self.draws)
+        p = cross_fit_p(gram)
+        yield Finding("cross-fit", p, "errors of one half of the draws predict those of the other", self.draws)
+        if self.draws == _FIRST:
+            yield self._independence(e)
+        if 10 / level <= FLIPS + 1:
+            p = sign_flip_p(gram, self.seed)
+            yield Finding("sign flips", p, "the squared mean error exceeds that of random sign flips", self.draws)
+
+    def _independence(self, e: torch.Tensor) -> Finding:
+        # As in the battery, but with what the draws show in place of the variances: products of errors that a shift
+        # apart have the sum of their squares as the estimated variance of their sum.
+        n, rows, columns = e.shape
+        e = e - e.mean(0)
+        deviation = e.square().mean((0, 2), keepdim=True).sqrt()
+        e = e / torch.where(deviation > 0, deviation, 1.0)
+        found = _autocorrelation(e)
+        variance = _autocorrelation(e.square()).clamp(min=0)
+        found[0, 0] = 0.0
+        # The mean of the draws was taken out.
+        largest = e.abs().amax().square().expand_as(found)
+        p = bernstein(found.abs() * (1 - 1 / n), variance, largest) * max(rows * columns / 2, 1) * 2
+        lag = int(p.argmin())
+        text = f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated"
+        return Finding("independence", min(1.0, float(p.view(-1)[lag])), text, self.draws)
+
+
+def _autocorrelation(e: torch.Tensor) -> torch.Tensor:
+    """Circular, over rows and columns, summed over draws: ``[R, C]``."""
+    found: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(e).abs().square().sum(0), s=e.shape[1:])
+    return found

@@ -1,0 +1,151 @@
+"""A stream that gives prescribed numbers: how a quantizer's expectation is computed without sampling.
+
+A quantizer draws its randomness from the stream it is given and from nowhere else, so that it is a deterministic map of
+the numbers that the stream returns. A :class:`Probe` hands out numbers of the caller's choice and records what was
+asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fqtstats.errors import InputError, NotExact
+from fqtstats.random import Stream
+
+__all__ = ["Callable2", "Outlet", "Probe", "call", "replay"]
+
+Callable2 = Callable[[torch.Tensor, Stream], torch.Tensor]
+"""``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
+
+_WIDEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Outlet:
+    """Where the numbers of one call came from.
+
+    Attributes:
+        path: the stream itself (``()``) or the child that was used.
+        n: bits per number.
+    """
+
+    path: tuple[str, ...]
+    n: int
+
+
+@dataclass(slots=True)
+class _Record:
+    outlets: set[Outlet] = field(default_factory=set)
+    largest: int = 0  # one past the largest element index that was asked for
+
+
+class Probe(Stream):
+    """A stream whose element ``i`` has the number ``words[i] >> (32 - n)`` for ``n`` bits.
+
+    Args:
+        words: ``[P]`` int64 in ``[0, 2^32)``, one per element.
+        key: of the stream that it stands for; a callable may look at it.
+    """
+
+    __slots__ = ("_record", "_words")
+
+    _record: _Record
+    _words: torch.Tensor
+
+    def __init__(self, words: torch.Tensor, key: Stream, record: _Record | None = None) -> None:
+        super().__init__(key.seed, key.step, key.layer, key.site, key.draw, key.call, key.replica, key.path)
+        # The base class is frozen.
+        object.__setattr__(self, "_words", words)
+        object.__setattr__(self, "_record", _Record() if record is None else record)
+
+    @property
+    def outlets(self) -> frozenset[Outlet]:
+        """What was asked for so far."""
+        return frozenset(self._record.outlets)
+
+    def child(self, name: str) -> Probe:
+        key = Stream(self.seed, self.step, self.layer, self.site, self.draw, self.call, self.replica, self.path)
+        return Probe(self._words, key.child(name), self._record)
+
+    def words(self) -> tuple[int, int, int, int]:
+        raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
+
+    def bits(
+        self,
+        shape: int | Sequence[int],
+        n: int = 24,
+        *,
+        dtype: torch.dtype = torch.int64,
+        device: torch.device | str | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        count = math.prod(size)
+        self._record.outlets.add(Outlet(self.path, n))
+        self._record.largest = max(self._record.largest, start + count)
+        if start + count > self._words.numel():
+            raise NotExact(f"it asks for {start + count} numbers for a result of {self._words.numel()} elements")
+        numbers = self._words[start : start + count] >> (_WIDEST - n)
+        return numbers.to(device=device or "cpu", dtype=dtype).view(size)
+
+    def require_one_outlet(self) -> Outlet | None:
+        """The one outlet that was used, with a number for every element; None where nothing was asked for.
+
+        Raises:
+            NotExact: there are several, or fewer numbers than elements.
+        """
+        if not self._record.outlets:
+            return None
+        if len(self._record.outlets) > 1:
+            uses = ", ".join(f"{o.n} bits of {'/'.join(o.path) or 'the stream'}" for o in sorted(self.outlets, key=str))
+            raise NotExact(f"it uses several numbers per element ({uses})")
+        if self._record.largest < self._words.numel():
+            raise NotExact(
+                f"it draws {self._record.largest} numbers for {self._words.numel()} elements, "
+                "which therefore share them",
+                shared=True,
+            )
+        return next(iter(self._record.outlets))
+
+
+def call(f: Callable2, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+    """``f(x, stream)``, checked: a finite floating-point tensor of ``x``'s shape and dtype, ``x`` left as it was.
+
+    Raises:
+        InputError: it is not, or ``f`` raises; the message says how to call it again.
+    """
+    given = x.clone()
+    try:
+        out = f(given, stream)
+    except (NotExact, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{_name(f)} raised {type(error).__name__}: {error}; called with {replay(x, stream)}"
+        ) from error
+    if not isinstance(out, torch.Tensor):
+        raise InputError(f"{_name(f)} must return a tensor, got {type(out).__name__}; called with {replay(x, stream)}")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise InputError(
+            f"{_name(f)} must return {x.dtype} {list(x.shape)} like its input, got {out.dtype} {list(out.shape)}"
+        )
+    bad = int((~torch.isfinite(out)).sum())
+    if bad:
+        raise InputError(
+            f"{_name(f)} returned {bad} NaN or Inf of {out.numel()} elements for finite input; called with "
+            f"{replay(x, stream)}"
+        )
+    return out.detach()
+
+
+def replay(x: torch.Tensor, stream: Stream) -> str:
+    """What reproduces one call, for error messages."""
+    return f"x {list(x.shape)} {x.dtype}, seed {stream.seed}, draw {stream.draw}, site {stream.site!r}"
+
+
+def _name(f: Callable2) -> str:
+    return getattr(f, "name", None) or getattr(f, "__name__", None) or type(f).__name__

@@ -1,0 +1,332 @@
+"""Is a quantizer unbiased, and are its decisions independent? A verdict with a stated false-alarm rate.
+
+What can be computed is computed: a callable whose expectation can be probed (:mod:`.expectation`) is compared with its
+input, element by element, without sampling and without error. What is left to chance, the coupling of its decisions to
+each other and to the stream, is then tested on draws (:mod:`.battery`). Only a callable that cannot be probed is judged
+by its draws alone (:mod:`.blackbox`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from fqtstats.determinism import single_thread
+from fqtstats.errors import BiasDetected, InputError, NotExact
+from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.random import Stream, stream
+from fqtstats.verdicts import designs
+from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
+from fqtstats.verdicts.blackbox import BlackBox
+from fqtstats.verdicts.decisions import Decisions, of_grid, of_law
+from fqtstats.verdicts.expectation import Law, coupled_codes, law
+from fqtstats.verdicts.probe import Callable2
+
+__all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
+
+_LADDER_TOLERANCE = 2.0**-20
+_BLACK_BOX_DRAWS, _BLACK_BOX_FAMILIES = 64, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a quantizer is what "unbiased" promises.
+
+    Attributes:
+        unbiased: no bias was found, whatever the tests of independence say.
+        independent: no dependence between elements or draws was found; None where a bias was found first.
+        p_value: the smallest, adjusted for everything that was tested: an unbiased quantizer gives a value below
+            ``false_alarm`` with at most that probability. 0 where the failure is certain.
+        evidence: what showed it, a sentence; or what was looked at.
+        draws: how many were made, in all designs.
+        seed: gives the same verdict again.
+        false_alarm: the level.
+        method: how the expectation was judged: ``"exact"``, ``"codes"`` (exact on the codes, decoded linearly),
+            ``"deterministic"`` or ``"sampled"``, and why nothing better would do.
+        minimum_detectable_bias: smallest bias, in steps, that the draws on the first design find with probability .99,
+            by its shape; empty for a black box.
+        worst_bias: largest ``|E - x|`` found without sampling, in steps; None where it was not computed.
+    """
+
+    unbiased: bool
+    independent: bool | None
+    p_value: float
+    evidence: str
+    draws: int
+    seed: int
+    false_alarm: float
+    method: str
+    minimum_detectable_bias: dict[str, float] = field(default_factory=dict)
+    worst_bias: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Unbiased, and not found dependent."""
+        return self.unbiased and self.independent is not False
+
+    def __str__(self) -> str:
+        state = "unbiased" if self.unbiased else "BIASED"
+        if self.independent is False:
+            state += ", NOT INDEPENDENT"
+        return f"{state} (p = {self.p_value:.3g}, {self.draws} draws, {self.method}): {self.evidence}"
+
+
+def check_unbiased(
+    f: Callable2, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+) -> Verdict:
+    """Judge ``f``, called as ``f(x, stream)``.
+
+    Args:
+        f: a quantizer, or any callable that draws from the stream it is given.
+        x: ``[N, ...]``; the input to judge it on. A quantizer of the registry is also judged on the two ladders of
+            :mod:`fqtstats.verdicts.designs`.
+        false_alarm: probability at most that an unbiased, independent quantizer is not ``ok``, in (0, 1).
+        seed: of the streams and of the random directions; the verdict is a function of it.
+        draws: the most draws on ``x``; by default 64.
+
+    Returns:
+        The verdict. A failure ends the sampling.
+
+    Raises:
+        InputError: ``x`` or ``false_alarm`` cannot be used, or ``f`` returns another shape or dtype, NaN or Inf, or
+            raises; the message says with what it was called.
+    """
+    _require_usable(x, false_alarm, draws)
+    with torch.no_grad(), single_thread():
+        return _Judge(f, x.detach(), false_alarm, seed, draws).verdict()
+
+
+def assert_unbiased(
+    f: Callable2, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+) -> Verdict:
+    """:func:`check_unbiased`, raising unless the verdict is ``ok``.
+
+    Raises:
+        BiasDetected: (an AssertionError) with the verdict.
+    """
+    verdict = check_unbiased(f, x, false_alarm, seed=seed, draws=draws)
+    if not verdict.ok:
+        raise BiasDetected(str(verdict), verdict)
+    return verdict
+
+
+def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None) -> None:
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise InputError(f"x must be a non-empty floating-point tensor [N, ...], got {got}")
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(f"x must be finite, got {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} elements")
+    if not isinstance(false_alarm, float) or not 0 < false_alarm < 1:
+        raise InputError(f"false_alarm must be a probability between 0 and 1, got {false_alarm!r}")
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < LOOKS[0]):
+        raise InputError(f"draws must be an integer of at least {LOOKS[0]}, got {draws!r}")
+
+
+class _Judge:
+    def __init__(self, f: Callable2, x: torch.Tensor, false_alarm: float, seed: int, draws: int | None) -> None:
+        self.f, self.x, self.false_alarm, self.seed = f, x, false_alarm, seed
+        self.most = draws
+        self.draws = 0
+        self.worst = 0.0
+        self.best: Finding | None = None  # the smallest adjusted p-value of any test
+        self.detectable: dict[str, float] = {}
+        self.coupled = coupled_codes(f, x) is not None
+
+    def verdict(self) -> Verdict:
+        planned = list(self._designs())
+        for design in planned:
+            try:
+                exact = self._expectation(design)
+            except NotExact as reason:
+                return self._sampled(str(reason), shared=reason.shared)
+            if isinstance(exact, str):
+                return self._result(False, None, 0.0, exact)
+            if exact.n == 0:
+                # What does not look at its stream has no decisions to test.
+                return self._result(True, True, 1.0, "a deterministic map that gives back its input", "deterministic")
+            decisions = self._decisions(design, exact)
+            level = self.false_alarm / (len(planned) * len(LOOKS) * FAMILIES)
+            if not self.detectable:
+                self.detectable = detectable(decisions, self.most or design.draws, level)
+            failure = self._battery(design, decisions, level)
+            if failure is not None:
+                certain = failure.family == "support"
+                adjusted = min(1.0, failure.p_value * self.false_alarm / level)
+                where = f"{failure.evidence} ({design.name} design, {failure.draws} draws)"
+                if failure.about_independence:
+                    return self._result(True, False, adjusted, where)
+                return self._result(False, True, 0.0 if certain else adjusted, where)
+        assert self.best is not None
+        adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES)
+        evidence = f"|E - x| is {self.worst:.2g} steps at most; smallest of all tests: {self.best.evidence}"
+        return self._result(True, True, adjusted, evidence)
+
+    # --- designs ----------------------------------------------------------------------------------------------------
+
+    def _designs(self) -> Iterator[designs.Design]:
+        x = self.x
+        yield designs.Design("natural", x, 0.0)
+        q = self.f
+        if isinstance(q, UniformQuantizer) and not self.coupled and x.dtype in (torch.float32, torch.float64):
+            levels = q.format.levels - (q.recipe.rule == "symmetric")
+            for high in (False, True):
+                ladder = designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype)
+                yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
+
+    def _tolerance(self, design: designs.Design, exact: Law) -> torch.Tensor:
+        """By how much the arithmetic may move each element, in units of ``x``.
+
+        On the ladders, which are exact, a fixed part of a step; else four units in the last place of the largest number
+        that shares the element's grid (subtraction, scale, product and the decoder's two operations, each rounded once,
+        of numbers up to twice as large), and what 24 random bits leave.
+        """
+        step = exact.high - exact.low
+        if design.tolerance:
+            return design.tolerance * torch.where(step > 0, step, 1.0)
+        magnitude = design.x.double().abs()
+        q = self.f
+        if isinstance(q, UniformQuantizer):
+            view = magnitude.view(q.view_shape(design.x.shape))
+            largest = view.amax(q.recipe.shared, keepdim=True).expand_as(view).reshape(magnitude.shape)
+        else:
+            largest = magnitude.amax().expand_as(magnitude)  # who shares a grid is not known
+        # float32 is what narrower types are quantized in, and their own rounding is part of the output.
+        return 4 * torch.finfo(design.x.dtype).eps * largest + 2.0**-24 * step
+
+    # --- exact ------------------------------------------------------------------------------------------------------
+
+    def _expectation(self, design: designs.Design) -> Law | str:
+        """The law on a design, or what is wrong with its mean."""
+        if not self.coupled:
+            exact = law(self.f, design.x)
+            mean, step = exact.mean, exact.high - exact.low
+        else:
+            coupled = coupled_codes(self.f, design.x)
+            assert coupled is not None
+            codes, example = coupled
+            exact = law(codes, torch.zeros(example.frame.view, dtype=torch.float64))
+            mean = example.frame.decode(exact.mean.clone()).double()
+            step = torch.zeros_like(mean)
+            wrong = self._codes_off(design, exact)
+            if wrong is not None:
+                return wrong
+        error = (mean - design.x.double()).abs()
+        tolerance = self._tolerance(design, exact).view(mean.shape) if not self.coupled else self._decoder(design, mean)
+        unit = torch.where(step > 0, step, tolerance.clamp(min=1e-300))
+        beyond = error - tolerance
+        i = int(beyond.view(-1).argmax())
+        self.worst = max(self.worst, float(torch.where(step > 0, error / unit, 0.0).max()))
+        if float(beyond.view(-1)[i]) <= 0:
+            return exact
+        count = int((beyond > 0).sum())
+        unit_name = "steps" if float(step.view(-1)[i]) > 0 else "times the tolerance"
+        return (
+            f"E = {float(mean.view(-1)[i]):.8g} for x = {float(design.x.reshape(-1)[i]):.8g}: off by "
+            f"{float((error / unit).view(-1)[i]):.3g} {unit_name}, and {count} of {mean.numel()} elements are "
+            f"off ({design.name} design, without sampling)"
+        )
+
+    def _codes_off(self, design: designs.Design, exact: Law) -> str | None:
+        """Mean codes against the coordinates that they round, element by element."""
+        decisions = self._decisions(design, exact)
+        error = (exact.mean.view_as(decisions.x) - decisions.coordinates).abs()
+        beyond = error - decisions.tolerance
+        i = int(beyond.view(-1).argmax())
+        self.worst = max(self.worst, float(error.max()))
+        if float(beyond.view(-1)[i]) <= 0:
+            return None
+        count = int((beyond > 0).sum())
+        return (
+            f"the mean code is off by {float(error.view(-1)[i]):.3g} steps, and {count} of {error.numel()} codes are "
+            f"off ({design.name} design, without sampling)"
+        )
+
+    def _decoder(self, design: designs.Design, mean: torch.Tensor) -> torch.Tensor:
+        # Transform and decoder are linear, and their rounding is relative to the largest number they meet.
+        eps = torch.finfo(torch.float32).eps
+        return torch.full_like(mean, 16 * eps * float(design.x.double().abs().amax()))
+
+    def _decisions(self, design: designs.Design, exact: Law) -> Decisions:
+        if self.coupled:
+            assert isinstance(self.f, UniformQuantizer)
+            return of_grid(self.f, design.x, 4 * self.f.format.levels * 2.0**-24)
+        return of_law(self.f, design.x, exact, self._tolerance(design, exact))
+
+    # --- draws ------------------------------------------------------------------------------------------------------
+
+    def _streams(self, design: str) -> Iterator[Stream]:
+        draw = 0
+        while True:
+            yield stream(seed=self.seed, site=f"check {design}", draw=draw)
+            draw += 1
+
+    def _battery(self, design: designs.Design, decisions: Decisions, level: float) -> Finding | None:
+        """The first test to fail; the looks grow until then."""
+        battery = Battery(decisions, self.seed)
+        streams = self._streams(design.name)
+        most = self.most or design.draws
+        dependent: Finding | None = None
+        for look in [n for n in LOOKS if n <= most]:
+            while battery.draws < look:
+                battery.draw(next(streams))
+                self.draws += 1
+            for finding in battery.look():
+                if dependent is not None and finding.family not in ("support", "elements"):
+                    continue  # these would take shared noise for a bias
+                if finding.p_value < level:
+                    if not finding.about_independence:
+                        return finding
+                    dependent = finding
+                elif self.best is None or finding.p_value < self.best.p_value:
+                    self.best = finding
+            if dependent is not None:
+                return dependent
+        return None
+
+    def _sampled(self, reason: str, shared: bool) -> Verdict:
+        box = BlackBox(self.f, self.x, self.seed)
+        streams = self._streams("black box")
+        looks = [n for n in LOOKS if n <= (self.most or _BLACK_BOX_DRAWS)]
+        level = self.false_alarm / (len(looks) * _BLACK_BOX_FAMILIES)
+        smallest: Finding | None = None
+        independent = not shared
+        method = f"sampled, since {reason}"
+        for look in looks:
+            while box.draws < look:
+                box.draw(next(streams))
+                self.draws += 1
+            for finding in box.look(level):
+                if finding.about_independence:
+                    if finding.p_value < level:
+                        independent, reason = False, finding.evidence
+                elif smallest is None or finding.p_value < smallest.p_value:
+                    smallest = finding
+            assert smallest is not None
+            if smallest.p_value < level:
+                break
+        assert smallest is not None
+        adjusted = min(1.0, smallest.p_value * len(looks) * _BLACK_BOX_FAMILIES)
+        evidence = f"{smallest.evidence} (p = {adjusted:.3g} in {smallest.draws} draws)"
+        if not independent:
+            evidence += f"; {reason}"
+        return self._result(smallest.p_value >= level, independent, adjusted, evidence, method)
+
+    def _result(
+        self, unbiased: bool, independent: bool | None, p_value: float, evidence: str, method: str | None = None
+    ) -> Verdict:
+        if method is None:
+            method = "exact on the codes" if self.coupled else "exact"
+        return Verdict(
+            unbiased=unbiased,
+            independent=independent,
+            p_value=p_value,
+            evidence=evidence,
+            draws=self.draws,
+            seed=self.seed,
+            false_alarm=self.false_alarm,
+            method=method,
+            minimum_detectable_bias=self.detectable,
+            worst_bias=None if method.startswith("sampled") else self.worst,
+        )

@@ -1,0 +1,248 @@
+"""Verdicts: what is unbiased passes, and every planted defect is found.
+
+The false-alarm rate of every check here is 1e-6 for each verdict that must pass; defects are certain to be found at
+their sizes where they show without sampling, and else with the probabilities that each test states.
+"""
+
+import controls
+import pytest
+import torch
+
+import fqtstats
+from fqtstats.errors import BiasDetected, InputError
+from fqtstats.verdicts import designs
+from fqtstats.verdicts.battery import Battery
+from fqtstats.verdicts.decisions import Decisions
+
+GRADIENT = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "gradient"]
+FORWARD = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "forward"]
+X = designs.natural((32, 96))
+
+
+def noise_shared(over):
+    """Stochastic rounding of rows with one number for each row, column, or block of four by four elements."""
+
+    def f(x, s):
+        low, step = controls._grid(x, 4)
+        y = (x - low) / step
+        if over == "rows":
+            u = s.uniform((x.shape[0], 1)).expand(x.shape)
+        elif over == "columns":
+            u = s.uniform((1, x.shape[1])).expand(x.shape)
+        else:
+            u = s.uniform(x.shape)[::4, ::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
+        return (y.floor() + (u < y - y.floor())) * step + low
+
+    return f
+
+
+def added_in_bfloat16(x, s):
+    """``floor(y + u)`` with the sum rounded to bfloat16."""
+    low, step = controls._grid(x, 8)
+    y = (x - low) / step
+    return (y.bfloat16() + s.uniform(x.shape).bfloat16()).float().floor().clamp(0, 255) * step + low
+
+
+def moved(rows, columns, by):
+    """Adds ``by`` steps to some elements."""
+
+    def f(x, s):
+        _, step = controls._grid(x, 4)
+        out = controls.unbroken(4)(x, s)
+        out[rows, columns] += by * step.expand(x.shape)[rows, columns]
+        return out
+
+    return f
+
+
+def probability_off(x, s):
+    """P(up) too large by 1 / 256."""
+    low, step = controls._grid(x, 4)
+    y = (x - low) / step
+    return (y.floor() + (s.uniform(x.shape) < (y - y.floor() + 1 / 256).clamp(max=1))).clamp(0, 15) * step + low
+
+
+DEFECTS = {
+    "nearest": controls.nearest(),
+    **{f"{r} random bits": controls.few_random_bits(r) for r in (2, 4, 8, 12, 16)},
+    "p off by 1/256": probability_off,
+    "clipped": controls.clipped(),
+    "rounded zero point": controls.rounded_zero_point(),
+    "channel scaled by 1.01": controls.scaled_channel(factor=1.01),
+    "row off": moved(3, slice(None), 0.1),
+    "element off": moved(3, 5, 0.1),
+    "pruned": controls.pruned(),
+    "bfloat16 addition": added_in_bfloat16,
+}
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantizers_that_claim_it_are_unbiased(name, bits, dtype):
+    q = fqtstats.quantizer(name, bits=bits)
+    verdict = fqtstats.check_unbiased(q, X.to(dtype))
+    assert verdict.ok, verdict
+    assert verdict.unbiased
+    assert verdict.independent
+    assert verdict.p_value > 1e-6
+    assert verdict.draws == (64 if name == "bhq" else 448)
+    assert set(verdict.minimum_detectable_bias) == {"constant", "one row", "one column", "one element"}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_quantizers_that_claim_to_be_biased_are(name):
+    q = fqtstats.quantizer(name, bits=4)
+    assert q.claim == "biased"
+    verdict = fqtstats.check_unbiased(q, X)
+    assert not verdict.ok
+    assert verdict.draws == 0  # it shows without sampling
+
+
+@pytest.mark.parametrize("name", ["ptq", "psq", "pcq", "bhq"])
+@pytest.mark.parametrize("random_bits", [2, 4, 8, 12, 16])
+def test_few_random_bits_are_a_bias_as_claimed(name, random_bits):
+    q = fqtstats.quantizer(name, bits=4, random_bits=random_bits)
+    assert q.claim == "biased"
+    assert not fqtstats.check_unbiased(q, X).unbiased
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_are_found_without_sampling(defect):
+    verdict = fqtstats.check_unbiased(DEFECTS[defect], X)
+    assert not verdict.unbiased
+    assert verdict.draws == 0
+    assert verdict.p_value == 0
+    assert "off" in verdict.evidence
+
+
+def test_what_has_no_defect_passes():
+    verdict = fqtstats.check_unbiased(controls.unbroken(), X)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("over", ["rows", "columns", "blocks"])
+def test_shared_noise_is_dependence_and_no_bias(over):
+    # The correlation of errors next to each other is 1 in the first two and 3/4 in the last: beyond 40 standard
+    # deviations in 16 draws.
+    verdict = fqtstats.check_unbiased(noise_shared(over), X)
+    assert verdict.unbiased
+    assert verdict.independent is False
+    assert not verdict.ok
+    assert verdict.method.startswith("sampled")
+
+
+def test_a_black_box_is_sampled():
+    def two_numbers(x, s):
+        return controls.unbroken(4)(x, s) + 1e-3 * (s.child("more").uniform(x.shape) - 0.5)
+
+    verdict = fqtstats.check_unbiased(two_numbers, X)
+    assert verdict.ok, verdict
+    assert verdict.method.startswith("sampled, since it uses several numbers per element")
+
+    def shifted(x, s):
+        return two_numbers(x, s) + 0.1 * controls._grid(x, 4)[1]
+
+    # .1 steps along the constant direction of a row of 96 elements: 20 standard deviations of the mean of 64 draws.
+    verdict = fqtstats.check_unbiased(shifted, X)
+    assert not verdict.unbiased
+    assert verdict.draws <= 64
+
+
+def test_the_verdict_is_a_function_of_the_seed():
+    q = fqtstats.quantizer("psq", bits=4)
+    first = fqtstats.check_unbiased(q, X, seed=5)
+    assert fqtstats.check_unbiased(q, X, seed=5) == first
+    assert fqtstats.check_unbiased(q, X, seed=6) != first
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    fqtstats.check_unbiased(q, X, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_assert_unbiased():
+    assert fqtstats.assert_unbiased(fqtstats.quantizer("psq"), X).ok
+    with pytest.raises(BiasDetected, match="BIASED") as caught:
+        fqtstats.assert_unbiased(controls.nearest(), X)
+    assert not caught.value.verdict.ok
+    assert isinstance(caught.value, AssertionError)
+
+
+def test_a_deterministic_identity_is_unbiased():
+    verdict = fqtstats.check_unbiased(lambda x, s: x.clone(), X)
+    assert verdict.ok
+    assert verdict.method == "deterministic"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.zeros(0, 3)}, "non-empty floating-point tensor"),
+        ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "floating-point"),
+        ({"x": torch.full((2, 3), torch.nan)}, "6 NaN or Inf of 6"),
+        ({"false_alarm": 0.0}, "between 0 and 1, got 0.0"),
+        ({"false_alarm": 1.0}, "between 0 and 1, got 1.0"),
+        ({"draws": 3}, "at least 16, got 3"),
+        ({"draws": True}, "at least 16, got True"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(InputError, match=message):
+        fqtstats.check_unbiased(fqtstats.quantizer("psq"), **{"x": X, **arguments})
+
+
+# --- the battery alone, on decisions whose law is prescribed ----------------------------------------------------------
+
+
+def findings(ups, p, draws, tolerance=0.0):
+    """All findings at the last look, of decisions that `ups(stream)` makes where `p` would be right."""
+    decisions = Decisions(torch.ones_like(p), p, torch.full_like(p, tolerance), p, lambda s: (ups(s), 0))
+    battery = Battery(decisions)
+    found = {}
+    for draw in range(draws):
+        battery.draw(fqtstats.stream(seed=1, draw=draw))
+        if battery.draws in (16, draws):
+            found.update({finding.family: finding for finding in battery.look()})
+    return found
+
+
+P = torch.rand(32, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 3
+
+
+def test_battery_passes_fair_decisions():
+    found = findings(lambda s: s.uniform(P.shape) < P, P, 64)
+    assert set(found) == {"support", "independence", "elements", "directions", "cross-fit"}
+    assert min(f.p_value for f in found.values()) > 1e-6 / 5
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        ("elements", lambda p: p.clone().index_put_((torch.tensor(3), torch.tensor(4)), torch.tensor(0.9).double())),
+        ("directions", lambda p: p * 0.95),
+        ("directions", lambda p: torch.floor(p * 16) / 16),
+        (
+            "cross-fit",
+            lambda p: (p + 0.2 * torch.sign(torch.sin(torch.arange(p.numel()) * 7.3)).view(p.shape)).clamp(0, 1),
+        ),
+    ],
+)
+def test_battery_finds_biased_decisions(family, wrong):
+    p = P.clone()
+    p[3, 4] = 0.3
+    bad = wrong(p)
+    found = findings(lambda s: s.uniform(p.shape) < bad, p, 128)
+    assert found[family].p_value < 1e-6
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_battery_finds_shared_noise(axis):
+    shape = (P.shape[0], 1) if axis else (1, P.shape[1])
+    found = findings(lambda s: s.uniform(shape).expand(P.shape) < P, P, 16)
+    assert found["independence"].p_value < 1e-6
+
+
+def test_battery_finds_draws_that_repeat():
+    found = findings(lambda s: fqtstats.stream(draw=s.draw // 2).uniform(P.shape) < P, P, 16)
+    assert found["independence"].p_value < 1e-6
+    assert "consecutive" in found["independence"].evidence
