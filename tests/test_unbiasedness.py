@@ -113,7 +113,7 @@ def test_defects_are_found_without_sampling(defect):
     assert not verdict.unbiased
     assert verdict.draws == 0
     assert verdict.p_value == 0
-    assert "off" in verdict.evidence
+    assert "by probing" in verdict.evidence
 
 
 def test_what_has_no_defect_passes():

@@ -160,7 +160,7 @@ class _Judge:
                 return self._result(False, True, 0.0 if certain else adjusted, where)
         assert self.best is not None
         adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES)
-        evidence = f"|E - x| is {self.worst:.2g} steps at most; smallest of all tests: {self.best.evidence}"
+        evidence = f"|E - x| is {self.worst:.2g} steps at most, by probing; the draws show nothing"
         return self._result(True, True, adjusted, evidence)
 
     # --- designs ----------------------------------------------------------------------------------------------------
@@ -175,14 +175,20 @@ class _Judge:
                 ladder = designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype)
                 yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
 
-    def _tolerance(self, design: designs.Design, exact: Law) -> torch.Tensor:
+    def _steps(self, design: designs.Design, exact: Law) -> torch.Tensor:
+        """Distance of the two values of each element; of a quantizer without chance, its grid's step."""
+        if exact.n > 0 or not isinstance(self.f, UniformQuantizer):
+            return exact.high - exact.low
+        _, frame = self.f._frame(design.x)
+        return frame.grid.step.double().expand(frame.view).reshape(design.x.shape)
+
+    def _tolerance(self, design: designs.Design, step: torch.Tensor) -> torch.Tensor:
         """By how much the arithmetic may move each element, in units of ``x``.
 
         On the ladders, which are exact, a fixed part of a step; else four units in the last place of the largest number
         that shares the element's grid (subtraction, scale, product and the decoder's two operations, each rounded once,
         of numbers up to twice as large), and what 24 random bits leave.
         """
-        step = exact.high - exact.low
         if design.tolerance:
             return design.tolerance * torch.where(step > 0, step, 1.0)
         magnitude = design.x.double().abs()
@@ -199,60 +205,54 @@ class _Judge:
 
     def _expectation(self, design: designs.Design) -> Law | str:
         """The law on a design, or what is wrong with its mean."""
+        x = design.x.double()
         if not self.coupled:
             exact = law(self.f, design.x)
-            mean, step = exact.mean, exact.high - exact.low
-        else:
-            coupled = coupled_codes(self.f, design.x)
-            assert coupled is not None
-            codes, example = coupled
-            exact = law(codes, torch.zeros(example.frame.view, dtype=torch.float64))
-            mean = example.frame.decode(exact.mean.clone()).double()
-            step = torch.zeros_like(mean)
-            wrong = self._codes_off(design, exact)
-            if wrong is not None:
-                return wrong
-        error = (mean - design.x.double()).abs()
-        tolerance = self._tolerance(design, exact).view(mean.shape) if not self.coupled else self._decoder(design, mean)
-        unit = torch.where(step > 0, step, tolerance.clamp(min=1e-300))
-        beyond = error - tolerance
-        i = int(beyond.view(-1).argmax())
-        self.worst = max(self.worst, float(torch.where(step > 0, error / unit, 0.0).max()))
-        if float(beyond.view(-1)[i]) <= 0:
-            return exact
-        count = int((beyond > 0).sum())
-        unit_name = "steps" if float(step.view(-1)[i]) > 0 else "times the tolerance"
-        return (
-            f"E = {float(mean.view(-1)[i]):.8g} for x = {float(design.x.reshape(-1)[i]):.8g}: off by "
-            f"{float((error / unit).view(-1)[i]):.3g} {unit_name}, and {count} of {mean.numel()} elements are "
-            f"off ({design.name} design, without sampling)"
-        )
-
-    def _codes_off(self, design: designs.Design, exact: Law) -> str | None:
-        """Mean codes against the coordinates that they round, element by element."""
+            step = self._steps(design, exact)
+            return self._off(design, "E", exact.mean, x, step, self._tolerance(design, step)) or exact
+        coupled = coupled_codes(self.f, design.x)
+        assert coupled is not None
+        codes, example = coupled
+        exact = law(codes, torch.zeros(example.frame.view, dtype=torch.float64))
+        # First the codes against the coordinates that they round, then transform and decoder, which are linear, and
+        # whose rounding is relative to the largest number they meet.
         decisions = self._decisions(design, exact)
-        error = (exact.mean.view_as(decisions.x) - decisions.coordinates).abs()
-        beyond = error - decisions.tolerance
-        i = int(beyond.view(-1).argmax())
-        self.worst = max(self.worst, float(error.max()))
-        if float(beyond.view(-1)[i]) <= 0:
-            return None
-        count = int((beyond > 0).sum())
-        return (
-            f"the mean code is off by {float(error.view(-1)[i]):.3g} steps, and {count} of {error.numel()} codes are "
-            f"off ({design.name} design, without sampling)"
-        )
+        mean = exact.mean.view_as(decisions.p)
+        one = torch.ones_like(mean)
+        wrong = self._off(design, "the mean code", mean, decisions.coordinates, one, decisions.tolerance)
+        decoded = example.frame.decode(exact.mean.clone()).double()
+        tolerance = torch.full_like(x, 16 * torch.finfo(torch.float32).eps * float(x.abs().amax()))
+        return wrong or self._off(design, "E", decoded, x, torch.zeros_like(x), tolerance) or exact
 
-    def _decoder(self, design: designs.Design, mean: torch.Tensor) -> torch.Tensor:
-        # Transform and decoder are linear, and their rounding is relative to the largest number they meet.
-        eps = torch.finfo(torch.float32).eps
-        return torch.full_like(mean, 16 * eps * float(design.x.double().abs().amax()))
+    def _off(
+        self,
+        design: designs.Design,
+        what: str,
+        mean: torch.Tensor,
+        expected: torch.Tensor,
+        step: torch.Tensor,
+        tolerance: torch.Tensor,
+    ) -> str | None:
+        """What is wrong with a mean, at the element that is furthest off; None if nothing is."""
+        error = (mean - expected).abs().view(-1)
+        step, tolerance = step.reshape(-1), tolerance.reshape(-1)
+        in_steps = torch.where(step > 0, error / torch.where(step > 0, step, 1.0), 0.0)
+        self.worst = max(self.worst, float(in_steps.max()))
+        beyond = error > tolerance
+        if not bool(beyond.any()):
+            return None
+        i = int((error - tolerance).argmax())
+        size = f"{float(in_steps[i]):.3g} steps" if float(step[i]) > 0 else f"{float(error[i]):.3g}"
+        return (
+            f"{what} = {float(mean.reshape(-1)[i]):.8g} for {float(expected.reshape(-1)[i]):.8g}, off by {size}; "
+            f"{int(beyond.sum())} of {len(error)} are off ({design.name} design, by probing)"
+        )
 
     def _decisions(self, design: designs.Design, exact: Law) -> Decisions:
         if self.coupled:
             assert isinstance(self.f, UniformQuantizer)
             return of_grid(self.f, design.x, 4 * self.f.format.levels * 2.0**-24)
-        return of_law(self.f, design.x, exact, self._tolerance(design, exact))
+        return of_law(self.f, design.x, exact, self._tolerance(design, exact.high - exact.low))
 
     # --- draws ------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,108 @@
+"""``fqtstats check``: claims tested both ways, its exit status, and the files that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from commands import Run, run
+
+from fqtstats.quantizers import QUANTIZERS
+from fqtstats.verdicts import claims
+
+OWN = """
+import torch
+
+
+def fair():
+    def f(x, s):
+        low = x.floor()
+        return low + (s.uniform(x.shape) < x - low)
+    return f
+
+
+def unfair():
+    def f(x, s):
+        return x.round()
+    return f
+
+
+def honest():
+    f = unfair()
+    f.claim = "biased"
+    return f
+
+
+def too_modest():
+    f = fair()
+    f.claim = "biased"
+    return f
+
+
+def wrong_shape():
+    return lambda x, s: x[:1]
+
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_quantizers.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_table_and_two_files(run: Run, tmp_path: Path) -> None:
+    done = run("check", "--quantizer", "psq,minmax", "--bits", "4", "--json", "c.json", "--junit", "c.xml")
+    assert done.status == 0, done.err
+    assert "psq 4 bits" in done.out
+    assert "2 of 2 as claimed, at a false-alarm rate of 1e-06 for all together" in done.out
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [(c["name"], c["claim"], c["holds"], c["unbiased"]) for c in content["checked"]] == [
+        ("psq 4 bits", "unbiased", True, True),
+        ("minmax 4 bits", "biased", True, False),
+    ]
+    suite = ElementTree.fromstring((tmp_path / "c.xml").read_text())
+    assert suite.attrib == {"name": "fqtstats check", "tests": "2", "failures": "0"}
+
+
+@pytest.mark.parametrize(("name", "status"), [("fair", 0), ("unfair", 1), ("honest", 0), ("too_modest", 1)])
+def test_the_users_own(run: Run, tmp_path: Path, name: str, status: int) -> None:
+    done = run("check", "--module", f"own_quantizers:{name}", "--junit", "c.xml")
+    assert done.status == status, done.err
+    suite = ElementTree.fromstring((tmp_path / "c.xml").read_text())
+    assert suite.attrib["failures"] == str(status)
+    assert [case.attrib["name"] for case in suite] == [f"own_quantizers:{name}"]
+    assert ("FAILS" in done.out) == bool(status)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--quantizer", "nsq"), "unknown quantizer 'nsq'; known: ptq"),
+        (("--bits", "x"), "expected --bits as whole numbers separated by commas, got 'x'"),
+        (("--quantizer", "psq", "--bits", "9"), "bits"),
+        (("--alpha", "1"), "--alpha must be a probability between 0 and 1, got 1.0"),
+        (("--junit", "no/folder.xml"), "its folder does not exist"),
+        (("--module", "own_quantizers:nothing"), "gave a int, expected something called as f(x, stream)"),
+        (("--module", "own_quantizers:wrong_shape"), "like its input, got torch.float32 [1, 1024]"),
+        (("--module", "own_quantizers:missing"), "has no attribute 'missing'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    done = run("check", *arguments)
+    assert done.status == 2
+    assert message in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_all_of_the_registry_is_checked_and_widths_that_do_not_suit_are_left_out() -> None:
+    found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1))}
+    assert {f"{name} 8 bits" for name in QUANTIZERS} < found
+    assert "psq 1 bit" in found
+    assert "symmetric 1 bit" not in found
