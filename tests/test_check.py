@@ -12,6 +12,8 @@ from commands import Run, run
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.verdicts import claims
 
+__all__ = ["run"]  # a fixture
+
 OWN = """
 import torch
 

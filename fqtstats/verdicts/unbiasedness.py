@@ -160,7 +160,7 @@ class _Judge:
                 return self._result(False, True, 0.0 if certain else adjusted, where)
         assert self.best is not None
         adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES)
-        evidence = f"|E - x| is {self.worst:.2g} steps at most, by probing; the draws show nothing"
+        evidence = f"E = x within {self.worst:.1g} steps, by probing; the draws show nothing"
         return self._result(True, True, adjusted, evidence)
 
     # --- designs ----------------------------------------------------------------------------------------------------
@@ -244,8 +244,8 @@ class _Judge:
         i = int((error - tolerance).argmax())
         size = f"{float(in_steps[i]):.3g} steps" if float(step[i]) > 0 else f"{float(error[i]):.3g}"
         return (
-            f"{what} = {float(mean.reshape(-1)[i]):.8g} for {float(expected.reshape(-1)[i]):.8g}, off by {size}; "
-            f"{int(beyond.sum())} of {len(error)} are off ({design.name} design, by probing)"
+            f"{what} is {float(mean.reshape(-1)[i]):.6g} where it should be {float(expected.reshape(-1)[i]):.6g}: off "
+            f"by {size}; {int(beyond.sum())} of {len(error)} are off ({design.name} design, by probing)"
         )
 
     def _decisions(self, design: designs.Design, exact: Law) -> Decisions:
