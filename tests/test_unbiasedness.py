@@ -149,6 +149,44 @@ def test_a_black_box_is_sampled():
     assert verdict.draws <= 64
 
 
+def dithered(x, s):
+    """Three values an element: the sum of two fair decisions."""
+    u = s.uniform(x.shape)
+    return x + 0.1 * ((u < 0.25).float() - (u >= 0.75).float())
+
+
+def test_more_than_two_values():
+    verdict = fqtstats.check_unbiased(dithered, X)
+    assert verdict.ok, verdict
+    assert verdict.method == "exact"
+    assert verdict.draws == 64
+    verdict = fqtstats.check_unbiased(lambda x, s: dithered(x, s) + 1e-3, X)
+    assert not verdict.unbiased
+    assert verdict.draws == 0
+
+
+G = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("name", GRADIENT)
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(40, generator=G),
+        torch.randn(6, 4, 5, 3, generator=G).contiguous(memory_format=torch.channels_last),
+        torch.randn(24, 12, generator=G).t(),
+        torch.randn(1, 30, generator=G),
+        torch.randn(16, 32, generator=G).bfloat16(),
+        torch.randn(16, 32, generator=G).half(),
+        torch.cat([torch.zeros(8, 16), torch.randn(8, 16, generator=G)]),
+    ],
+    ids=["vector", "channels last", "transposed", "one row", "bfloat16", "float16", "zero rows"],
+)
+def test_any_input(name, x):
+    verdict = fqtstats.check_unbiased(fqtstats.quantizer(name, bits=4), x)
+    assert verdict.ok, verdict
+
+
 def test_the_verdict_is_a_function_of_the_seed():
     q = fqtstats.quantizer("psq", bits=4)
     first = fqtstats.check_unbiased(q, X, seed=5)

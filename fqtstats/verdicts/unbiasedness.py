@@ -146,6 +146,9 @@ class _Judge:
             if exact.n == 0:
                 # What does not look at its stream has no decisions to test.
                 return self._result(True, True, 1.0, "a deterministic map that gives back its input", "deterministic")
+            if exact.values > 2:
+                # There is no "up" and "down" to test; the mean is known all the same.
+                return self._sampled("", shared=False, method="exact")
             decisions = self._decisions(design, exact)
             level = self.false_alarm / (len(planned) * len(LOOKS) * FAMILIES)
             if not self.detectable:
@@ -285,14 +288,14 @@ class _Judge:
                 return dependent
         return None
 
-    def _sampled(self, reason: str, shared: bool) -> Verdict:
+    def _sampled(self, reason: str, shared: bool, method: str | None = None) -> Verdict:
         box = BlackBox(self.f, self.x, self.seed)
         streams = self._streams("black box")
         looks = [n for n in LOOKS if n <= (self.most or _BLACK_BOX_DRAWS)]
         level = self.false_alarm / (len(looks) * _BLACK_BOX_FAMILIES)
         smallest: Finding | None = None
         independent = not shared
-        method = f"sampled, since {reason}"
+        method = method or f"sampled, since {reason}"
         for look in looks:
             while box.draws < look:
                 box.draw(next(streams))
