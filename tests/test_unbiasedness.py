@@ -11,7 +11,7 @@ import torch
 import fqtstats
 from fqtstats.errors import BiasDetected, InputError
 from fqtstats.verdicts import designs
-from fqtstats.verdicts.battery import Battery
+from fqtstats.verdicts.battery import Battery, autocorrelation, strongest_lag
 from fqtstats.verdicts.decisions import Decisions
 
 GRADIENT = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "gradient"]
@@ -278,6 +278,24 @@ def test_battery_finds_shared_noise(axis):
     shape = (P.shape[0], 1) if axis else (1, P.shape[1])
     found = findings(lambda s: s.uniform(shape).expand(P.shape) < P, P, 16)
     assert found["independence"].p_value < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7), (1, 8), (2, 2), (1, 1)])
+def test_lags_and_the_variance_of_their_sums(shape):
+    # Against every lag's sum of products written out, and its variance over all sign patterns of two-valued errors.
+    g = torch.Generator().manual_seed(0)
+    e = torch.randint(0, 2, (400, *shape), generator=g).double() * 2 - 1
+    for lag in ((0, 1), (1, 0), (shape[0] // 2, shape[1] // 2), (shape[0] // 2, 0)):
+        direct = (e * e.roll(lag, (1, 2))).sum((1, 2))
+        found = autocorrelation(e)[lag[0] % shape[0], lag[1] % shape[1]]
+        assert float(found) == pytest.approx(float(direct.sum()), abs=1e-9)
+    own_opposite = (2 * (shape[0] // 2) % shape[0], 2 * (shape[1] // 2) % shape[1]) == (0, 0)
+    if own_opposite and shape != (1, 1):
+        lag = (shape[0] // 2, shape[1] // 2)
+        sums = (e * e.roll(lag, (1, 2))).sum((1, 2))
+        assert float(sums.var()) == pytest.approx(2 * e[0].numel(), rel=0.5)  # twice the number of terms
+    p, _ = strongest_lag(autocorrelation(e), 400 * torch.full(shape, float(e[0].numel())), 1.0)
+    assert p > 1e-6
 
 
 def test_battery_finds_draws_that_repeat():

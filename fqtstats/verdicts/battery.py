@@ -19,7 +19,7 @@ from scipy import stats
 from fqtstats.random import Stream
 from fqtstats.verdicts.decisions import Decisions
 
-__all__ = ["FAMILIES", "LOOKS", "Battery", "Finding", "bernstein", "detectable"]
+__all__ = ["FAMILIES", "LOOKS", "Battery", "Finding", "autocorrelation", "bernstein", "detectable", "strongest_lag"]
 
 LOOKS = (16, 32, 64, 128, 256)
 """Numbers of draws after which the tests are made."""
@@ -106,27 +106,16 @@ class Battery:
     # --- T4 ---------------------------------------------------------------------------------------------------------
 
     def _independence(self) -> Finding:
-        e = torch.stack(self._first)  # [n, R, C]
-        n, rows, columns = e.shape
+        e = torch.stack(self._first)
         v = self.decisions.variance.float()
-        spectrum = torch.fft.rfft2(e)
-        found = torch.fft.irfft2(spectrum.abs().square().sum(0), s=(rows, columns))
-        expected = torch.fft.irfft2(torch.fft.rfft2(v).abs().square(), s=(rows, columns)).clamp(min=0) * n
-        found[0, 0] = 0.0
-        p_lags = bernstein(found.abs(), expected, torch.ones_like(expected)) * max(rows * columns / 2, 1)
-        lag = int(p_lags.argmin())
-        best = Finding(
-            "independence",
-            float(p_lags.view(-1)[lag].clamp(max=1)),
-            f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated",
-            self.draws,
-        )
+        expected = self.draws * autocorrelation(v[None])
+        best, text = strongest_lag(autocorrelation(e), expected, 1.0)
         following = (e[1:] * e[:-1]).sum((1, 2)).abs()
-        p_draws = float(bernstein(following, v.square().sum(), torch.ones(())).min()) * (n - 1)
-        if p_draws < best.p_value:
-            best = Finding("independence", p_draws, "errors of consecutive draws are correlated", self.draws)
-        # Three parts share the family's level.
-        return Finding(best.family, min(1.0, 2 * best.p_value), best.evidence, best.draws)
+        p_draws = 2 * float(bernstein(following, v.square().sum(), torch.ones(())).min()) * len(following)
+        if p_draws < best:
+            best, text = p_draws, "errors of consecutive draws are correlated"
+        # Two parts share the family's level.
+        return Finding("independence", min(1.0, 2 * best), text, self.draws)
 
     # --- T1 ---------------------------------------------------------------------------------------------------------
 
@@ -242,6 +231,34 @@ class _Fixed:
     def name(self, i: int) -> str:
         """What direction i is."""
         return self._names[i]
+
+
+def autocorrelation(e: torch.Tensor) -> torch.Tensor:
+    """Circular, over rows and columns, summed over draws: ``[R, C]`` of ``[n, R, C]``."""
+    found: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(e).abs().square().sum(0), s=e.shape[1:])
+    return found
+
+
+def strongest_lag(found: torch.Tensor, variance: torch.Tensor, largest: float) -> tuple[float, str]:
+    """Two-sided p-value of the lag at which errors are most correlated, corrected for all lags, and a sentence.
+
+    A lag and its opposite are the same pairs of elements. Half a turn is its own opposite: each of its pairs is counted
+    twice, which doubles both the terms and the variance of their sum.
+
+    Args:
+        found: autocorrelation of independent, centered errors, ``[R, C]``.
+        variance: of each entry, were every pair counted once.
+        largest: the largest product of two errors.
+    """
+    rows, columns = found.shape
+    twice = torch.ones_like(found)
+    twice[:: max(rows // 2, 1) if rows % 2 == 0 else rows, :: max(columns // 2, 1) if columns % 2 == 0 else columns] = 2
+    total = found.abs()
+    total[0, 0] = 0.0
+    p = 2 * bernstein(total, variance.clamp(min=0) * twice, largest * twice) * max(found.numel() / 2, 1)
+    lag = int(p.argmin())
+    text = f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated"
+    return min(1.0, float(p.view(-1)[lag])), text
 
 
 def bernstein(total: torch.Tensor, variance: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

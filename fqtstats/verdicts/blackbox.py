@@ -11,7 +11,7 @@ import torch
 
 from fqtstats.estimators.bias import FLIPS, Directions, cross_fit_p, directed_p, sign_flip_p
 from fqtstats.random import Stream
-from fqtstats.verdicts.battery import Finding, bernstein
+from fqtstats.verdicts.battery import Finding, autocorrelation, strongest_lag
 from fqtstats.verdicts.probe import Callable2, call
 
 __all__ = ["BlackBox"]
@@ -82,22 +82,11 @@ class BlackBox:
     def _independence(self, e: torch.Tensor) -> Finding:
         # As in the battery, but with what the draws show in place of the variances: products of errors that a shift
         # apart have the sum of their squares as the estimated variance of their sum.
-        n, rows, columns = e.shape
+        n = len(e)
         e = e - e.mean(0)
         deviation = e.square().mean((0, 2), keepdim=True).sqrt()
         e = e / torch.where(deviation > 0, deviation, 1.0)
-        found = _autocorrelation(e)
-        variance = _autocorrelation(e.square()).clamp(min=0)
-        found[0, 0] = 0.0
-        # The mean of the draws was taken out.
-        largest = e.abs().amax().square().expand_as(found)
-        p = bernstein(found.abs() * (1 - 1 / n), variance, largest) * max(rows * columns / 2, 1) * 2
-        lag = int(p.argmin())
-        text = f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated"
-        return Finding("independence", min(1.0, float(p.view(-1)[lag])), text, self.draws)
-
-
-def _autocorrelation(e: torch.Tensor) -> torch.Tensor:
-    """Circular, over rows and columns, summed over draws: ``[R, C]``."""
-    found: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(e).abs().square().sum(0), s=e.shape[1:])
-    return found
+        # The mean of the draws was taken out of each.
+        found = autocorrelation(e) * (1 - 1 / n)
+        best, text = strongest_lag(found, autocorrelation(e.square()), float(e.abs().amax().square()))
+        return Finding("independence", best, text, self.draws)
