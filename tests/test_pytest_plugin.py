@@ -99,6 +99,7 @@ def test_biased_is_an_exception(fqt_check):
         consecutive=False,
     )
     assert "in __call__" not in result.stdout.str()  # the traceback is the user's
+    assert result.stdout.str().count("test_it.py::test_good ") == 1  # although a test has several reports
 
 
 def test_marker(session) -> None:
