@@ -61,6 +61,7 @@ def test_every_command_parses() -> None:
     command = get_command(app)
     lines = [line.split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"`(fqtstats [^`]+)`", README)
+    lines += [line for block in blocks("yaml") for line in re.findall(r"- run: (fqtstats .+)", block)]
     commands = [shlex.split(line) for line in lines if line.startswith("fqtstats ")]
     assert len(commands) >= 5
     for _, name, *arguments in commands:
@@ -84,6 +85,12 @@ def test_the_users_own_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     exec(compile(code, "README.md", "exec"), {})
     assert "bias_p" in capsys.readouterr().out
     assert (tmp_path / "variance.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_job_checks_every_quantizer_and_runs_pytest() -> None:
+    (job,) = blocks("yaml")
+    runs = re.findall(r"- run: (.+)", job)
+    assert runs[1:] == ["fqtstats check --quantizer all --junit report.xml", "pytest"]
 
 
 def test_links_lead_somewhere() -> None:
