@@ -27,8 +27,9 @@ import torch
 
 from fqtstats import ops
 from fqtstats.errors import InputError
+from fqtstats.listening import LISTENERS, asked
 
-__all__ = ["Stream", "stream"]
+__all__ = ["Stream", "key_words", "stream"]
 
 _TILE = 128
 """Elements of half a word in a tile, and twice those of a whole word."""
@@ -63,8 +64,13 @@ class Stream:
         return replace(self, path=(*self.path, name))
 
     def words(self) -> tuple[int, int, int, int]:
-        """The stream's four 32-bit key words: Philox key ``k0, k1`` and counter words ``c2, c3``."""
-        return _key_words(self)
+        """The stream's four 32-bit key words: Philox key ``k0, k1`` and counter words ``c2, c3``.
+
+        An audit takes this for a request of all the stream's numbers.
+        """
+        if LISTENERS:
+            asked(self, 0, None, 32)
+        return key_words(self)
 
     def bits(
         self,
@@ -99,7 +105,10 @@ class Stream:
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         first_tile = start // (_TILE // 2 if n > 16 else _TILE)
         place = torch.device(device or "cpu")
-        numbers = ops.philox_bits(*self.words(), math.prod(size), n, dtype=dtype, device=place, first_tile=first_tile)
+        numel = math.prod(size)
+        if LISTENERS:
+            asked(self, start, numel, n)
+        numbers = ops.philox_bits(*key_words(self), numel, n, dtype=dtype, device=place, first_tile=first_tile)
         return numbers.view(size)
 
     def uniform(self, shape: int | Sequence[int], *, device: torch.device | str | None = None) -> torch.Tensor:
@@ -125,7 +134,8 @@ def stream(
 
 
 @lru_cache(maxsize=4096)
-def _key_words(s: Stream) -> tuple[int, int, int, int]:
+def key_words(s: Stream) -> tuple[int, int, int, int]:
+    """:meth:`Stream.words`, for those who say by themselves which numbers they use, or use none."""
     # A cryptographic hash of an injective encoding: two different keys share their numbers only if 128 bits collide.
     h = hashlib.blake2b(digest_size=16, person=b"fqtstats.stream")
     for number in (s.seed, s.step, s.draw, s.call, s.replica):

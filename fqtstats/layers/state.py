@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 from weakref import WeakSet
@@ -14,6 +14,7 @@ from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers import recomputation
 from fqtstats.layers.operand import Operand, images
 from fqtstats.layers.product import Product, ProductName, compute, how
+from fqtstats.listening import LISTENERS, quantizing
 from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.quantizers.storage import Extremes, store
 from fqtstats.random import Stream, stream
@@ -226,7 +227,7 @@ class Call:
     def _encoded(
         self, q: QuantizerLike, place: str, x: torch.Tensor, pad: tuple[int, int], draw: int, extremes: Extremes | None
     ) -> Operand | None:
-        with torch.no_grad(), self._named(place):
+        with torch.no_grad(), self._named(place), self._told(place, x, draw):
             stored = store(q, images(x), self.stream(place, draw), pad, extremes)
         return None if stored is None else Operand(stored)
 
@@ -266,7 +267,7 @@ class Call:
             InputError: the quantizer returned another shape or dtype, or changed ``x``.
         """
         version = None if x.is_inference() else x._version
-        with torch.no_grad(), self._named(site):
+        with torch.no_grad(), self._named(site), self._told(site, x, draw):
             out = q(x, self.stream(site, draw))
         if version is not None and x._version != version:
             raise InputError(
@@ -282,6 +283,9 @@ class Call:
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             out = out.contiguous(memory_format=torch.channels_last)
         return out
+
+    def _told(self, place: str, x: torch.Tensor, draw: int) -> AbstractContextManager[object]:
+        return quantizing(self, place, x, draw) if LISTENERS else nullcontext()
 
     @contextmanager
     def _named(self, site: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fqtstats.listening import LISTENERS, asked
 from fqtstats.ops import native_module
 from fqtstats.ops import quantize as native
 from fqtstats.ops.codes import Affine, Codes
@@ -14,7 +15,7 @@ from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
-from fqtstats.random import Stream
+from fqtstats.random import Stream, key_words
 
 __all__ = ["Extremes", "Stored", "store"]
 
@@ -94,16 +95,20 @@ def _store_native(
         return None
     groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
     if isinstance(q, BHQ):
-        return _store_transformed(q, x, stream, pad, groups)
-    codes = native.encode(x, q.recipe, stream.words(), pad, extremes=groups)
-    return None if codes is None else Stored(codes, None)
+        stored = _store_transformed(q, x, stream, pad, groups)
+    else:
+        codes = native.encode(x, q.recipe, key_words(stream), pad, extremes=groups)
+        stored = None if codes is None else Stored(codes, None)
+    if LISTENERS and stored is not None and q.recipe.random_bits is not None:
+        asked(stream, 0, x.numel(), q.recipe.random_bits)
+    return stored
 
 
 def _store_transformed(
     q: BHQ, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
 ) -> Stored | None:
     encoded = householder_encode(
-        x.float() if x.dtype == torch.float16 else x, q.bits, q.random_bits, stream.words(), pad, extremes=extremes
+        x.float() if x.dtype == torch.float16 else x, q.bits, q.random_bits, key_words(stream), pad, extremes=extremes
     )
     if encoded is None:
         return None
