@@ -199,7 +199,7 @@ def draw(size: pd.DataFrame, wrong: pd.DataFrame) -> bytes:
         ax.axvline(LEVELS[0], color="0.3", linestyle="--", linewidth=0.8)
         ax.set_xscale("symlog", linthresh=1e-3)
         ax.set(
-            xlim=(-2e-4, 1.3), xlabel="rate of rejecting a true null hypothesis at level .01", yticks=range(len(order))
+            xlim=(-2e-4, 1.3), xlabel="rate of false alarms at level .01", yticks=range(len(order))
         )
         ax.set_yticklabels(order)
         ax.invert_yaxis()

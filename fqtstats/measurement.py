@@ -107,7 +107,7 @@ def measure(
         with Session(model, handle, batch, loss_fn, seed) as session:
             names = list(session.parameters)
             incoming = IncomingGradients()
-            gradient = [_wide(g) for g in session.qat(incoming)]
+            gradient = [_wide(g) for g in session.qat(incoming, incoming.weight_gradient)]
             tell(1, total)
             calibration = _errors(session, gradient, CALIBRATION_DRAW)
             tell(2, total)
@@ -221,13 +221,17 @@ class _Keeper:
 
 @dataclass(frozen=True)
 class _Row:
-    """One trainable parameter: where it is, how large, which quantized layers hold it, and how it is rounded."""
+    """One trainable parameter: where it is, how large, which quantized layers hold it, and how it is rounded.
+
+    ``held_as`` has the names of those layers and what the parameter is called there.
+    """
 
     layer: str
     parameter: str
     quantized: bool
     numel: int
     grad_norm_sq: float
+    held_as: tuple[tuple[str, str], ...]
     laws_of: tuple[str, ...]
     rounding: float
 
@@ -243,20 +247,22 @@ class _Facts:
 
     @staticmethod
     def of(session: Session, handle: Handle, incoming: IncomingGradients, gradient: list[torch.Tensor]) -> _Facts:
-        holders: dict[int, list[str]] = {}
+        holders: dict[int, list[tuple[str, str]]] = {}
         for name, module in handle.layers.items():
-            for p in module.parameters(recurse=False):
-                holders.setdefault(id(p), []).append(name)
+            for own, p in module.named_parameters(recurse=False):
+                holders.setdefault(id(p), []).append((name, own))
         shown: set[str] = set()
         rows = []
         for (name, p), g in zip(session.parameters.items(), gradient, strict=True):
             layer, _, parameter = name.rpartition(".")
             # A layer's quantizers are shown once, beside the first of its trainable parameters.
-            laws_of = tuple(holder for holder in holders.get(id(p), []) if holder not in shown)
+            held_as = tuple(holders.get(id(p), ()))
+            laws_of = tuple(holder for holder, _ in held_as if holder not in shown)
             shown.update(laws_of)
             # Some units in the last place of the products, and half a unit of the dtype that the gradient is cast to.
             rounding = max(8 * torch.finfo(g.dtype).eps, torch.finfo(p.dtype).eps / 2)
-            rows.append(_Row(layer, parameter, id(p) in holders, p.numel(), squared_norm(g), laws_of, rounding))
+            quantized = id(p) in holders
+            rows.append(_Row(layer, parameter, quantized, p.numel(), squared_norm(g), held_as, laws_of, rounding))
         tensors = list(session.tensors())
         batch = {"batch": _digest(tensors)} if tensors else {}
         metadata: dict[str, object] = {
@@ -273,6 +279,14 @@ class _Facts:
         """Sum of an exact quantity over the calls of some layers; NaN where no quantizer acts."""
         found = [self.incoming.laws[name, site] for name in layers if (name, site) in self.incoming.laws]
         return math.fsum(getattr(law, quantity) for law in found) if found else math.nan
+
+    def own_variance(self, rows: Sequence[_Row]) -> float:
+        """Exact variance of some parameters' gradients that comes from their layers' own Q1; NaN where there is none.
+
+        Layers that share a parameter draw from streams of their own: their variances add up.
+        """
+        held = [key for row in rows for key in row.held_as if key in self.incoming.own]
+        return math.fsum(self.incoming.own[key] for key in held) if held else math.nan
 
 
 def _kept(handle: Handle) -> dict[str, object]:
@@ -324,6 +338,7 @@ def _result(
                 **_laws(facts, row.laws_of),
                 "variance_weight": parts[0, p],
                 "variance_input": parts[1, p],
+                "variance_exact_own": facts.own_variance([row]),
                 "sampling_variance": math.nan if sampling is None else sampling[p],
             }
         )
@@ -342,6 +357,7 @@ def _result(
             **_laws(facts, sorted({layer for layer, _ in facts.incoming.laws})),
             "variance_weight": parts[0].sum(),
             "variance_input": parts[1].sum(),
+            "variance_exact_own": facts.own_variance(facts.rows),
             "sampling_variance": math.nan if sampling is None else float(sampling.sum()),
         }
     )

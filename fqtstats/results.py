@@ -53,12 +53,14 @@ class Column:
         dtype: its pandas dtype; ``Int64`` is the nullable integer.
         unit: the unit of its values; "" for names, "1" for a pure number.
         meaning: what it holds, in one sentence.
+        later: whether tables from before there was this column are read, with NaN in it.
     """
 
     name: str
     dtype: str
     unit: str
     meaning: str
+    later: bool = False
 
 
 _SQUARE = "(loss/parameter)^2"
@@ -82,6 +84,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("variance_high", "float64", _SQUARE, "upper end of the 95 % interval of variance"),
     Column("variance_weight", "float64", _SQUARE, "mean squared error from the weight-gradient quantizers (Q1)"),
     Column("variance_input", "float64", _SQUARE, "mean squared error from the input-gradient quantizers (Q2)"),
+    Column(
+        "variance_exact_own", "float64", _SQUARE, "exact variance from the layer's own Q1 on its QAT gradient", True
+    ),
     Column("q_input_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q2 on its QAT gradient"),
     Column("q_input_bound", "float64", _INPUT_SQUARE, "upper bound of q_input_variance"),
     Column("q_weight_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q1 on its QAT gradient"),
@@ -161,9 +166,11 @@ def _cast(column: Column, values: pd.Series) -> pd.Series:
 def _normalised(table: pd.DataFrame) -> pd.DataFrame:
     """``table`` in the schema's column order and dtypes, checked; further columns follow as float64."""
     names = [column.name for column in COLUMNS]
-    missing = [name for name in names if name not in table.columns]
+    absent = [column for column in COLUMNS if column.name not in table.columns]
+    missing = [column.name for column in absent if not column.later]
     if missing:
         raise InputError(f"the results table lacks the column(s) {', '.join(missing)}")
+    table = table.assign(**{column.name: math.nan for column in absent})
     extra = [Column(str(name), "float64", "", "") for name in table.columns if name not in names]
     clean = pd.DataFrame({column.name: _cast(column, table[column.name]) for column in (*COLUMNS, *extra)})
     clean = clean.reset_index(drop=True)

@@ -98,9 +98,15 @@ def test_parts_add_up(measured, replicate):
 def test_the_total_sums_the_rows(measured):
     parameters = [row for name, row in measured.items() if name != "total"]
     for column in (c.name for c in COLUMNS if c.dtype in ("float64", "int64")):
-        if column in ("numel", "grad_norm_sq", "bias_norm_sq", "variance", "variance_weight", "variance_input") or (
-            column.startswith("q_") or column == "sampling_variance"
-        ):
+        if column in (
+            "numel",
+            "grad_norm_sq",
+            "bias_norm_sq",
+            "variance",
+            "variance_weight",
+            "variance_input",
+            "variance_exact_own",
+        ) or (column.startswith("q_") or column == "sampling_variance"):
             expected = np.nansum([getattr(row, column) for row in parameters])
             np.testing.assert_allclose(getattr(measured["total"], column), expected, rtol=1e-9, err_msg=column)
 
@@ -210,6 +216,7 @@ def test_own_layer_variance_against_the_closed_form():
     error = (row.variance_high - row.variance_low) / 2 / scipy.stats.t.ppf(0.975, 255)
     print(f"variance {row.variance / exact:.4f} of the closed form, standard error {error / exact:.4f}")
     assert abs(row.variance - exact) < 5.1 * error
+    np.testing.assert_allclose(row.variance_exact_own, exact, rtol=1e-6)
     assert abs(row.variance - 1.25 * exact) > 5.1 * error
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from fqtstats.layers.state import LayerState, Site
+from fqtstats.estimators import exact
+from fqtstats.layers.state import LayerState, Site, WeightGradient
 from fqtstats.policy import QuantizerLike
 
 __all__ = ["IncomingGradients", "LayerLaw"]
@@ -34,9 +36,12 @@ class IncomingGradients:
 
     Attributes:
         laws: by layer name and site.
+        own: by layer name and ``"weight"`` or ``"bias"``: the exact variance of that gradient that comes from the
+            layer's own Q1, summed over elements and calls; NaN if it is not known.
     """
 
     laws: dict[tuple[str, Site], LayerLaw] = field(default_factory=dict)
+    own: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def __call__(self, layer: LayerState, site: Site, q: QuantizerLike, g: torch.Tensor) -> None:
         """Add one incoming gradient ``g`` (the layer's output shape) that ``q`` is meant for."""
@@ -46,3 +51,9 @@ class IncomingGradients:
         limit = bound(g) if callable(bound) else None
         law.bound += math.nan if limit is None else limit
         law.grad_norm_sq += float(torch.linalg.vector_norm(g, dtype=torch.float64).square())
+
+    def weight_gradient(self, layer: LayerState, gradient: WeightGradient, parameters: Sequence[str]) -> None:
+        """Add one weight gradient that a quantizer is meant for, for ``parameters`` of ``layer``."""
+        for name, variance in exact.summed(gradient, parameters).items():
+            key = layer.name, name
+            self.own[key] = self.own.get(key, 0.0) + variance

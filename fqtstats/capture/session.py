@@ -16,7 +16,7 @@ from torch import nn
 
 from fqtstats.determinism import seeded, single_thread
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.layers.state import SITES, Draw, Observer, Site
+from fqtstats.layers.state import SITES, Draw, Observer, Site, WeightObserver
 from fqtstats.layers.swap import Handle
 
 __all__ = ["LossFunction", "Session", "trainable_parameters"]
@@ -95,16 +95,17 @@ class Session:
         """The tensors of the batch."""
         return _tensors(self._batch)
 
-    def qat(self, observe: Observer | None = None) -> list[torch.Tensor]:
+    def qat(self, observe: Observer | None = None, observe_weight: WeightObserver | None = None) -> list[torch.Tensor]:
         """The gradient with full-precision incoming gradients, one tensor per trainable parameter.
 
         Args:
             observe: is told every incoming gradient that a quantizer is meant for.
+            observe_weight: is told every weight gradient that a quantizer is meant for.
 
         Raises:
             NonFiniteError: a gradient holds NaN or Inf; names the parameter (or layer) and the count.
         """
-        gradients = self._backward(Draw(sites=frozenset(), observe=observe))
+        gradients = self._backward(Draw(sites=frozenset(), observe=observe, observe_weight=observe_weight))
         for name, g in zip(self.parameters, gradients, strict=True):
             count = int((~torch.isfinite(g)).sum())
             if count:

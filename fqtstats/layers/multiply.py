@@ -70,6 +70,8 @@ class Saved:
         with torch.autocast(g.device.type, enabled=False):
             if needs_w or needs_bias:
                 quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
+                parameters = [name for name, needed in (("weight", needs_w), ("bias", needs_bias)) if needed]
+                call.show_weight_gradient(product, g, x, w.shape, parameters)
                 if needs_w:
                     grad_w = call.compute("grad_weight", product, quantized, x, w.shape)
                 if needs_bias:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -19,7 +19,20 @@ from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.quantizers.storage import Extremes, store
 from fqtstats.random import Stream, stream
 
-__all__ = ["BACKENDS", "SITES", "Call", "Draw", "Inspector", "Kept", "LayerState", "Shared", "Site"]
+__all__ = [
+    "BACKENDS",
+    "SITES",
+    "Call",
+    "Draw",
+    "Inspector",
+    "Kept",
+    "LayerState",
+    "Observer",
+    "Shared",
+    "Site",
+    "WeightGradient",
+    "WeightObserver",
+]
 
 BACKENDS = ("simulated", "native")
 """How products are computed: on dequantized numbers in floating point, or on integer codes where that is possible."""
@@ -28,6 +41,26 @@ Site = Literal["grad_input", "grad_weight"]
 SITES: tuple[Site, Site] = ("grad_input", "grad_weight")
 
 Observer = Callable[["LayerState", Site, QuantizerLike, torch.Tensor], None]
+WeightObserver = Callable[["LayerState", "WeightGradient", Sequence[str]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGradient:
+    """The weight gradient of one call of a layer, ``dW = Q1(g)^T x`` or that of a convolution; ``db`` sums ``Q1(g)``.
+
+    Attributes:
+        product: the layer's operation.
+        q: Q1, the quantizer of ``g`` in this product.
+        g: the incoming gradient before ``q``: ``[R, O]`` or ``[N, O, *space]``.
+        x: the layer's input as the product takes it, quantized: ``[R, I]`` or ``[N, I, *space]``.
+        shape: the weight's, ``[O, I]`` or ``[O, I / groups, *kernel]``.
+    """
+
+    product: Product
+    q: QuantizerLike
+    g: torch.Tensor
+    x: torch.Tensor
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +71,14 @@ class Draw:
         index: index of the draw, part of the random streams' key.
         sites: the sites whose quantizers act; none gives the QAT gradient.
         observe: is told every incoming gradient that a quantizer is meant for, before it acts.
+        observe_weight: is told every weight gradient that a quantizer is meant for, and which of the layer's parameters
+            (``"weight"``, ``"bias"``) take part.
     """
 
     index: int = 0
     sites: frozenset[Site] = frozenset(SITES)
     observe: Observer | None = None
+    observe_weight: WeightObserver | None = None
 
 
 class Inspector(Protocol):
@@ -247,6 +283,15 @@ class Call:
         if q is not None and site not in draw.sites:
             return Operand.real(g)
         return self.operand(site, g, pad, draw.index, extremes)
+
+    def show_weight_gradient(
+        self, product: Product, g: torch.Tensor, x: Operand, shape: tuple[int, ...], parameters: Sequence[str]
+    ) -> None:
+        """Tell the current draw's observer, if there are one and a quantizer; as in :class:`WeightGradient`."""
+        q, observe = self.layer.policy.grad_weight, self.layer.shared.draw.observe_weight
+        if q is not None and observe is not None:
+            with self._named("grad_weight"):
+                observe(self.layer, WeightGradient(product, q, g, x.decode(), shape), parameters)
 
     def compute(self, name: ProductName, product: Product, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
         """:func:`fqtstats.layers.product.compute`, noted and shown to the inspector."""

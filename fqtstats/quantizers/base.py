@@ -86,6 +86,10 @@ class Transform(ABC):
         """``T^-1 y`` for ``y`` ``[N, C, S]``, in ``y``'s dtype; consumes its argument."""
 
     @abstractmethod
+    def inverse_adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        """``T^-T x`` for ``x`` ``[N, C, S]``, in ``x``'s dtype, fresh memory: ``x^T T^-1 = (T^-T x)^T``."""
+
+    @abstractmethod
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
         """``(T^-1)^2 v`` with the entries of ``T^-1`` squared: how independent variances propagate.
 
@@ -226,9 +230,19 @@ class UniformQuantizer(Quantizer):
         return (mean if frame.transform is None else frame.transform.inverse(mean)).view(frame.shape)
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
-        _, frame, low, high, up = self._outcomes(x)
-        variance = high.sub_(low).square_().mul_(up * (1 - up))
+        variance, frame = self.rounding_variance(x)
         return (variance if frame.transform is None else frame.transform.inverse_squared(variance)).view(frame.shape)
+
+    def rounding_variance(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
+        """Exact variance of every decoded element before the transform is undone, and the frame that undoes it.
+
+        These elements are independent, those of :meth:`variance` only where there is no transform.
+
+        Returns:
+            float64, ``[N, C, S]`` (of the transformed rows, where there is a transform); and the frame of ``x``.
+        """
+        _, frame, low, high, up = self._outcomes(x)
+        return high.sub_(low).square_().mul_(up * (1 - up)), frame
 
     def _outcomes(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame, torch.Tensor, torch.Tensor, torch.Tensor]:
         # The two decoded outcomes are those of the real decoder, rounded in its dtype, so mean and variance are the

@@ -226,6 +226,10 @@ class BlockHouseholder(Transform):
     def _native_groups(self) -> NativeGroups:
         return NativeGroups(self.order, self.heads, self.sizes, self.row_scale)
 
+    def inverse_adjoint(self, x: torch.Tensor) -> torch.Tensor:
+        # With P the order of the rows, T = H diag(s) P and T^-1 = P^T diag(1 / s) H; H is symmetric.
+        return self._reflect_(x[self.order].div_(self.row_scale.to(x.dtype)))
+
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
         v = variance.double()
         n = self.sizes.view(-1, 1, 1)

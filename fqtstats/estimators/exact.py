@@ -1,0 +1,149 @@
+"""Exact variance that a layer's own weight-gradient quantizer puts into its weight and bias gradient.
+
+Shape legend: linear: input ``x [R, I]``, incoming gradient ``g [R, O]``, weight ``[O, I]``. Convolution: ``x [N, I,
+*space]``, ``g [N, O, *space]``, weight ``[O, I / groups, *kernel]``. Samples are the rows of a quantizer: R or N.
+
+With ``x`` and ``g`` given, the only randomness in ``dW = Q1(g)^T x`` is that of the roundings in Q1, which are
+independent with variances ``v``. ``dW`` is linear in them, so variances propagate through the squared coefficients::
+
+    Var[dW_ok] = sum_r v_ro x_rk^2
+
+which is the same product with ``v`` for ``Q1(g)`` and ``x^2`` for ``x``, in a convolution too: each of its terms is an
+element of ``Q1(g)`` times one of ``x`` (or of its padding).
+
+A quantizer with a transform, ``Q1(g) = T^-1 R(T g)``, has independent roundings in the rows of ``R(T g)`` only; ``v``
+are their variances. ``T`` acts on samples and leaves the rest alone, so it can be taken to the other operand::
+
+    dW = Q1(g)^T x = R(T g)^T (T^-T x),    Var[dW_ok] = sum_j v_jo (T^-T x)_jk^2
+
+and in a convolution as well, where every position's patches are the same selection of elements of each sample. The bias
+gradient sums ``Q1(g)`` over samples and space: ``x`` is a column of ones.
+
+The rounding of floating-point arithmetic is left out. Calls of a layer draw from streams of their own: their variances
+add up. What the quantizers of later layers put into ``g`` is no part of this variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fqtstats.errors import InputError
+from fqtstats.layers import real
+from fqtstats.layers.operand import images
+from fqtstats.layers.product import ConvProduct
+from fqtstats.layers.state import WeightGradient
+from fqtstats.policy import QuantizerLike
+from fqtstats.quantizers.base import Transform, UniformQuantizer
+
+__all__ = ["bias_variance", "summed", "weight_variance"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Roundings:
+    """The independent roundings of a quantizer on one gradient.
+
+    Attributes:
+        variance: ``v``, ``[R, O]`` or ``[N, O, H, W]`` float64; its rows are those of the transform.
+        transform: ``T``, or None for the identity.
+    """
+
+    variance: torch.Tensor
+    transform: Transform | None
+
+    @staticmethod
+    def of(q: UniformQuantizer, g: torch.Tensor) -> _Roundings:
+        variance, frame = q.rounding_variance(g)
+        return _Roundings(variance.view(images(g).shape), frame.transform)
+
+    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
+        x = x.double()
+        if self.transform is not None:
+            x = self.transform.inverse_adjoint(x.reshape(x.shape[0], 1, -1)).view(x.shape)
+        return x.square()
+
+    def of_bias(self) -> torch.Tensor:
+        """``[O]``."""
+        v = self.variance.flatten(2).sum(2) if self.variance.dim() > 2 else self.variance
+        ones = v.new_ones(v.shape[0], 1)
+        return (v * self.coefficients(ones)).sum(0)
+
+
+def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
+    """Exact variance of every element of a weight's gradient, from the layer's own Q1.
+
+    Args:
+        calls: the calls in which the weight takes part, at least one; those of several layers where it is shared.
+
+    Returns:
+        float64, the weight's shape ``[O, I]`` or ``[O, I / groups, *kernel]``.
+
+    Raises:
+        InputError: no calls, or a quantizer of which it is not known which of its errors are independent.
+        NonFiniteError: a gradient holds NaN or Inf.
+    """
+    return _added(_weight_variance(call) for call in calls)
+
+
+def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
+    """Exact variance of every element of a bias's gradient, ``[O]`` float64; as :func:`weight_variance`."""
+    with torch.no_grad():
+        return _added(_Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
+
+
+def summed(call: WeightGradient, parameters: Sequence[str]) -> dict[str, float]:
+    """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
+
+    The channels are summed before the product, which leaves little of it. NaN for a quantizer of which it is not known
+    which of its errors are independent.
+    """
+    if not isinstance(call.q, UniformQuantizer):
+        return dict.fromkeys(parameters, math.nan)
+    with torch.no_grad():
+        roundings = _Roundings.of(call.q, call.g)
+        found = {}
+        if "weight" in parameters:
+            groups = call.product.geometry.groups if isinstance(call.product, ConvProduct) else 1
+            v, x = (
+                t.unflatten(1, (groups, -1)).sum(2)
+                for t in (roundings.variance, roundings.coefficients(images(call.x)))
+            )
+            shape = (groups, 1, *_kernel(call.shape))
+            found["weight"] = float(call.product.grad_weight(real, v, x, shape).sum())
+        if "bias" in parameters:
+            found["bias"] = float(roundings.of_bias().sum())
+        return found
+
+
+def _weight_variance(call: WeightGradient) -> torch.Tensor:
+    with torch.no_grad():
+        roundings = _Roundings.of(_known(call.q), call.g)
+        shape = (*call.shape[:2], *_kernel(call.shape))
+        coefficients = roundings.coefficients(images(call.x))
+        return call.product.grad_weight(real, roundings.variance, coefficients, shape).view(call.shape)
+
+
+def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Height and width of a convolution's weight, height 1 in a 1-D one; nothing in a matrix."""
+    return (1, shape[2]) if len(shape) == 3 else tuple(shape[2:])
+
+
+def _known(q: QuantizerLike) -> UniformQuantizer:
+    if not isinstance(q, UniformQuantizer):
+        raise InputError(
+            f"expected a quantizer of this package, got {q!r}: of others it is not known which errors are independent"
+        )
+    return q
+
+
+def _added(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for part in parts:
+        total = part if total is None else total + part
+    if total is None:
+        raise InputError("expected at least one call, got none")
+    return total
