@@ -198,9 +198,7 @@ def draw(size: pd.DataFrame, wrong: pd.DataFrame) -> bytes:
             ax.plot(values, [y] * len(values), "o", color="#009E73" if y == 0 else "#D55E00", alpha=0.7)
         ax.axvline(LEVELS[0], color="0.3", linestyle="--", linewidth=0.8)
         ax.set_xscale("symlog", linthresh=1e-3)
-        ax.set(
-            xlim=(-2e-4, 1.3), xlabel="rate of false alarms at level .01", yticks=range(len(order))
-        )
+        ax.set(xlim=(-2e-4, 1.3), xlabel="rate of false alarms at level .01", yticks=range(len(order)))
         ax.set_yticklabels(order)
         ax.invert_yaxis()
     return style.png(figure)
