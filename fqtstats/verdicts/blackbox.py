@@ -12,7 +12,7 @@ import torch
 from fqtstats.estimators.bias import FLIPS, Directions, cross_fit_p, directed_p, sign_flip_p
 from fqtstats.random import Stream
 from fqtstats.verdicts.battery import Finding, autocorrelation, strongest_lag
-from fqtstats.verdicts.probe import Callable2, call
+from fqtstats.verdicts.probe import StreamFunction, call
 
 __all__ = ["BlackBox"]
 
@@ -32,7 +32,7 @@ class BlackBox:
         seed: of the random directions and flips.
     """
 
-    def __init__(self, f: Callable2, x: torch.Tensor, seed: int = 0) -> None:
+    def __init__(self, f: StreamFunction, x: torch.Tensor, seed: int = 0) -> None:
         self.f, self.x, self.seed = f, x, seed
         self._errors: list[torch.Tensor] = []
         rows = x.shape[0]

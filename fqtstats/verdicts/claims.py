@@ -11,7 +11,7 @@ from fqtstats.errors import InputError
 from fqtstats.quantizers import QUANTIZERS, quantizer
 from fqtstats.quantizers.base import Claim
 from fqtstats.verdicts import designs
-from fqtstats.verdicts.probe import Callable2
+from fqtstats.verdicts.probe import StreamFunction
 from fqtstats.verdicts.unbiasedness import Verdict, check_unbiased
 
 __all__ = ["CHECKED_BITS", "Checked", "Subject", "as_junit", "check_all", "subject", "subjects"]
@@ -31,7 +31,7 @@ class Subject:
     """
 
     name: str
-    f: Callable2
+    f: StreamFunction
     claim: Claim
 
 

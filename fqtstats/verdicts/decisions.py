@@ -13,7 +13,7 @@ import torch
 from fqtstats.quantizers.base import UniformQuantizer
 from fqtstats.random import Stream
 from fqtstats.verdicts.expectation import Law
-from fqtstats.verdicts.probe import Callable2, call
+from fqtstats.verdicts.probe import StreamFunction, call
 
 __all__ = ["Decisions", "of_grid", "of_law"]
 
@@ -66,7 +66,7 @@ def of_grid(q: UniformQuantizer, x: torch.Tensor, tolerance: float) -> Decisions
     return Decisions(y, p, torch.full_like(p, tolerance), lowest + p, ups)
 
 
-def of_law(f: Callable2, x: torch.Tensor, law: Law, tolerance: torch.Tensor) -> Decisions:
+def of_law(f: StreamFunction, x: torch.Tensor, law: Law, tolerance: torch.Tensor) -> Decisions:
     """The two values of every element, found by probing, against ``x`` between them.
 
     Elements with a single value have ``p = 0`` and never go up; their error is certain, and no matter of chance.

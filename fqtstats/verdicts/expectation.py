@@ -17,7 +17,7 @@ import torch
 from fqtstats.errors import NotExact
 from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream, stream
-from fqtstats.verdicts.probe import Callable2, Probe, call
+from fqtstats.verdicts.probe import Probe, StreamFunction, call
 
 __all__ = ["Law", "coupled_codes", "exact_mean", "law"]
 
@@ -49,7 +49,7 @@ class Law:
     n: int
 
 
-def exact_mean(f: Callable2, x: torch.Tensor) -> torch.Tensor:
+def exact_mean(f: StreamFunction, x: torch.Tensor) -> torch.Tensor:
     """E[f(x, .)] over the stream's numbers, exactly.
 
     A callable that is elementwise and monotone (or any step function of few steps) in its one number per element is
@@ -76,7 +76,7 @@ def exact_mean(f: Callable2, x: torch.Tensor) -> torch.Tensor:
     return frame.frame.decode(mean).double()
 
 
-def law(f: Callable2, x: torch.Tensor, key: Stream | None = None) -> Law:
+def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None) -> Law:
     """The exact law of every element of ``f(x, .)``; arguments and errors as for :func:`exact_mean`.
 
     The assumptions are checked against real streams: every element of several draws must have the value that the
@@ -92,7 +92,7 @@ def law(f: Callable2, x: torch.Tensor, key: Stream | None = None) -> Law:
 
 
 class _Bisection:
-    def __init__(self, f: Callable2, x: torch.Tensor, key: Stream) -> None:
+    def __init__(self, f: StreamFunction, x: torch.Tensor, key: Stream) -> None:
         self.f, self.x, self.key = f, x, key
         self.n = 0
 
@@ -189,7 +189,7 @@ class _Bisection:
         )
 
 
-def coupled_codes(f: Callable2, x: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Quantized] | None:
+def coupled_codes(f: StreamFunction, x: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Quantized] | None:
     """A quantizer's codes as a callable, with an example of its frame; None where its output is elementwise itself."""
     if not isinstance(f, UniformQuantizer):
         return None

@@ -16,9 +16,9 @@ import torch
 from fqtstats.errors import InputError, NotExact
 from fqtstats.random import Stream
 
-__all__ = ["Callable2", "Outlet", "Probe", "call", "replay"]
+__all__ = ["Outlet", "Probe", "StreamFunction", "call", "replay"]
 
-Callable2 = Callable[[torch.Tensor, Stream], torch.Tensor]
+StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
 
 _WIDEST = 32
@@ -49,6 +49,8 @@ class Probe(Stream):
     Args:
         words: ``[P]`` int64 in ``[0, 2^32)``, one per element.
         key: of the stream that it stands for; a callable may look at it.
+        record: of what was asked for; a child writes into its parent's.
+        path: of a child, in place of the key's.
     """
 
     __slots__ = ("_record", "_words")
@@ -56,8 +58,15 @@ class Probe(Stream):
     _record: _Record
     _words: torch.Tensor
 
-    def __init__(self, words: torch.Tensor, key: Stream, record: _Record | None = None) -> None:
-        super().__init__(key.seed, key.step, key.layer, key.site, key.draw, key.call, key.replica, key.path)
+    def __init__(
+        self,
+        words: torch.Tensor,
+        key: Stream,
+        record: _Record | None = None,
+        path: tuple[str, ...] | None = None,
+    ) -> None:
+        path = key.path if path is None else path
+        super().__init__(key.seed, key.step, key.layer, key.site, key.draw, key.call, key.replica, path)
         # The base class is frozen.
         object.__setattr__(self, "_words", words)
         object.__setattr__(self, "_record", _Record() if record is None else record)
@@ -68,8 +77,7 @@ class Probe(Stream):
         return frozenset(self._record.outlets)
 
     def child(self, name: str) -> Probe:
-        key = Stream(self.seed, self.step, self.layer, self.site, self.draw, self.call, self.replica, self.path)
-        return Probe(self._words, key.child(name), self._record)
+        return Probe(self._words, self, self._record, (*self.path, name))
 
     def words(self) -> tuple[int, int, int, int]:
         raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
@@ -112,7 +120,7 @@ class Probe(Stream):
         return next(iter(self._record.outlets))
 
 
-def call(f: Callable2, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
     """``f(x, stream)``, checked: a finite floating-point tensor of ``x``'s shape and dtype, ``x`` left as it was.
 
     Raises:
@@ -147,5 +155,5 @@ def replay(x: torch.Tensor, stream: Stream) -> str:
     return f"x {list(x.shape)} {x.dtype}, seed {stream.seed}, draw {stream.draw}, site {stream.site!r}"
 
 
-def _name(f: Callable2) -> str:
+def _name(f: StreamFunction) -> str:
     return getattr(f, "name", None) or getattr(f, "__name__", None) or type(f).__name__

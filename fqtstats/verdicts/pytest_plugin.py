@@ -39,7 +39,7 @@ from fqtstats.errors import BiasDetected, InputError
 if TYPE_CHECKING:
     import torch
 
-    from fqtstats.verdicts.probe import Callable2
+    from fqtstats.verdicts.probe import StreamFunction
     from fqtstats.verdicts.unbiasedness import Verdict
 
 __all__ = ["Check"]
@@ -104,7 +104,7 @@ class Check:
 
     def __call__(
         self,
-        f: Callable2,
+        f: StreamFunction,
         x: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         *,
         shape: Sequence[int] | None = None,

@@ -22,7 +22,7 @@ from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detecta
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_law
 from fqtstats.verdicts.expectation import Law, coupled_codes, law
-from fqtstats.verdicts.probe import Callable2
+from fqtstats.verdicts.probe import StreamFunction
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
@@ -74,7 +74,7 @@ class Verdict:
 
 
 def check_unbiased(
-    f: Callable2, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+    f: StreamFunction, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
 ) -> Verdict:
     """Judge ``f``, called as ``f(x, stream)``.
 
@@ -99,7 +99,7 @@ def check_unbiased(
 
 
 def assert_unbiased(
-    f: Callable2, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+    f: StreamFunction, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
 ) -> Verdict:
     """:func:`check_unbiased`, raising unless the verdict is ``ok``.
 
@@ -125,7 +125,7 @@ def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None) -> N
 
 
 class _Judge:
-    def __init__(self, f: Callable2, x: torch.Tensor, false_alarm: float, seed: int, draws: int | None) -> None:
+    def __init__(self, f: StreamFunction, x: torch.Tensor, false_alarm: float, seed: int, draws: int | None) -> None:
         self.f, self.x, self.false_alarm, self.seed = f, x, false_alarm, seed
         self.most = draws
         self.draws = 0
