@@ -13,6 +13,7 @@ import fqtstats
 from fqtstats import Policy, policies, quantizer
 from fqtstats.capture import IncomingGradients, Session, trainable_parameters
 from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.layers.state import Source
 
 POLICY = policies.get("statquant-psq", bits=3)
 
@@ -70,6 +71,38 @@ def test_gradients_come_in_the_order_of_the_parameters_and_zeros_where_unused():
                 assert (g.shape, g.dtype, g.requires_grad) == (p.shape, p.dtype, False)
                 assert bool(g.any()) == (not name.startswith("unused"))
         assert math.isclose(session.loss, math.log(3), rel_tol=0.5)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_an_injected_error_does_what_its_quantizer_does(repeated):
+    """Equal up to the rounding of float64; an earlier call of the layer gets its part, the call itself none."""
+    model, (x, y) = Net().double(), data()
+    if repeated:
+        model.body = lambda x, body=model.body, f=model.middle: body(x) + f(f(model.conv(x)))
+    handle = fqtstats.prepare_(model, POLICY)
+    found = {}
+
+    def observe(call, site, q, g):
+        source = Source(*call.key, site)
+        if site == "grad_input":
+            found[source] = q(g, call.stream(site, 7)) - g
+
+    with Session(model, handle, (x.double(), y), cross_entropy, injectable=True) as session:
+        qat = session.qat()
+        session.draw(7, only=(), observe=observe)
+        assert {(layer, call) for layer, call, _ in found} == {key for key in session.calls() if key[0] != "conv"}
+        assert len(found) == (4 if repeated else 2)
+        for source, error in found.items():
+            draw = session.draw(7, only=[source])
+            injected = session.inject((source.layer, source.call), error)
+            seen = dict(zip(session.parameters, injected, strict=True))
+            assert seen["out.weight"] is None
+            assert (seen["middle.weight"] is None) == (source.layer == "middle" and source.call < 2)
+            for d, g, e in zip(draw, qat, injected, strict=True):
+                torch.testing.assert_close(d - g, torch.zeros_like(g) if e is None else e, rtol=1e-9, atol=1e-12)
+            assert not same(draw, qat)
+    with session_of(Net()) as session, pytest.raises(RuntimeError, match="injectable"):
+        session.inject(("out", 0), torch.zeros(16, 3))
 
 
 def test_frozen_and_tied_parameters():
@@ -348,9 +381,9 @@ def test_the_record_holds_exact_variances_and_bounds_of_every_layer_and_site():
     incoming = IncomingGradients()
     seen = {}
 
-    def observe(layer, site, q, g):
-        seen[layer.name, site] = (q, g.clone())
-        incoming(layer, site, q, g)
+    def observe(call, site, q, g):
+        seen[call.layer.name, site] = (q, g.clone())
+        incoming(call, site, q, g)
 
     with session_of(Net()) as session:
         assert same(session.qat(observe), session.qat())

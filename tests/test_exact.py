@@ -28,9 +28,9 @@ def captured(model, batch, loss_fn, policy):
     """By layer name: the weight gradients of its calls in a QAT pass."""
     found = {}
 
-    def observe(layer, gradient, parameters):
+    def observe(call, gradient, parameters):
         assert set(parameters) <= {"weight", "bias"}
-        found.setdefault(layer.name, []).append(gradient)
+        found.setdefault(call.layer.name, []).append(gradient)
 
     with (
         single_thread(),

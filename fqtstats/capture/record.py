@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fqtstats.estimators import exact
-from fqtstats.layers.state import LayerState, Site, WeightGradient
+from fqtstats.layers.state import Call, Site, WeightGradient
 from fqtstats.policy import QuantizerLike
 
 __all__ = ["IncomingGradients", "LayerLaw"]
@@ -43,17 +43,17 @@ class IncomingGradients:
     laws: dict[tuple[str, Site], LayerLaw] = field(default_factory=dict)
     own: dict[tuple[str, str], float] = field(default_factory=dict)
 
-    def __call__(self, layer: LayerState, site: Site, q: QuantizerLike, g: torch.Tensor) -> None:
+    def __call__(self, call: Call, site: Site, q: QuantizerLike, g: torch.Tensor) -> None:
         """Add one incoming gradient ``g`` (the layer's output shape) that ``q`` is meant for."""
-        law = self.laws.setdefault((layer.name, site), LayerLaw())
+        law = self.laws.setdefault((call.layer.name, site), LayerLaw())
         variance, bound = getattr(q, "variance", None), getattr(q, "bound", None)
         law.variance += float(variance(g).sum()) if callable(variance) else math.nan
         limit = bound(g) if callable(bound) else None
         law.bound += math.nan if limit is None else limit
         law.grad_norm_sq += float(torch.linalg.vector_norm(g, dtype=torch.float64).square())
 
-    def weight_gradient(self, layer: LayerState, gradient: WeightGradient, parameters: Sequence[str]) -> None:
-        """Add one weight gradient that a quantizer is meant for, for ``parameters`` of ``layer``."""
+    def weight_gradient(self, call: Call, gradient: WeightGradient, parameters: Sequence[str]) -> None:
+        """Add one weight gradient that a quantizer is meant for, for ``parameters`` of the layer."""
         for name, variance in exact.summed(gradient, parameters).items():
-            key = layer.name, name
+            key = call.layer.name, name
             self.own[key] = self.own.get(key, 0.0) + variance

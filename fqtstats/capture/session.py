@@ -6,7 +6,7 @@ batch-norm statistics; only the backward pass draws random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from fqtstats.determinism import seeded, single_thread
-from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.layers.state import SITES, Draw, Observer, Site, WeightObserver
+from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
+from fqtstats.layers.state import SITES, Draw, Observer, Site, Source, WeightObserver
 from fqtstats.layers.swap import Handle
 
 __all__ = ["LossFunction", "Session", "trainable_parameters"]
@@ -42,12 +42,23 @@ class Session:
         batch: anything ``loss_fn`` takes.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         seed: seed of what the forward pass draws from torch's generator (dropout).
+        injectable: whether errors will be put in at layers' outputs, see :meth:`inject`.
 
     Raises (on entering):
         InputError: an empty batch, or a loss that is not a finite scalar that depends on a trainable parameter.
+        UnsupportedError: ``injectable`` and a model that is fused, or has a checkpoint with ``use_reentrant=True``.
     """
 
-    def __init__(self, model: nn.Module, handle: Handle, batch: object, loss_fn: LossFunction, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle,
+        batch: object,
+        loss_fn: LossFunction,
+        seed: int = 0,
+        *,
+        injectable: bool = False,
+    ) -> None:
         self.model = model
         self.handle = handle
         self.parameters = trainable_parameters(model)
@@ -58,6 +69,7 @@ class Session:
         self._leaves: list[torch.Tensor] = []
         self._through_grad_fields = False
         self._loss: torch.Tensor | None = None
+        self._outputs: dict[tuple[str, int], torch.Tensor] | None = {} if injectable else None
 
     def __enter__(self) -> Session:
         for tensor in self.tensors():
@@ -77,6 +89,10 @@ class Session:
             self._stack.enter_context(self.handle.shared.counting_anew())
             self._loss = self._forward()
             self._through_grad_fields = _has_reentrant_checkpoint(self._loss)
+            if self._through_grad_fields and self._outputs is not None:
+                raise UnsupportedError(
+                    "a checkpoint with use_reentrant=True hides the layers in it; use use_reentrant=False"
+                )
             self._stack = self._stack.pop_all()
         return self
 
@@ -84,6 +100,8 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loss = None
+        if self._outputs is not None:
+            self._outputs.clear()
         self._stack.close()
 
     @property
@@ -117,17 +135,58 @@ class Session:
                 )
         return gradients
 
-    def draw(self, index: int, sites: Sequence[Site] = SITES) -> list[torch.Tensor]:
+    def draw(
+        self,
+        index: int,
+        sites: Sequence[Site] = SITES,
+        *,
+        only: Iterable[Source] | None = None,
+        observe: Observer | None = None,
+        observe_weight: WeightObserver | None = None,
+    ) -> list[torch.Tensor]:
         """One draw of the quantized gradient.
 
         Args:
             index: index of the draw; the same index gives the same numbers.
             sites: the sites that quantize; a draw with fewer sites shares the numbers of the others.
+            only: of these, the quantizers that act; None: all of them. Likewise.
+            observe, observe_weight: as in :meth:`qat`, told the gradients of this draw.
         """
         unknown = [] if isinstance(sites, str) else [site for site in sites if site not in SITES]
         if isinstance(sites, str) or unknown:
             raise InputError(f"expected a sequence of sites from {', '.join(SITES)}; got {sites!r}")
-        return self._backward(Draw(index=index, sites=frozenset(sites)))
+        chosen = None if only is None else frozenset(only)
+        return self._backward(Draw(index, frozenset(sites), chosen, observe=observe, observe_weight=observe_weight))
+
+    def calls(self) -> list[tuple[str, int]]:
+        """Layer and index of every call, in forward order; of an injectable session."""
+        return list(self._require_outputs())
+
+    def inject(self, call: tuple[str, int], error: torch.Tensor) -> list[torch.Tensor | None]:
+        """What an error of the gradient that arrives at a layer does to the parameters' gradients by way of its input.
+
+        A backward pass without gradient quantizers from the call's output down: linear in ``error``, and without the
+        layer's own weight and bias gradients.
+
+        Args:
+            call: layer and index, one of :meth:`calls`.
+            error: as many elements as the layer's output, in the order in which quantizers see them.
+
+        Returns:
+            One tensor per trainable parameter; None where the error does not get to.
+        """
+        out, parameters = self._require_outputs()[call], list(self.parameters.values())
+        if out.grad_fn is None:
+            return [None] * len(parameters)
+        error = error.reshape(out.shape).to(out.dtype)
+        with self.handle.shared.drawing(Draw(sites=frozenset(), input_only=call)):
+            return list(torch.autograd.grad(out, parameters, error, retain_graph=True, allow_unused=True))
+
+    def _require_outputs(self) -> dict[tuple[str, int], torch.Tensor]:
+        self._require_loss()
+        if self._outputs is None:
+            raise RuntimeError("the session was not opened with injectable=True")
+        return self._outputs
 
     def _require_loss(self) -> torch.Tensor:
         if self._loss is None:
@@ -136,7 +195,7 @@ class Session:
 
     def _forward(self) -> torch.Tensor:
         device = next(iter(self.parameters.values())).device
-        with seeded(self._seed, device), torch.enable_grad():
+        with seeded(self._seed, device), torch.enable_grad(), self.handle.shared.noting(self._outputs):
             loss = self._loss_fn(self.model, self._batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__

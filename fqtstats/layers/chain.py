@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fqtstats.errors import UnsupportedError
 from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv2d
 from fqtstats.layers.multiply import Saved
@@ -183,6 +184,8 @@ def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
     calls = []
     for stage in stages:
         guards.check(stage.convolution)
+        if stage.convolution.fqt_state.shared.outputs is not None:
+            raise UnsupportedError("a fused model has no outputs of single layers; leave out fuse_()")
         calls.append(stage.convolution.fqt_state.call())
     parameters = [p for stage in stages for p in stage.parameters]
     out: torch.Tensor = _Run.apply(x, stages, calls, *parameters)  # type: ignore[no-untyped-call]

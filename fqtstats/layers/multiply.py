@@ -65,6 +65,8 @@ class Saved:
         call, product = self.call, self.product
         x, w = (operand.with_data(tensor) for operand, tensor in zip((self.x, self.w), data, strict=True))
         needs_x, needs_w, needs_bias = needs
+        if call.layer.shared.draw.input_only == call.key:
+            needs_w = needs_bias = False
         grad_x = grad_w = grad_bias = None
         kernel = w.shape[2:]
         with torch.autocast(g.device.type, enabled=False):
@@ -123,4 +125,7 @@ def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, produc
         call: the call that this is.
     """
     out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)  # type: ignore[no-untyped-call]
+    outputs = call.layer.shared.outputs
+    if outputs is not None:
+        outputs[call.key] = out
     return _like(out, x)

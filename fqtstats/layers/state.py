@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "Observer",
     "Shared",
     "Site",
+    "Source",
     "WeightGradient",
     "WeightObserver",
 ]
@@ -40,8 +41,16 @@ BACKENDS = ("simulated", "native")
 Site = Literal["grad_input", "grad_weight"]
 SITES: tuple[Site, Site] = ("grad_input", "grad_weight")
 
-Observer = Callable[["LayerState", Site, QuantizerLike, torch.Tensor], None]
-WeightObserver = Callable[["LayerState", "WeightGradient", Sequence[str]], None]
+Observer = Callable[["Call", Site, QuantizerLike, torch.Tensor], None]
+WeightObserver = Callable[["Call", "WeightGradient", Sequence[str]], None]
+
+
+class Source(NamedTuple):
+    """A gradient quantizer in one call of a layer: where quantization noise enters the backward pass."""
+
+    layer: str
+    call: int
+    site: Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,9 @@ class Draw:
     Attributes:
         index: index of the draw, part of the random streams' key.
         sites: the sites whose quantizers act; none gives the QAT gradient.
+        only: of these, the quantizers that act; None: all of them.
+        input_only: layer and index of a call whose weight and bias gradients are left out: what is put in at its output
+            reaches its input alone.
         observe: is told every incoming gradient that a quantizer is meant for, before it acts.
         observe_weight: is told every weight gradient that a quantizer is meant for, and which of the layer's parameters
             (``"weight"``, ``"bias"``) take part.
@@ -77,8 +89,14 @@ class Draw:
 
     index: int = 0
     sites: frozenset[Site] = frozenset(SITES)
+    only: frozenset[Source] | None = None
+    input_only: tuple[str, int] | None = None
     observe: Observer | None = None
     observe_weight: WeightObserver | None = None
+
+    def acts(self, source: Source) -> bool:
+        """Whether a quantizer acts."""
+        return source.site in self.sites and (self.only is None or source in self.only)
 
 
 class Inspector(Protocol):
@@ -127,6 +145,7 @@ class Shared:
         inspector: is shown every operand and product.
         arithmetic: by layer and product, how it was computed (all the ways, if there were several).
         kept: what the graphs that are alive keep.
+        outputs: where the products of layers are noted by layer and call, as the graph has them; None: nowhere.
     """
 
     seed: int = 0
@@ -135,6 +154,7 @@ class Shared:
     inspector: Inspector | None = None
     arithmetic: dict[tuple[str, ProductName], set[str]] = field(default_factory=dict)
     kept: WeakSet[Kept] = field(default_factory=WeakSet)
+    outputs: dict[tuple[str, int], torch.Tensor] | None = None
     _step: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _draw: Draw = field(default_factory=Draw)
@@ -182,16 +202,25 @@ class Shared:
         finally:
             self._draw = before
 
+    @contextmanager
+    def noting(self, outputs: dict[tuple[str, int], torch.Tensor] | None) -> Iterator[None]:
+        """Note the products of layers in ``outputs``."""
+        before, self.outputs = self.outputs, outputs
+        try:
+            yield
+        finally:
+            self.outputs = before
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         # A copied layer stays with the handle that steers the original.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs are not pickled.
-        return {name: value for name, value in vars(self).items() if name != "kept"}
+        return {name: value for name, value in vars(self).items() if name not in ("kept", "outputs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, kept=WeakSet())
+        vars(self).update(state, kept=WeakSet(), outputs=None)
 
 
 @dataclass(frozen=True)
@@ -221,6 +250,11 @@ class Call:
     layer: LayerState
     step: int
     index: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Layer and index."""
+        return self.layer.name, self.index
 
     def stream(self, site: str, draw: int = 0) -> Stream:
         """The random stream of one use."""
@@ -279,8 +313,8 @@ class Call:
         draw = self.layer.shared.draw
         if q is not None and draw.observe is not None:
             with self._named(site):
-                draw.observe(self.layer, site, q, g)
-        if q is not None and site not in draw.sites:
+                draw.observe(self, site, q, g)
+        if q is not None and not draw.acts(Source(self.layer.name, self.index, site)):
             return Operand.real(g)
         return self.operand(site, g, pad, draw.index, extremes)
 
@@ -291,7 +325,7 @@ class Call:
         q, observe = self.layer.policy.grad_weight, self.layer.shared.draw.observe_weight
         if q is not None and observe is not None:
             with self._named("grad_weight"):
-                observe(self.layer, WeightGradient(product, q, g, x.decode(), shape), parameters)
+                observe(self, WeightGradient(product, q, g, x.decode(), shape), parameters)
 
     def compute(self, name: ProductName, product: Product, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
         """:func:`fqtstats.layers.product.compute`, noted and shown to the inspector."""
