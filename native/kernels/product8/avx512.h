@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <optional>
 
 #include "kernels/product8/product8.h"
 
@@ -246,13 +247,17 @@ static void row_sums(const std::uint8_t* a, std::int64_t lda, std::int64_t rows,
 
 struct RowConstants {
   std::int32_t zero[kTileRows], sum[kTileRows];
+  std::int32_t correction[kTileRows];  // zb Sa, for one zb
   float step[kTileRows], u[kTileRows], offset[kTileRows];
 
   RowConstants(const Finish& f, std::int64_t first, int rows) {
     for (int i = 0; i < rows; ++i) {
       const std::int64_t m = first + i, g = m * f.stride_a;
-      zero[i] = (f.zero_a ? f.zero_a[g] : 0) + f.shift_a;
       sum[i] = static_cast<std::int32_t>(f.sum_a[m]);
+      correction[i] =
+          static_cast<std::int32_t>(static_cast<std::uint32_t>(sum[i]) * static_cast<std::uint32_t>(f.zero_b[0]));
+      if (f.uniform && i > 0) continue;
+      zero[i] = (f.zero_a ? f.zero_a[g] : 0) + f.shift_a;
       step[i] = f.step_a ? f.step_a[g] : 0;
       offset[i] = f.offset_a ? f.offset_a[g] : 0;
       u[i] = static_cast<float>(static_cast<double>(step[i]) * static_cast<double>(f.sum_a[m] - f.k * zero[i]));
@@ -266,6 +271,64 @@ FQTSTATS_INLINE void write(std::int32_t* to, __mmask16 valid, __m512i v) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), v);
   else
     _mm512_mask_storeu_epi32(to, valid, v);
+}
+
+// c = sums, plus c itself where `keep` is all ones and they are not streamed.
+template <int kVectors>
+FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last, bool stream) {
+  if (stream) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) write<true>(c + kLanes * j, last, sums[j]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);
+    const __m512i before = _mm512_maskz_loadu_epi32(valid & keep, c + kLanes * j);
+    _mm512_mask_storeu_epi32(c + kLanes * j, valid, _mm512_add_epi32(sums[j], before));
+  }
+}
+
+// Results from sums in registers, for a uniform finish of sums that are complete; c is at `column`.
+template <bool kStream, int kRows, int kVectors>
+FQTSTATS_INLINE void finish_sums(const Finish& f, const RowConstants& row, std::int64_t column,
+                                 const __m512i (&sums)[kRows][kVectors], std::int32_t* c, std::int64_t ldc,
+                                 __mmask16 last) {
+  const bool zero_a = f.zero_a || f.shift_a;
+#pragma GCC unroll 4
+  for (int j = 0; j < kVectors; ++j) {
+    const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);
+    const std::int64_t n = column + kLanes * j;
+    const __m512 step = _mm512_mul_ps(_mm512_loadu_ps(f.step_b + n), _mm512_set1_ps(row.step[0]));
+    __m512i zero = _mm512_setzero_si512();
+    if (zero_a) zero = _mm512_mullo_epi32(_mm512_loadu_si512(f.sum_b + n), _mm512_set1_epi32(row.zero[0]));
+    // Adding -0 changes no number.
+    __m512 shift = _mm512_set1_ps(-0.0F), bias = shift;
+    if (f.offset_a) shift = _mm512_mul_ps(_mm512_loadu_ps(f.v + n), _mm512_set1_ps(row.offset[0]));
+    if (f.bias) bias = _mm512_maskz_loadu_ps(valid, f.bias + n);
+#pragma GCC unroll 6
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i p = _mm512_sub_epi32(_mm512_sub_epi32(sums[i][j], zero), _mm512_set1_epi32(row.correction[i]));
+      const __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(p), step), shift);
+      write<kStream>(c + i * ldc + kLanes * j, valid, _mm512_castps_si512(_mm512_add_ps(y, bias)));
+    }
+  }
+}
+
+// What becomes of a tile's sums: results where there are the rows' constants, else sums in c. c is `first` vectors
+// into the block.
+template <int kRows, int kVectors>
+FQTSTATS_INLINE void store_tile(const Block& b, const RowConstants* row, const __m512i (&sums)[kRows][kVectors],
+                                int first, std::int32_t* c, __mmask16 last) {
+  if (row) {
+    const std::int64_t column = b.column + kLanes * first;
+    b.stream ? finish_sums<true>(*b.finish, *row, column, sums, c, b.ldc, last)
+             : finish_sums<false>(*b.finish, *row, column, sums, c, b.ldc, last);
+    return;
+  }
+  const __mmask16 keep = b.add ? 0xFFFF : 0;
+#pragma GCC unroll 6
+  for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * b.ldc, sums[i], keep, last, b.stream);
 }
 
 // Sums to results c, for the rows of one tile: the columns' constants stay in registers.
@@ -301,13 +364,14 @@ __attribute__((noinline)) static void finish_tile(const Finish& f, const RowCons
   }
 }
 
-// Block by block of a tile's height: Tile::run<kRows, kVectors>(block, a, c, last) adds the panel's product to c or
-// sets it; `last` masks the last vector's columns.
+// Block by block of a tile's height: Tile::run<kRows, kVectors>(block, a, row, c, last) adds the panel's product to c
+// or sets it, or with the constants of the rows sets c to the results; `last` masks the last vector's columns.
 template <typename Tile, int kVectors>
 static void tiles(const Block& block) {
   const __mmask16 last = first_lanes(block.columns - (kVectors - 1) * kLanes);
   alignas(64) std::int32_t tile[kTileRows * kTileColumns];  // sums whose results are streamed
-  const bool apart = block.stream && block.finish;
+  const bool whole = block.finish && block.finish->uniform && !block.add;
+  const bool apart = block.stream && block.finish && !whole;
   Block b = block;
   if (apart) b.stream = false, b.ldc = kTileColumns;
   for (std::int64_t i = 0; i < b.rows; i += kTileRows) {
@@ -315,29 +379,31 @@ static void tiles(const Block& block) {
     const std::uint8_t* a = b.a + i * b.lda;
     std::int32_t* const out = static_cast<std::int32_t*>(block.c) + i * block.ldc;
     std::int32_t* const c = apart ? tile : out;
+    std::optional<RowConstants> constants;
+    if (b.finish) constants.emplace(*b.finish, b.row + i, rows);
+    const RowConstants* const row = whole ? &*constants : nullptr;
     switch (rows) {
       case 6:
-        Tile::template run<6, kVectors>(b, a, c, last);
+        Tile::template run<6, kVectors>(b, a, row, c, last);
         break;
       case 5:
-        Tile::template run<5, kVectors>(b, a, c, last);
+        Tile::template run<5, kVectors>(b, a, row, c, last);
         break;
       case 4:
-        Tile::template run<4, kVectors>(b, a, c, last);
+        Tile::template run<4, kVectors>(b, a, row, c, last);
         break;
       case 3:
-        Tile::template run<3, kVectors>(b, a, c, last);
+        Tile::template run<3, kVectors>(b, a, row, c, last);
         break;
       case 2:
-        Tile::template run<2, kVectors>(b, a, c, last);
+        Tile::template run<2, kVectors>(b, a, row, c, last);
         break;
       default:
-        Tile::template run<1, kVectors>(b, a, c, last);
+        Tile::template run<1, kVectors>(b, a, row, c, last);
     }
-    if (!b.finish) continue;
-    const RowConstants row(*b.finish, b.row + i, rows);
+    if (!b.finish || whole) continue;
     const auto finish = apart ? finish_tile<true> : finish_tile<false>;
-    finish(*b.finish, row, b.column, rows, b.columns, c, b.ldc, out, block.ldc);
+    finish(*b.finish, *constants, b.column, rows, b.columns, c, b.ldc, out, block.ldc);
   }
 }
 
@@ -359,22 +425,6 @@ FQTSTATS_INLINE __m512i broadcast_word(const std::uint8_t* from) {
   std::int32_t word;
   std::memcpy(&word, from, 4);
   return _mm512_set1_epi32(word);
-}
-
-// c = sums, plus c itself where `keep` is all ones and they are not streamed.
-template <int kVectors>
-FQTSTATS_INLINE void store_row(std::int32_t* c, const __m512i* sums, __mmask16 keep, __mmask16 last, bool stream) {
-  if (stream) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) write<true>(c + kLanes * j, last, sums[j]);
-    return;
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < kVectors; ++j) {
-    const __mmask16 valid = j == kVectors - 1 ? last : static_cast<__mmask16>(0xFFFF);
-    const __m512i before = _mm512_maskz_loadu_epi32(valid & keep, c + kLanes * j);
-    _mm512_mask_storeu_epi32(c + kLanes * j, valid, _mm512_add_epi32(sums[j], before));
-  }
 }
 
 }  // namespace

@@ -197,6 +197,10 @@ struct Columns {
     return std::all_of(zero, zero + n, [](std::int32_t z) { return z == 0; });
   }
 
+  bool one_zero() const {
+    return std::all_of(zero, zero + n, [this](std::int32_t z) { return z == zero[0]; });
+  }
+
   // From sums of the signed codes over k terms: Cb, and v as ops/products.py defines it.
   void complete(const std::int64_t* sums, std::int64_t k) {
     for (std::int64_t j = 0; j < n; ++j) {
@@ -253,7 +257,8 @@ void run(const Kernel& kernel, const Problem& p, int threads, void* out) {
                       columns.step,
                       columns.offset_b ? columns.offset : nullptr,
                       columns.v,
-                      p.bias};
+                      p.bias,
+                      is_affine && !p.scale_a.grouped && !columns.offset_b && columns.one_zero()};
   const auto most = static_cast<double>(reach(p.scale_a, p.a.bits, p.scale_a.grouped ? p.m : 1)) *
                     static_cast<double>(reach(p.scale_b, p.b.bits, p.scale_b.grouped ? p.n : 1));
   if (!is_affine || most * static_cast<double>(p.k) < 2147483648.0) {

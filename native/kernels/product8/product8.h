@@ -58,6 +58,7 @@ struct Finish {
   const float* offset_b;
   const float* v;
   const float* bias;
+  bool uniform;  // one step, zero point and offset of a, one zero point of b and no offset of b
 };
 
 // One panel times some rows.

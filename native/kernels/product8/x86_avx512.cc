@@ -20,20 +20,20 @@ template <bool kNibbles>
 struct Tile {
   // Columns two vectors at a time, because widened panels take twice the registers.
   template <int kRows, int kVectors>
-  static void run(const Block& block, const std::uint8_t* rows, std::int32_t* c, __mmask16 last) {
+  static void run(const Block& block, const std::uint8_t* rows, const RowConstants* row, std::int32_t* c,
+                  __mmask16 last) {
     constexpr __mmask16 kAll = 0xFFFF;
     if constexpr (kVectors > 2) {
-      part<kRows, 2, kVectors>(block, rows, 0, c, kAll);
-      part<kRows, kVectors - 2, kVectors>(block, rows, 2, c, last);
+      part<kRows, 2, kVectors>(block, rows, 0, row, c, kAll);
+      part<kRows, kVectors - 2, kVectors>(block, rows, 2, row, c, last);
     } else {
-      part<kRows, kVectors, kVectors>(block, rows, 0, c, last);
+      part<kRows, kVectors, kVectors>(block, rows, 0, row, c, last);
     }
   }
 
   template <int kRows, int kVectors, int kPanel>
-  __attribute__((noinline)) static void part(const Block& block, const std::uint8_t* rows, int first, std::int32_t* c,
-                                             __mmask16 last) {
-    const __mmask16 keep = block.add ? 0xFFFF : 0;
+  __attribute__((noinline)) static void part(const Block& block, const std::uint8_t* rows, int first,
+                                             const RowConstants* row, std::int32_t* c, __mmask16 last) {
     __m512i sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
@@ -60,9 +60,7 @@ struct Tile {
         }
       }
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i)
-      store_row<kVectors>(c + i * block.ldc + kLanes * first, sums[i], keep, last, block.stream);
+    store_tile(block, row, sums, first, c + kLanes * first, last);
   }
 };
 

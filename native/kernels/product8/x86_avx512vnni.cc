@@ -25,9 +25,8 @@ struct Tile {
   }
 
   template <int kRows, int kVectors>
-  __attribute__((noinline)) static void run(const Block& block, const std::uint8_t* rows, std::int32_t* c,
-                                            __mmask16 last) {
-    const __mmask16 keep = block.add ? 0xFFFF : 0;
+  __attribute__((noinline)) static void run(const Block& block, const std::uint8_t* rows, const RowConstants* row,
+                                            std::int32_t* c, __mmask16 last) {
     __m512i sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int i = 0; i < kRows; ++i)
@@ -62,8 +61,7 @@ struct Tile {
         a[0] += 4, a[1] += 4;
       }
     }
-#pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) store_row<kVectors>(c + i * block.ldc, sums[i], keep, last, block.stream);
+    store_tile(block, row, sums, 0, c, last);
   }
 };
 
