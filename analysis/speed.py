@@ -80,7 +80,24 @@ def table(content: dict[str, Any]) -> str:
             "" if row["of_peak"] is None else f"{row['of_peak']:.0%} of {row['peak']}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_short(content["rows"])]) + "\n"
+
+
+def _short(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows that fall short, and what they would be at the peak of the bounding instruction, all else for nothing."""
+    missed = [row for row in rows if row["must"] is not None and row["ratio"] < row["must"]]
+    if not missed:
+        return ["", "Every must is met."]
+    lines = ["", "## What falls short", ""]
+    for row in missed:
+        what = f"- {row['name']}, {row['shape']}, against {row['baseline']}, {row['allocator']} memory: "
+        what += f"{row['ratio']:.2f}x of {row['must']:g}x"
+        if row["of_peak"] is not None and row["peak"] != "copy":
+            at_peak = row["ratio"] / row["of_peak"]
+            verdict = "beyond this processor" if at_peak < row["must"] else "not beyond it"
+            what += f"; at the measured peak of its bounding instruction {at_peak:.2f}x: {verdict}"
+        lines.append(what)
+    return lines
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
