@@ -84,7 +84,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _short(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows that fall short, and what they would be at the peak of the bounding instruction, all else for nothing."""
+    """The rows that fall short, and what they would be at the bounding instruction's peak, all else for nothing."""
     missed = [row for row in rows if row["must"] is not None and row["ratio"] < row["must"]]
     if not missed:
         return ["", "Every must is met."]
