@@ -25,7 +25,7 @@ from fqtstats.determinism import seeded
 from fqtstats.layers import quantized
 from fqtstats.models.preact_resnet import PreActResNet
 
-__all__ = ["measure_cases"]
+__all__ = ["make_naive", "measure_cases"]
 
 BITS = 5
 BATCH = 128
@@ -66,7 +66,7 @@ def _pair(name: str, backend: str, threads: int, split: bool) -> Iterator[Pair]:
         model = PreActResNet(3, 10, 3)
         batch = (torch.randn(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,)))
     naive = copy.deepcopy(model)
-    _make_naive(naive, per_sample=name == "psq")
+    make_naive(naive, per_sample=name == "psq")
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -141,8 +141,13 @@ def _bifurcated(layer: nn.Module, per_sample: bool, product: Callable[[Tensor, T
     return forward
 
 
-def _make_naive(model: nn.Module, per_sample: bool) -> None:
-    """Replace the forward methods of convolutions and linear layers."""
+def make_naive(model: nn.Module, per_sample: bool) -> None:
+    """Turn convolutions and linear layers into ones that quantize as one writes it without this package.
+
+    Args:
+        model: changed in place.
+        per_sample: one scale per sample, and per channel for the weight gradient; else one per tensor.
+    """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             conv = layer
