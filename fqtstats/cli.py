@@ -31,7 +31,7 @@ from fqtstats.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from fqtstats.measuring import Arrays
+    from fqtstats.measurement import Arrays
     from fqtstats.policy import Policy
     from fqtstats.quantizers import Quantizer
     from fqtstats.results import Result
