@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
+    from fqtstats.profiling import profile
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
@@ -38,6 +39,7 @@ __all__ = [
     "parity",
     "policies",
     "prepare_",
+    "profile",
     "quantized",
     "quantizer",
     "stream",
@@ -49,6 +51,7 @@ _HOMES = {
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
+    "fqtstats.profiling": ("profile",),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),
