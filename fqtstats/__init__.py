@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
+    from fqtstats.profiles import Profile, load_profile
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
@@ -24,6 +25,7 @@ __all__ = [
     "Handle",
     "Parity",
     "Policy",
+    "Profile",
     "Quantized",
     "Quantizer",
     "Result",
@@ -34,6 +36,7 @@ __all__ = [
     "exact_mean",
     "fuse_",
     "load",
+    "load_profile",
     "measure",
     "parity",
     "policies",
@@ -49,6 +52,7 @@ _HOMES = {
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
+    "fqtstats.profiles": ("Profile", "load_profile"),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),

@@ -87,7 +87,7 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure how biased and how noisy the quantized gradient of a network is, per layer."""
-    from fqtstats import experiment
+    from fqtstats import experiment, results
     from fqtstats.random import stream
     from fqtstats.report import tables
     from fqtstats.run_directory import RunDirectory
@@ -122,7 +122,7 @@ def measure(
     path = _folder(output, list(policies))
     with RunDirectory.create(path, arguments, resume) as run:
         try:
-            result = run.load() if run.finished else _measure_all(run, policies, arguments)
+            result = results.load(path) if run.finished else _measure_all(run, policies, arguments)
         except BaseException as error:
             _say_what_is_kept(run, error, context.obj)
             raise

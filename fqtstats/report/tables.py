@@ -19,7 +19,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from fqtstats.results import Configuration, Json, Result
+from fqtstats.results import Configuration, Result
+from fqtstats.schema import Json
 
 __all__ = [
     "Flag",
