@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,10 +13,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
 
 import fqtstats
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.profiles import PARAMETERS, SITES, SOURCES, TABLE, Profile, load_profile
+from fqtstats.report import profile_tables
+from fqtstats.report.profiles import plot_matrix, plot_parameters, plot_sources
 from fqtstats.results import COLUMNS, Result
 
 TABLES = ("table", "sources", "parameters")
@@ -227,3 +235,169 @@ def test_each_reader_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyP
     del written["kind"]
     document.write_text(json.dumps(written))
     assert len(fqtstats.load(tmp_path / "result").table) == 2
+
+
+# --- terminal tables -------------------------------------------------------------------------------------------------
+
+
+def printed(renderable: RenderableType, width: int) -> str:
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_table_of_sources(width: int) -> None:
+    about = {"unquantized": [{"layer": "stem", "type": "Conv2d", "reason": "first layer"}]}
+    profile = make_profile(**about)
+    text = printed(profile_tables.summary([profile]), width)
+    lines = text.splitlines()
+    assert max(cell_len(line) for line in lines) <= width
+    assert "bhq@5: gradient variance by quantizer, 64 probes" in " ".join(text.split())
+    rows = [line.split() for line in lines[lines.index(next(x for x in lines if x.startswith("layer"))) + 2 :]][:6]
+    assert [row[1] for row in rows] == ["Q1", "Q2"] * 3
+    ends = ["0.conv1", "0.conv2", "1.conv1"]  # long names keep their ends
+    assert all(row[0].endswith(end) for row, end in zip(rows[::2], ends, strict=True))
+    shares = profile.sources["share"].tolist()
+    assert [f"{100 * share:.1f}%" in row for share, row in zip(shares, rows, strict=True)] == [True] * 6
+    assert f"{profile.total['variance']:.2e}" in next(line for line in lines if line.startswith("total"))
+    told = " ".join(text.split())
+    first, second = sorted(shares)[:-3:-1]
+    assert f"to blame for {100 * (first + second):.0f} % of the variance, 2 of 6 quantizers: " in told
+    assert f"Q2 of layer block1.1.conv1 ({100 * first:.1f} %), Q1 of layer block1.0.conv1" in told
+    assert "not quantized: 1 Conv2d (first layer: stem)" in told
+    assert f"sampling variance: {profile.total['variance'] / 2e-5:#.3g}" in told
+    if width >= 80:
+        bars = [row[-1] for row in rows if "█" in row[-1]]
+        assert max(map(len, bars)) == 10
+        assert {"pcq@8", "5.0%"} <= set(rows[0])
+
+
+def test_table_without_what_is_not_known() -> None:
+    profile = make_profile(sampling=math.nan)
+    silent = Profile(
+        profile.table.assign(standard_error=math.nan),
+        profile.sources.assign(standard_error=math.nan, bits=None),
+        profile.parameters.assign(standard_error=math.nan),
+    )
+    text = printed(profile_tables.summary([silent]), 80)
+    assert "sampling" not in text
+    assert "±" not in text
+    assert "nan" not in text.lower()
+
+
+def test_an_imprecise_profile_says_so() -> None:
+    text = printed(profile_tables.summary([make_profile(converged=False, precision_reached=0.123)]), 80)
+    assert "precision 0.12 instead of 0.05: raise --most-probes" in text
+
+
+def test_without_variance_nothing_is_to_blame() -> None:
+    profile = make_profile()
+    parts = {name: table.assign(variance=0.0, standard_error=0.0) for name, table in tables(profile).items()}
+    parts["sources"] = parts["sources"].assign(share=math.nan)
+    quiet = Profile(**parts)
+    assert "to blame" not in printed(profile_tables.summary([quiet]), 80)
+    assert json.loads(json.dumps(profile_tables.to_dict([quiet]), allow_nan=False))
+    for plot in (plot_matrix, plot_parameters, plot_sources):
+        plot(quiet).canvas.draw()
+
+
+def test_comparison() -> None:
+    one = make_profile()
+    other = Profile(one.table, one.sources.replace("bhq", "psq"), one.parameters, one.metadata)
+    text = printed(profile_tables.summary([one, other]), 80)
+    rows = [line for line in text.splitlines() if line.startswith(("bhq@5", "psq@5"))]
+    assert len(rows) == 2
+    assert all(f"{one.total['variance']:.2e}" in row and "Q2 of layer block1.1.conv1" in row for row in rows)
+
+
+def test_json_has_everything() -> None:
+    profile = make_profile(sampling=math.nan)
+    (told,) = json.loads(json.dumps(profile_tables.to_dict([profile]), allow_nan=False))["profiles"]
+    assert told["label"] == "bhq@5"
+    assert [list(told[name][0]) for name in TABLES] == [
+        [column.name for column in schema] for schema in (TABLE, SOURCES, PARAMETERS)
+    ]
+    assert told["sources"][1] == {**told["sources"][1], "quantizer": "bhq", "bits": 5, "site": "grad_input"}
+    assert told["parameters"][-1]["sampling_variance"] is None
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def assert_labels_apart(figure: Figure, axis: str) -> None:
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    labels = getattr(figure.axes[0], f"get_{axis}ticklabels")()
+    boxes = sorted(label.get_window_extent(renderer).get_points()[:, "xy".index(axis)].tolist() for label in labels)
+    assert all(low[1] <= high[0] + 1.5 for low, high in itertools.pairwise(boxes))
+    assert boxes[0][0] >= 0
+
+
+@pytest.mark.parametrize("layers", [1, 20, 60])
+def test_heat_map(layers: int) -> None:
+    profile = make_profile(layers)
+    figure = plot_matrix(profile)
+    (image,) = figure.axes[0].get_images()
+    drawn = np.ma.getmaskarray(image.get_array())
+    # The first row has every layer's own Q1; the Q2 of the first layer reaches nothing and has no row.
+    assert drawn.shape == (layers, layers)
+    assert not drawn[0].any()
+    assert (~drawn[1:]).tolist() == np.tri(layers - 1, layers, dtype=bool).tolist()
+    values = profile.matrix().to_numpy()
+    np.testing.assert_array_equal(
+        np.asarray(image.get_array())[0], values[::2].max(axis=0, where=values[::2] > 0, initial=0)
+    )
+    assert figure.get_size_inches()[1] < 10
+    assert_labels_apart(figure, "x")
+    assert_labels_apart(figure, "y")
+    assert image.norm.vmax == pytest.approx(np.nanmax(values))
+
+
+def test_colours_span_at_most_six_decades() -> None:
+    profile = make_profile(4)
+    table = profile.table.assign(variance=[10.0**-index for index in range(len(profile.table))])
+    figure = plot_matrix(Profile(table, profile.sources, profile.parameters))
+    norm = figure.axes[0].get_images()[0].norm
+    assert (norm.vmin, norm.vmax) == (1e-6, 1.0)
+
+
+def test_bars_per_parameter_split_the_variance() -> None:
+    profile = make_profile(12)
+    figure = plot_parameters(profile)
+    bars, dots = figure.axes
+    widths = np.array([patch.get_width() for patch in bars.patches]).reshape(5, 13)
+    np.testing.assert_allclose(widths.sum(axis=0), 100)
+    values = profile.matrix().to_numpy()
+    expected = [
+        values[0, 0], values[3, 0], np.sum(values[[5, 7], 0]), np.sum(values[[9, 11, 13, 15], 0]),
+        np.nansum(values[17::2, 0]),
+    ]  # fmt: skip
+    np.testing.assert_allclose(widths[:, 0], 100 * np.array(expected) / np.nansum(values[:, 0]))
+    np.testing.assert_allclose(widths[0, -1], 100 * np.nansum(values[::2]) / np.nansum(values))
+    assert sorted(len(line.get_xdata()) for line in dots.get_lines() if line.get_marker() in ("D", "o")) == [13, 13]
+    assert bars.get_yticklabels()[-1].get_text() == "total"
+    assert_labels_apart(figure, "y")
+    without = plot_parameters(make_profile(3, sampling=math.nan))
+    assert "sampling" not in " ".join(text.get_text() for text in without.legends[0].get_texts())
+
+
+def test_bars_per_source() -> None:
+    profile = make_profile(5)
+    (ax,) = plot_sources(profile).axes
+    widths = [patch.get_width() for patch in ax.patches]
+    np.testing.assert_allclose(widths[:5], 100 * profile.sources["share"][::2])
+    np.testing.assert_allclose(widths[5:], 100 * profile.sources["share"][1::2])
+    assert [label.get_text() for label in ax.get_yticklabels()] == profile.sources["layer"].tolist()[::2]
+
+
+def test_own_axes_are_used() -> None:
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3)
+    profile = make_profile()
+    for ax, name in zip(axes, ("matrix", "parameters", "sources"), strict=True):
+        assert getattr(profile, f"plot_{name}")(ax=ax) is figure
+    assert not figure.legends
+    figure.canvas.draw()

@@ -34,8 +34,13 @@ _NOTHING = "#ececec"
 _Q1 = "#E69F00"
 _Q2 = "#0072B2"
 
-_DISTANCES = ((1, "nearest"), (3, "2nd and 3rd"), (7, "4th to 7th"), (math.inf, "further"))
-"""How the layers above a parameter are grouped: the last of each group, counted from the parameter, and its name."""
+_DISTANCES = (
+    (1, "next layer"),
+    (3, "2 or 3 layers later"),
+    (7, "4 to 7 layers later"),
+    (math.inf, "8 or more layers later"),
+)
+"""How the layers behind a parameter are grouped: the last of each group, counted from the parameter, and its name."""
 
 
 def plot_matrix(profile: Profile, ax: Axes | None = None, *, width: float | None = None) -> Figure:
@@ -52,14 +57,16 @@ def plot_matrix(profile: Profile, ax: Axes | None = None, *, width: float | None
     values, names = _rows(profile)
     targets = [target_name(*key) for key in _target_keys(profile)]
     with style.applied():
-        width = _PAGE_WIDTH if width is None else width
         if ax is None:
-            pitch = min(_PITCH, _TALLEST / len(names))
-            figure = style.new_figure(width, 1.7 + pitch * len(names))
+            height = min(max(_PITCH * len(names), 1.5), _TALLEST)
+            wide = min(max(2.5 + 0.25 * len(targets), style.COLUMN_WIDTH), _PAGE_WIDTH) if width is None else width
+            figure = style.new_figure(wide, 1.7 + height)
             ax = figure.subplots()
+            across = wide - 2.4
         else:
             figure = root(ax)
-            pitch = ax.get_window_extent().height / figure.dpi / len(names)
+            extent = ax.get_window_extent()
+            across, height = extent.width / figure.dpi, extent.height / figure.dpi
         positive = values[values > 0]
         top = float(positive.max()) if positive.size else 1.0
         bottom = max(float(positive.min()), top / 10**_DECADES) if positive.size else 0.1
@@ -71,13 +78,13 @@ def plot_matrix(profile: Profile, ax: Axes | None = None, *, width: float | None
             shown, norm=LogNorm(bottom, top), cmap="viridis", aspect="auto", interpolation="nearest", origin="upper"
         )
         ax.axhline(0.5, color="white", linewidth=1.5)
-        _label(ax, "y", names, pitch)
-        across = 0.75 * width / len(targets)
-        _label(ax, "x", targets, across)
-        ax.set_xlabel("parameter whose gradient the noise reaches")
-        ax.set_ylabel("gradient quantizer that the noise comes from")
-        bar = figure.colorbar(image, ax=ax, pad=0.01, extend="min" if (positive < bottom).any() else "neither")
-        bar.set_label("variance [(loss/parameter)$^2$]")
+        _label(ax, "y", names, height / len(names))
+        _label(ax, "x", targets, across / len(targets))
+        ax.set_xlabel("gradient that the noise reaches")
+        ax.set_ylabel("source of the noise")
+        below = "min" if (positive < bottom).any() else "neither"
+        bar = figure.colorbar(image, ax=ax, pad=0.01, aspect=height / 0.12, extend=below, extendfrac=0.02)
+        bar.set_label("variance\n[(loss/parameter)$^2$]")
         bar.outline.set_visible(False)
     return figure
 
@@ -86,8 +93,8 @@ def plot_parameters(profile: Profile, ax: Axes | None = None, *, width: float | 
     """Where each parameter's variance comes from, and how large it is.
 
     Bars split the variance into the layer's own weight-gradient quantizer (Q1) and the input-gradient quantizers (Q2)
-    of the layers above, by how many such layers lie between them and the parameter; beside them the variance with its
-    standard error, and one minibatch's sampling variance.
+    of the layers behind it, by how many layers later they stand; beside them the variance with its standard error, and
+    one minibatch's sampling variance.
 
     Args:
         profile: what to draw.
@@ -109,6 +116,8 @@ def plot_parameters(profile: Profile, ax: Axes | None = None, *, width: float | 
             ax.legend(handles=_draw_shares(bars, shares))
         _label(bars, "y", names, pitch)
         bars.get_yticklabels()[-1].set_fontweight("bold")
+        for panel in [bars] if ax is not None else figure.axes:
+            panel.axhline(len(names) - 1.5, color=style.GREY, linewidth=0.5)
         bars.set_ylim(len(names) - 0.4, -0.6)
     return figure
 
@@ -124,6 +133,7 @@ def plot_sources(profile: Profile, ax: Axes | None = None, *, width: float | Non
     sources = profile.sources
     layers = list(dict.fromkeys(sources["layer"]))
     whole = float(profile.total["variance"])
+    own = ax is None
     with style.applied():
         if ax is None:
             pitch = min(1.4 * _PITCH, _TALLEST / max(1, len(layers)))
@@ -151,7 +161,10 @@ def plot_sources(profile: Profile, ax: Axes | None = None, *, width: float | Non
         _label(ax, "y", [layer or "(model)" for layer in layers], pitch)
         ax.set_ylim(len(layers) - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
-        figure.legend(handles=handles, loc="outside upper center", ncols=2)
+        if own:
+            figure.legend(handles=handles, loc="outside upper center", ncols=2)
+        else:
+            ax.legend(handles=handles)
     return figure
 
 
@@ -183,7 +196,7 @@ def _rows(profile: Profile) -> tuple[Floats, list[str]]:
     layers = profile.sources["layer"][profile.sources["site"] == "grad_input"]
     reaching = np.flatnonzero(np.isfinite(passed).any(axis=1))
     names = [f"Q2 of {layer or '(model)'}" for layer in layers.iloc[reaching]]
-    return np.vstack([_sum(weight), passed[reaching]]), ["Q1 of its own layer", *names]
+    return np.vstack([_sum(weight), passed[reaching]]), ["Q1 of the parameter's own layer", *names]
 
 
 def _shares(profile: Profile) -> Floats:
@@ -192,7 +205,7 @@ def _shares(profile: Profile) -> Floats:
     Shape ``[1 + groups, targets + 1]``.
     """
     weight, passed = _split(profile)
-    rank = np.cumsum(np.isfinite(passed), axis=0)  # of a layer among those above a parameter, the nearest first
+    rank = np.cumsum(np.isfinite(passed), axis=0)  # of a layer among those behind a parameter, the nearest first
     lows = [0.0, *(last for last, _ in _DISTANCES[:-1])]
     groups = [
         np.nansum(np.where((rank > low) & (rank <= last), passed, 0.0), axis=0)
@@ -209,7 +222,7 @@ def _draw_shares(ax: Axes, shares: Floats) -> list[Artist]:
     """Stacked bars; returns the handles of their legend."""
     strengths = np.linspace(1.0, 0.25, len(_DISTANCES))
     colors = [style.tint(_Q1, 1.0), *(style.tint(_Q2, strength) for strength in strengths)]
-    labels = ["Q1 of its own layer", *(f"Q2, {name} above" for _, name in _DISTANCES)]
+    labels = ["Q1, its own layer", *(f"Q2, {name}" for _, name in _DISTANCES)]
     y = np.arange(shares.shape[1], dtype=np.float64)
     left = np.zeros_like(y)
     handles: list[Artist] = []
@@ -248,7 +261,7 @@ def _draw_variances(ax: Axes, profile: Profile) -> list[Artist]:
     decades(ax, "x")
     ax.grid(axis="both", which="major")
     ax.tick_params(axis="y", length=0, labelleft=False)
-    ax.set_xlabel("variance [(loss/parameter)$^2$]")
+    ax.set_xlabel("variance\n[(loss/parameter)$^2$]")
     return handles
 
 
@@ -257,7 +270,7 @@ def _label(ax: Axes, axis: str, names: Sequence[str], pitch: float) -> None:
     every = math.ceil(_LABEL_PITCH / pitch)
     last = len(names) - 1
     places = [*(index for index in range(0, last, every) if last - index >= every), last] if names else []
-    told = [names[i] if len(names[i]) <= 28 else "…" + names[i][-27:] for i in places]
+    told = [names[i] if len(names[i]) <= 32 else "…" + names[i][-31:] for i in places]
     if axis == "y":
         ax.set_yticks(places, told)
     else:
