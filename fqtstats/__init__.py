@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
+    from fqtstats.profiles import Profile, load_profile
     from fqtstats.profiling import profile
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
@@ -25,6 +26,7 @@ __all__ = [
     "Handle",
     "Parity",
     "Policy",
+    "Profile",
     "Quantized",
     "Quantizer",
     "Result",
@@ -35,6 +37,7 @@ __all__ = [
     "exact_mean",
     "fuse_",
     "load",
+    "load_profile",
     "measure",
     "parity",
     "policies",
@@ -51,6 +54,7 @@ _HOMES = {
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
+    "fqtstats.profiles": ("Profile", "load_profile"),
     "fqtstats.profiling": ("profile",),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),

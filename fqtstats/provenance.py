@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fqtstats.results import Json
+    from fqtstats.schema import Json
 
 __all__ = ["provenance"]
 

@@ -13,55 +13,26 @@ is a run directory::
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from fqtstats import run_directory
 from fqtstats.errors import InputError, RunDirectoryError
-from fqtstats.files import read_bytes, reason
+from fqtstats.files import read_bytes
+from fqtstats.schema import Column, Json, json_dict, normalised, parquet_bytes, read_parquet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["COLUMNS", "Column", "Configuration", "Result", "load", "merge"]
-
-FORMAT_VERSION = 1
-"""Version of the table's schema and of the run directory; readers refuse a newer one."""
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of the table.
-
-    Attributes:
-        name: the column's name.
-        dtype: its pandas dtype; ``Int64`` is the nullable integer.
-        unit: the unit of its values; "" for names, "1" for a pure number.
-        meaning: what it holds, in one sentence.
-        later: whether tables from before there was this column are read, with NaN in it.
-    """
-
-    name: str
-    dtype: str
-    unit: str
-    meaning: str
-    later: bool = False
-
 
 _SQUARE = "(loss/parameter)^2"
 _INPUT_SQUARE = "(loss/activation)^2"
@@ -116,64 +87,13 @@ class Configuration:
 
 
 _KEYS = ["quantizer", "bits", "layer", "parameter"]
-
-
-def _plain_json(value: object, where: str) -> Json:
-    """``value`` as plain JSON: numpy scalars become numbers, paths strings, non-finite numbers null."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, os.PathLike):
-        return os.fsdecode(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise InputError(f"{where} must have strings as keys to be kept as JSON, but has {key!r}")
-        return {key: _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise InputError(f"{where} must be plain JSON (numbers, strings, lists, dicts), but is a {type(value).__name__}")
-
-
-def json_dict(value: Mapping[str, object], where: str) -> dict[str, Json]:
-    return {key: _plain_json(item, f"{where}[{key!r}]") for key, item in value.items()}
-
-
-def _cast(column: Column, values: pd.Series) -> pd.Series:
-    """One column in the schema's dtype; refuses what would be changed silently."""
-    if column.dtype == "bool":
-        if not values.isin([True, False]).all():
-            raise InputError(f"column {column.name!r} must hold True or False")
-        return values.astype(bool)
-    if column.dtype == "str":
-        if not values.map(lambda item: isinstance(item, str)).all():
-            raise InputError(f"column {column.name!r} must hold strings")
-        return values.astype("str")
-    try:
-        if column.dtype == "Int64":
-            return values.astype("Int64")
-        if column.dtype == "int64":
-            return values.astype("Int64").astype("int64")
-        return values.astype("float64")
-    except (TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"column {column.name!r} must hold {column.dtype} values: {reason}") from error
+_FILE = "results.parquet"
+_WHAT = "results table"
 
 
 def _normalised(table: pd.DataFrame) -> pd.DataFrame:
     """``table`` in the schema's column order and dtypes, checked; further columns follow as float64."""
-    names = [column.name for column in COLUMNS]
-    absent = [column for column in COLUMNS if column.name not in table.columns]
-    missing = [column.name for column in absent if not column.later]
-    if missing:
-        raise InputError(f"the results table lacks the column(s) {', '.join(missing)}")
-    table = table.assign(**{column.name: math.nan for column in absent})
-    extra = [Column(str(name), "float64", "", "") for name in table.columns if name not in names]
-    clean = pd.DataFrame({column.name: _cast(column, table[column.name]) for column in (*COLUMNS, *extra)})
-    clean = clean.reset_index(drop=True)
+    clean = normalised(table, COLUMNS, _WHAT)
     repeated = clean[clean.duplicated(_KEYS)]
     if len(repeated):
         first = repeated.iloc[0]
@@ -204,6 +124,7 @@ class Result:
 
     table: pd.DataFrame
     metadata: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "measurement"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _normalised(self.table))
@@ -262,23 +183,29 @@ class Result:
         ratios: npt.NDArray[np.float64] = ours[usable] / theirs[usable]
         return ratios
 
+    def files(self) -> dict[str, bytes]:
+        """What a run directory holds of it beside the figures: see :class:`fqtstats.run_directory.Recordable`."""
+        return {_FILE: parquet_bytes(self.table, COLUMNS)}
+
+    def figures(self) -> dict[str, bytes]:
+        """The figures that suit it, as PNG files by name."""
+        from fqtstats.report import figures  # the report stage is above this one: it is loaded only when asked for
+
+        return figures.render_all(self)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a run directory at ``path``, which must be new or empty.
 
         Raises:
             RunDirectoryError: ``path`` is in use or cannot be written.
         """
-        from fqtstats.run_directory import RunDirectory  # which writes results, and so stands on this module
-
-        arguments = self.metadata.get("arguments")
-        with RunDirectory.create(path, arguments if isinstance(arguments, dict) else {}) as run:
-            run.finish(self)
+        run_directory.save(self, path)
 
     def plot_variance(
         self, ax: Axes | None = None, *, configurations: Sequence[Configuration] | None = None, width: float = 3.3
     ) -> Figure:
         """Draw each layer's variance; see :func:`fqtstats.report.figures.plot_variance`."""
-        from fqtstats.report import figures  # the report stage is above this one: it is loaded only when asked for
+        from fqtstats.report import figures
 
         return figures.plot_variance(self, ax, configurations=configurations, width=width)
 
@@ -338,70 +265,6 @@ def merge(results: Iterable[Result]) -> Result:
     return Result(pd.concat([part.table for part in parts], ignore_index=True), metadata)
 
 
-def parquet_bytes(table: pd.DataFrame) -> bytes:
-    """The table as a Parquet file. Nothing but the table goes in, so identical tables give identical bytes."""
-    known = {column.name: column for column in COLUMNS}
-    arrow = {"bool": pa.bool_(), "str": pa.string(), "Int64": pa.int64(), "int64": pa.int64(), "float64": pa.float64()}
-    fields: list[pa.Field] = []
-    arrays: list[pa.Array] = []
-    for name in table.columns:
-        column = known.get(name, Column(name, "float64", "", ""))
-        values = table[name]
-        if column.dtype == "float64":
-            numbers = values.to_numpy(dtype=np.float64)
-            # There are many bit patterns of NaN; one is written.
-            arrays.append(pa.array(np.where(np.isnan(numbers), np.nan, numbers)))
-        else:
-            items = [None if pd.isna(item) else item for item in values]
-            arrays.append(pa.array(items, type=arrow[column.dtype]))
-        about = {"unit": column.unit, "meaning": column.meaning}
-        fields.append(pa.field(name, arrow[column.dtype], metadata={key: text for key, text in about.items() if text}))
-    schema = pa.schema(fields, metadata={"fqtstats.format": str(FORMAT_VERSION)})
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer, write_page_checksum=True)
-    return buffer.getvalue()
-
-
-def _read_table(data: bytes, path: Path) -> pd.DataFrame:
-    try:
-        table = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError) as error:
-        raise RunDirectoryError(f"{path} is corrupted or not a Parquet file: {reason(error)}") from error
-    stored = (table.schema.metadata or {}).get(b"fqtstats.format")
-    if stored is None or not stored.isdigit():
-        raise RunDirectoryError(f"{path} is a Parquet file, but not a results table of fqtstats")
-    _check_version(int(stored), path)
-    frame: pd.DataFrame = table.to_pandas()
-    return frame
-
-
-def _check_version(version: int, path: Path) -> None:
-    if version > FORMAT_VERSION:
-        raise RunDirectoryError(
-            f"{path} has format version {version}, but this fqtstats reads up to {FORMAT_VERSION}; install a newer one"
-        )
-
-
-def read_document(directory: Path) -> dict[str, Json]:
-    """``run.json``, checked as far as every reader needs it."""
-    path = directory / "run.json"
-    if not path.is_file():
-        raise RunDirectoryError(f"{directory} is not a run directory: it has no run.json")
-    try:
-        document = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise RunDirectoryError(f"{path} is corrupted: {reason(error)}") from error
-    if not isinstance(document, dict) or document.get("format") != "fqtstats-run":
-        raise RunDirectoryError(f"{path} was not written by fqtstats")
-    version = document.get("version")
-    if not isinstance(version, int):
-        raise RunDirectoryError(f"{path} is corrupted: it has no version")
-    _check_version(version, path)
-    if not isinstance(document.get("arguments"), dict) or not isinstance(document.get("finished"), bool):
-        raise RunDirectoryError(f'{path} is corrupted: it lacks "arguments" or "finished"')
-    return document
-
-
 def load(path: str | os.PathLike[str]) -> Result:
     """Read a result from a finished run directory, or from a Parquet file that was taken out of one.
 
@@ -414,22 +277,15 @@ def load(path: str | os.PathLike[str]) -> Result:
     if not place.exists():
         raise RunDirectoryError(f"no run directory or Parquet file at {place}")
     if place.is_file():
-        if place.name != "results.parquet" or not (place.parent / "run.json").is_file():
-            return _checked_result(_read_table(read_bytes(place), place), {}, place)
+        if place.name != _FILE or not (place.parent / "run.json").is_file():
+            return _checked_result(read_parquet(read_bytes(place), place, _WHAT), {}, place)
         place = place.parent
-    document = read_document(place)
-    if not document["finished"]:
-        raise RunDirectoryError(f"the run in {place} is not finished; continue it with --resume")
-    parquet = place / "results.parquet"
-    data = read_bytes(parquet)
-    if hashlib.sha256(data).hexdigest() != document.get("results_sha256"):
-        raise RunDirectoryError(f"{parquet} is corrupted: its SHA-256 is not the one in run.json")
-    metadata = document.get("metadata")
-    return _checked_result(_read_table(data, parquet), metadata if isinstance(metadata, dict) else {}, parquet)
+    files, metadata = run_directory.read_finished(place, Result.kind, [_FILE])
+    return _checked_result(read_parquet(files[_FILE], place / _FILE, _WHAT), metadata, place / _FILE)
 
 
 def _checked_result(table: pd.DataFrame, metadata: dict[str, Json], path: Path) -> Result:
     try:
         return Result(table, metadata)
     except InputError as error:
-        raise RunDirectoryError(f"{path} is not a valid results table: {error}") from error
+        raise RunDirectoryError(f"{path} is not a valid {_WHAT}: {error}") from error

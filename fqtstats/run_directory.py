@@ -1,4 +1,4 @@
-"""A run on disk while it is written: lock, state to resume from, and the finished result.
+"""A run on disk: lock and state to resume from while it is written, then the finished result.
 
 Every file appears under its name only when it is complete (written beside it, synchronised, renamed), so a process
 killed at any moment leaves the previous version intact.
@@ -14,12 +14,12 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -27,12 +27,33 @@ import numpy.typing as npt
 
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.files import read_bytes, reason, write_atomically
-from fqtstats.results import FORMAT_VERSION, Json, Result, json_dict, load, parquet_bytes, read_document
+from fqtstats.schema import FORMAT_VERSION, Json, check_version, json_dict
 
-__all__ = ["RunDirectory"]
+__all__ = ["READERS", "Recordable", "RunDirectory", "read_document", "read_finished", "save"]
+
+READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile"}
+"""What reads a run, by its kind."""
 
 _STATE_MAGIC = b"fqtstats-state-1\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size
+
+
+class Recordable(Protocol):
+    """What a run ends with: the files of a run directory beside ``run.json``."""
+
+    @property
+    def kind(self) -> str:
+        """Its key in :data:`READERS`; kept in ``run.json``."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Kept in ``run.json``."""
+
+    def files(self) -> dict[str, bytes]:
+        """Files by name; ``run.json`` has the SHA-256 of each Parquet file, which readers check."""
+
+    def figures(self) -> dict[str, bytes]:
+        """PNG files by name, without the suffix."""
 
 
 class _HashingWriter:
@@ -75,6 +96,68 @@ def _parse_state(data: bytes, key: str) -> tuple[dict[str, npt.NDArray[np.generi
     if header["key"] != key:
         raise ValueError(f"it belongs to {header['key']!r}")
     return {name: np.lib.format.read_array(stream, allow_pickle=False) for name in header["arrays"]}, header["info"]
+
+
+def read_document(directory: Path) -> dict[str, Json]:
+    """``run.json``, checked as far as every reader needs it.
+
+    Raises:
+        RunDirectoryError: there is none, or it is damaged, foreign or newer.
+    """
+    path = directory / "run.json"
+    if not path.is_file():
+        raise RunDirectoryError(f"{directory} is not a run directory: it has no run.json")
+    try:
+        document = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise RunDirectoryError(f"{path} is corrupted: {reason(error)}") from error
+    if not isinstance(document, dict) or document.get("format") != "fqtstats-run":
+        raise RunDirectoryError(f"{path} was not written by fqtstats")
+    version = document.get("version")
+    if not isinstance(version, int):
+        raise RunDirectoryError(f"{path} is corrupted: it has no version")
+    check_version(version, path)
+    if not isinstance(document.get("arguments"), dict) or not isinstance(document.get("finished"), bool):
+        raise RunDirectoryError(f'{path} is corrupted: it lacks "arguments" or "finished"')
+    return document
+
+
+def read_finished(place: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, bytes], dict[str, Json]]:
+    """The contents of some Parquet files of a finished run, checked against ``run.json``, and its metadata.
+
+    Raises:
+        RunDirectoryError: it is not a run, of another kind, not finished, or a file is damaged.
+    """
+    document = read_document(place)
+    if not document["finished"]:
+        raise RunDirectoryError(f"the run in {place} is not finished; continue it with --resume")
+    found = document.get("kind", "measurement")  # runs from before there were others do not say
+    if found != kind:
+        reader = READERS.get(str(found))
+        told = f"read it with {reader}" if reader else "install a newer fqtstats to read it"
+        raise RunDirectoryError(f"expected a {kind} in {place}, but the run there is a {found}; {told}")
+    files = {}
+    for name in names:
+        files[name] = read_bytes(place / name)
+        if hashlib.sha256(files[name]).hexdigest() != document.get(_digest_key(name)):
+            raise RunDirectoryError(f"{place / name} is corrupted: its SHA-256 is not the one in run.json")
+    metadata = document.get("metadata")
+    return files, metadata if isinstance(metadata, dict) else {}
+
+
+def _digest_key(name: str) -> str:
+    return f"{Path(name).stem}_sha256"
+
+
+def save(result: Recordable, path: str | os.PathLike[str]) -> None:
+    """Write a finished run at ``path``, which must be new or empty.
+
+    Raises:
+        RunDirectoryError: ``path`` is in use or cannot be written.
+    """
+    arguments = result.metadata.get("arguments")
+    with RunDirectory.create(path, arguments if isinstance(arguments, dict) else {}) as run:
+        run.finish(result)
 
 
 def _now() -> str:
@@ -253,25 +336,30 @@ class RunDirectory:
             warnings.warn(f"ignoring the state {path}: {reason(error)}; its part starts over", RuntimeWarning, 2)
             return None
 
-    def finish(self, result: Result) -> None:
-        """Write the table and the figures, then mark the run as finished and drop its state.
+    def finish(self, result: Recordable) -> None:
+        """Write the files and the figures, then mark the run as finished and drop its state.
 
         Raises:
             RunDirectoryError: something cannot be written; the run stays unfinished and can be resumed.
         """
         self._require_open()
-        from fqtstats.report import figures  # the report stage is above this one: it is loaded only when needed
-
-        data = parquet_bytes(result.table)
-        write_atomically(self.path / "results.parquet", lambda file: file.write(data))
+        files = result.files()
+        for name, data in files.items():
+            self._write(name, data)
         self._make(self.path / "figures")
-        for name, png in figures.render_all(result).items():
-            write_atomically(self.path / "figures" / f"{name}.png", lambda file, png=png: file.write(png))  # type: ignore[misc]
+        for name, png in result.figures().items():
+            self._write(f"figures/{name}.png", png)
+        digests: dict[str, Json] = {
+            _digest_key(name): hashlib.sha256(data).hexdigest()
+            for name, data in files.items()
+            if name.endswith(".parquet")
+        }
         self._write_document(
             finished=True,
+            kind=result.kind,
             finished_at=_now(),
             wall_seconds=round(time.monotonic() - self._began, 3),
-            results_sha256=hashlib.sha256(data).hexdigest(),
+            **digests,
             metadata=result.metadata,
         )
         self.finished = True
@@ -296,10 +384,6 @@ class RunDirectory:
                 folder.rmdir()
         return True
 
-    def load(self) -> Result:
-        """The result of the finished run; see :func:`load`."""
-        return load(self.path)
-
     def _require_open(self) -> None:
         if self._lock is None:
             raise RunDirectoryError(f"the run in {self.path} was closed; open it again with resume=True")
@@ -313,6 +397,9 @@ class RunDirectory:
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise RunDirectoryError(f"cannot write {path}: {reason(error)}") from error
+
+    def _write(self, name: str, data: bytes) -> None:
+        write_atomically(self.path / name, lambda file: file.write(data))
 
     def _remove_state(self) -> None:
         state = self.path / "state"

@@ -287,7 +287,7 @@ def test_life_of_a_run(tmp_path: Path) -> None:
     with RunDirectory.create(path, {"bits": 5}, resume=True) as run:
         assert run.finished
         assert not (path / "state").exists()
-        pd.testing.assert_frame_equal(run.load().table, make_result().table)
+        pd.testing.assert_frame_equal(load(path).table, make_result().table)
     assert (path / "run.json").read_bytes() == before
 
 

@@ -29,7 +29,7 @@ COMMAND = (
     "--batch-size", "16",
 )  # fmt: skip
 SLOW = {"SLOW": "0.02"}
-OFTEN = "cli.SAVE_SECONDS = 0.1"
+OFTEN = "from fqtstats.commands import experiments\nexperiments.SAVE_SECONDS = 0.1"
 PATIENCE = 120.0
 
 Start = Callable[..., "subprocess.Popen[str]"]

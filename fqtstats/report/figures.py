@@ -71,7 +71,7 @@ def plot_variance(
             handles = [*_draw_dots(dots, rows, chosen, colors), *_draw_shares(bars, rows, colors)]
             figure.legend(handles=handles, loc="outside upper center", ncols=2)
         else:
-            dots, figure = ax, _root(ax)
+            dots, figure = ax, root(ax)
             pitch = ax.get_window_extent().height / figure.dpi / len(keys)
             ax.legend(handles=_draw_dots(dots, rows, chosen, colors), frameon=False)
         _label_rows(dots, keys, every=math.ceil(_LABEL_PITCH / pitch))
@@ -104,7 +104,7 @@ def plot_variance_vs_bits(result: Result, ax: Axes | None = None, *, width: floa
             _label_configurations(lower, result)
             figure.legend(handles=handles, loc="outside upper center", ncols=3)
         else:
-            figure = _root(ax)
+            figure = root(ax)
             ax.legend(handles=_draw_totals(ax, result), frameon=False)
             _label_configurations(ax, result)
     return figure
@@ -118,7 +118,12 @@ def render_all(result: Result) -> dict[str, bytes]:
     return drawn
 
 
-def _root(ax: Axes) -> Figure:
+def root(ax: Axes) -> Figure:
+    """The figure that the axes are in.
+
+    Raises:
+        InputError: they are in none.
+    """
     figure = ax.get_figure(root=True)
     if figure is None:
         raise InputError("the axes given as ax belong to no figure")
@@ -183,7 +188,7 @@ def _draw_dots(
     left, right = (shown.min() / 2, shown.max() * 2) if shown.size else (0.1, 10.0)
     ax.set_xscale("log")
     ax.set_xlim(left, right)
-    _decades(ax, "x")
+    decades(ax, "x")
     ax.grid(axis="both", which="major")
 
     variances: list[Artist] = []
@@ -251,7 +256,7 @@ def _first_finite(columns: Sequence[Floats]) -> Floats:
     return merged
 
 
-def _decades(ax: Axes, axis: str) -> None:
+def decades(ax: Axes, axis: str) -> None:
     """At most five labelled powers of ten; the decades between them as unlabelled ticks."""
     target = ax.xaxis if axis == "x" else ax.yaxis
     target.set_major_locator(LogLocator(base=10, numticks=5))

@@ -8,18 +8,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fqtstats.results import Configuration, Json, Result
+from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
+from fqtstats.results import Configuration, Result
+from fqtstats.schema import Json
 
 __all__ = [
     "Flag",
@@ -35,9 +34,6 @@ __all__ = [
 
 FALSE_ALARM = 0.01
 """Chance that any row of one configuration is flagged as biased although none is."""
-
-_NAMED = 3
-"""So many unquantized layers of one kind are named; the names of more are in the result's metadata."""
 
 _ROUNDING = 1e-9
 """A variance may meet its bound; the two are summed in different orders."""
@@ -100,20 +96,6 @@ def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _scientific(value: float) -> str:
-    """Three significant digits, always eight characters wide for a positive number within 1e±99."""
-    return "" if math.isnan(value) else f"{value:.2e}"
-
-
-def _plain(value: float) -> str:
-    """Three significant digits for a ratio of order one; the exponent only where it is needed."""
-    if math.isnan(value):
-        return ""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:#.3g}".removesuffix(".")
-    return f"{value:.2e}"
-
-
 def _interval(row: pd.Series) -> str:
     """The interval's ends relative to the variance, in percent."""
     value, low, high = row["variance"], row["variance_low"], row["variance_high"]
@@ -130,83 +112,8 @@ def _shares(row: pd.Series) -> str:
     return f"{share:.0f}/{100 - share:.0f}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """A column of a terminal table.
-
-    Attributes:
-        header: its title.
-        cells: one per row.
-        priority: those with the lowest are dropped first where the terminal is narrow.
-        names: it holds names: set to the left, and long ones are cut at their front.
-        meaning: what is in it, for the legend, where the header does not say.
-    """
-
-    header: str
-    cells: Sequence[Text]
-    priority: int
-    names: bool = False
-    meaning: str = ""
-
-    @property
-    def width(self) -> int:
-        return max(cell_len(self.header), *(cell_len(cell.plain) for cell in self.cells))
-
-    def cut(self, width: int) -> _Column:
-        """Names no longer than ``width``: their end is kept, because it is what tells layers apart."""
-        if not self.names:
-            return self
-        cells = [
-            cell if len(cell.plain) <= width else Text("…" + cell.plain[1 - width :], style=cell.style)
-            for cell in self.cells
-        ]
-        return replace(self, cells=cells)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fitted:
-    """A table that drops columns until it fits; its last row is set apart if ``total``."""
-
-    title: str
-    columns: Sequence[_Column]
-    total: bool
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        room = options.max_width
-        kept = [
-            column.cut(max(12, 3 * room // 10)) for column in self.columns if any(cell.plain for cell in column.cells)
-        ]
-
-        def fits(gap: int) -> bool:
-            return sum(column.width + gap for column in kept) - gap <= room
-
-        dropped = []
-        while len(kept) > 1 and not fits(1):
-            dropped.append(min(kept, key=lambda column: column.priority))
-            kept.remove(dropped[-1])
-        # The box puts one space between columns; a second one is padding.
-        table = Table(
-            box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1 if fits(2) else 0, 0, 0),
-            title=Text(self.title, style="bold"), title_justify="left",
-        )  # fmt: skip
-        for column in kept:
-            table.add_column(column.header, justify="left" if column.names else "right", no_wrap=True)
-        rows = len(kept[0].cells)
-        for index in range(rows):
-            if self.total and index == rows - 1:
-                table.add_section()
-            table.add_row(*(column.cells[index] for column in kept))
-        yield table
-        meanings = [f"{column.header}: {column.meaning}" for column in kept if column.meaning]
-        if meanings:
-            yield Text("; ".join(meanings), style="dim")
-        if dropped:
-            hidden = ", ".join(column.header for column in self.columns if column in dropped)
-            yield Text(f"no room for: {hidden} (widen the terminal, or use --json)", style="dim")
-
-
 def _numbers(rows: Sequence[pd.Series], column: str) -> list[Text]:
-    return [Text(_scientific(float(row[column]))) for row in rows]
+    return [Text(scientific(float(row[column]))) for row in rows]
 
 
 def _flag_cells(found: Sequence[tuple[Flag, ...]]) -> list[Text]:
@@ -216,7 +123,7 @@ def _flag_cells(found: Sequence[tuple[Flag, ...]]) -> list[Text]:
 def _p_cells(rows: Sequence[pd.Series], levels: Sequence[float]) -> list[Text]:
     """The p-values, in the flag's colour where they are below the level of their configuration."""
     return [
-        Text(_plain(float(row["bias_p"])), style=BIASED.style if row["bias_p"] < level else "")
+        Text(plain(float(row["bias_p"])), style=BIASED.style if row["bias_p"] < level else "")
         for row, level in zip(rows, levels, strict=True)
     ]
 
@@ -228,20 +135,6 @@ def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
         for flag in (BIASED, ABOVE_BOUND, NOISY)
         if flag in present
     ]
-
-
-def _unquantized(result: Result) -> list[Text]:
-    """The layers that stayed as they were, counted by type and reason; few of a kind are named."""
-    entries = result.metadata.get("unquantized")
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict):
-            kinds.setdefault((str(entry.get("type")), str(entry.get("reason"))), []).append(str(entry.get("layer")))
-    told = [
-        f"{len(layers)} {kind} ({reason}{': ' + ', '.join(layers) if len(layers) <= _NAMED else ''})"
-        for (kind, reason), layers in kinds.items()
-    ]
-    return [Text(f"not quantized: {'; '.join(told)}")] if told else []
 
 
 def _entries(result: Result) -> list[dict[str, Any]]:
@@ -293,17 +186,17 @@ def parity_table(result: Result) -> RenderableType:
     rows = [(_label(entry), row) for entry in _entries(result) for row in _parity(entry)]
     several = len({label for label, _ in rows}) > 1
     columns = [
-        _Column("quantizer", [Text(label if several else "") for label, _ in rows], 60, names=True),
-        _Column("layer", [Text(str(row["layer"]) or "(model)") for _, row in rows], 100, names=True),
-        _Column("product", [Text(row["product"]) for _, row in rows], 95, names=True),
-        _Column("arithmetic", [Text(row["arithmetic"]) for _, row in rows], 40, names=True),
-        _Column("codes", [Text(str(row["codes"])) for _, row in rows], 50, meaning="codes compared"),
-        _Column("differing", [Text(str(row["differing"])) for _, row in rows], 80),
-        _Column("error", [Text(_plain(_number(row["error"]))) for _, row in rows], 90, meaning=_MEANING_ERROR),
-        _Column("ulps", [Text(_plain(_number(row["ulps"]))) for _, row in rows], 70, meaning=_MEANING_ULPS),
-        _Column("", [Text("") if row["ok"] else Text("DIFFERENT", style="bold red") for _, row in rows], 99),
+        FittedColumn("quantizer", [Text(label if several else "") for label, _ in rows], 60, names=True),
+        FittedColumn("layer", [Text(str(row["layer"]) or "(model)") for _, row in rows], 100, names=True),
+        FittedColumn("product", [Text(row["product"]) for _, row in rows], 95, names=True),
+        FittedColumn("arithmetic", [Text(row["arithmetic"]) for _, row in rows], 40, names=True),
+        FittedColumn("codes", [Text(str(row["codes"])) for _, row in rows], 50, meaning="codes compared"),
+        FittedColumn("differing", [Text(str(row["differing"])) for _, row in rows], 80),
+        FittedColumn("error", [Text(plain(_number(row["error"]))) for _, row in rows], 90, meaning=_MEANING_ERROR),
+        FittedColumn("ulps", [Text(plain(_number(row["ulps"]))) for _, row in rows], 70, meaning=_MEANING_ULPS),
+        FittedColumn("", [Text("") if row["ok"] else Text("DIFFERENT", style="bold red") for _, row in rows], 99),
     ]
-    return _Fitted("native against simulated", columns, total=False)
+    return FittedTable("native against simulated", columns, total=False)
 
 
 def _number(value: float | None) -> float:
@@ -328,22 +221,24 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
     found = [flags(row, level) for row in rows]
     ratios = [_ratio(float(row["q_input_variance"]), float(row["q_input_bound"])) for row in rows]
     columns = [
-        _Column("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
-        _Column("param", [Text(str(row["parameter"])) for row in rows], 90, names=True),
-        _Column("numel", [Text(str(row["numel"])) for row in rows], 20),
-        _Column("‖g‖²", _numbers(rows, "grad_norm_sq"), 50),
-        _Column("bias p", _p_cells(rows, [level] * len(rows)), 80),
-        _Column("variance", _numbers(rows, "variance"), 95),
-        _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
-        _Column("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
-        _Column("Q2/bound", [Text(_plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
-        _Column("sampling", _numbers(rows, "sampling_variance"), 72, meaning=_MEANING_SAMPLING),
-        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
-        _Column("margin", [Text(_plain(float(row["sqrt3_margin"]))) for row in rows], 30, meaning=_MEANING_MARGIN),
-        _Column("", _flag_cells(found), 99),
+        FittedColumn("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
+        FittedColumn("param", [Text(str(row["parameter"])) for row in rows], 90, names=True),
+        FittedColumn("numel", [Text(str(row["numel"])) for row in rows], 20),
+        FittedColumn("‖g‖²", _numbers(rows, "grad_norm_sq"), 50),
+        FittedColumn("bias p", _p_cells(rows, [level] * len(rows)), 80),
+        FittedColumn("variance", _numbers(rows, "variance"), 95),
+        FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        FittedColumn("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
+        FittedColumn("Q2/bound", [Text(plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
+        FittedColumn("sampling", _numbers(rows, "sampling_variance"), 72, meaning=_MEANING_SAMPLING),
+        FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
+        FittedColumn("margin", [Text(plain(float(row["sqrt3_margin"]))) for row in rows], 30, meaning=_MEANING_MARGIN),
+        FittedColumn("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
-    return Group(_Fitted(title, columns, total=True), *_legend(found), *_unquantized(result), *_native(result))
+    return Group(
+        FittedTable(title, columns, total=True), *_legend(found), *unquantized(result.metadata), *_native(result)
+    )
 
 
 def comparison_table(result: Result) -> RenderableType:
@@ -358,21 +253,23 @@ def comparison_table(result: Result) -> RenderableType:
     ratios = [_ratio(float(row["variance"]), float(row["sampling_variance"])) for row in rows]
     medians = [_median_input_ratio(result, item) for item in result.configurations]
     columns = [
-        _Column("quantizer", [Text(item.quantizer) for item in result.configurations], 100, names=True),
-        _Column("bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100),
-        _Column("variance", _numbers(rows, "variance"), 95),
-        _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
-        _Column("/ sampling", [Text(_plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
-        _Column(
-            f"Q2 var / {result.reference}", [Text(_plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
+        FittedColumn("quantizer", [Text(item.quantizer) for item in result.configurations], 100, names=True),
+        FittedColumn(
+            "bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100
         ),
-        _Column("SNR", [Text(_plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
-        _Column("bias p", _p_cells(rows, levels), 80),
-        _Column("", _flag_cells(found), 99),
+        FittedColumn("variance", _numbers(rows, "variance"), 95),
+        FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        FittedColumn("/ sampling", [Text(plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
+        FittedColumn(
+            f"Q2 var / {result.reference}", [Text(plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
+        ),
+        FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
+        FittedColumn("bias p", _p_cells(rows, levels), 80),
+        FittedColumn("", _flag_cells(found), 99),
     ]
     notes = [Text("flags hold for any row of the configuration")] if any(found) else []
-    table = _Fitted("gradient variance of the whole model", columns, total=False)
-    return Group(table, *_legend(found), *notes, *_unquantized(result), *_native(result))
+    table = FittedTable("gradient variance of the whole model", columns, total=False)
+    return Group(table, *_legend(found), *notes, *unquantized(result.metadata), *_native(result))
 
 
 def summary(result: Result) -> RenderableType:
