@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
     from fqtstats.verdicts.expectation import exact_mean
+    from fqtstats.verdicts.products import ProductsReport, check_products
     from fqtstats.verdicts.unbiasedness import Verdict, assert_unbiased, check_unbiased
 
 __version__ = "0.1.0"
@@ -24,12 +25,14 @@ __all__ = [
     "Handle",
     "Parity",
     "Policy",
+    "ProductsReport",
     "Quantized",
     "Quantizer",
     "Result",
     "Stream",
     "Verdict",
     "assert_unbiased",
+    "check_products",
     "check_unbiased",
     "exact_mean",
     "fuse_",
@@ -53,6 +56,7 @@ _HOMES = {
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),
     "fqtstats.verdicts.expectation": ("exact_mean",),
+    "fqtstats.verdicts.products": ("ProductsReport", "check_products"),
     "fqtstats.verdicts.unbiasedness": ("Verdict", "assert_unbiased", "check_unbiased"),
 }
 
