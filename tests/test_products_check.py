@@ -107,6 +107,37 @@ AFFECTED = {
 }
 
 
+class Twice(nn.Module):
+    """One layer in two calls, and a 1-D convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = network(lambda: nn.Conv1d(2, 3, 3)), network(lambda: nn.Linear(6, 6))
+
+    def forward(self, x):
+        return self.layer(self.layer(self.first(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_calls_of_one_layer(dtype):
+    def loss(model, x):
+        return (model(x).float() - 0.3).square().sum()
+
+    report = check_products(Twice().to(dtype), normal(6, 2, 8).to(dtype), loss, both(quantizer("bhq", bits=4)))
+    assert report.ok, report.evidence
+    assert [(row.layer, row.call, row.product) for row in report.rows] == [
+        ("first.0", 0, "grad_weight"),
+        *[("layer.0", call, product) for call in (0, 1) for product in ("grad_input", "grad_weight")],
+    ]
+
+
+def test_where_nothing_is_random_there_is_no_ratio():
+    report = check_products(small.mlp(), small.batch(), lambda m, b: 0 * small.loss(m, b), small.psq())
+    assert report.ok
+    assert report.table["ratio"].isna().all()
+    assert "no draw differs from another" in report.evidence[0]
+
+
 CONTROLS = [
     *[(SharedPSQ, over) for over in AFFECTED],
     (SharedBHQ, "rows"),

@@ -339,7 +339,7 @@ def _judge(one: _BackwardProduct, draws: int, level: float, seed: int) -> Produc
         for error in errors:
             bias.add(error)
         f = e[0].sub_(e[1])
-        sampled += f.double().square_()
+        sampled += f.double().square()
         x = squared_norm(errors[0].sub_(errors[1])) / 2
         y = squared_norm(one.apply(signs.change(f, pair), other)) / 2
         # Cutting off is symmetric, too.
