@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
     from fqtstats.verdicts.expectation import exact_mean
+    from fqtstats.verdicts.products import ProductsReport, check_products
     from fqtstats.verdicts.unbiasedness import Verdict, assert_unbiased, check_unbiased
 
 __version__ = "0.1.0"
@@ -27,12 +28,14 @@ __all__ = [
     "Parity",
     "Policy",
     "Profile",
+    "ProductsReport",
     "Quantized",
     "Quantizer",
     "Result",
     "Stream",
     "Verdict",
     "assert_unbiased",
+    "check_products",
     "check_unbiased",
     "exact_mean",
     "fuse_",
@@ -60,6 +63,7 @@ _HOMES = {
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),
     "fqtstats.verdicts.expectation": ("exact_mean",),
+    "fqtstats.verdicts.products": ("ProductsReport", "check_products"),
     "fqtstats.verdicts.unbiasedness": ("Verdict", "assert_unbiased", "check_unbiased"),
 }
 

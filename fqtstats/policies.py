@@ -9,7 +9,7 @@ from fqtstats.errors import InputError
 from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.quantizers import QUANTIZERS, quantizer
 
-__all__ = ["POLICIES", "get"]
+__all__ = ["POLICIES", "get", "with_gradients"]
 
 
 def _forward() -> Policy:
@@ -52,3 +52,8 @@ def get(name: str, bits: int = 5, grad_weight: QuantizerLike | None = None) -> P
         raise InputError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     policy = replace(POLICIES[name](bits), name=name)
     return policy if grad_weight is None else replace(policy, grad_weight=grad_weight)
+
+
+def with_gradients(q: QuantizerLike) -> Policy:
+    """The forward pass of the papers, and ``q`` on the incoming gradient in both backward products."""
+    return replace(_forward(), grad_input=q, grad_weight=q)

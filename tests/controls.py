@@ -1,4 +1,4 @@
-"""Deliberately biased gradient quantizers: negative controls for every detector of bias.
+"""Deliberately wrong gradient quantizers: negative controls for every detector of bias or of dependence.
 
 Each is called as ``f(x, stream)`` and breaks one thing about per-sample stochastic rounding (``psq``).
 """
@@ -83,5 +83,35 @@ def pruned(p=0.9):
 
     def f(x, stream):
         return x * (stream.uniform(x.shape) < p)
+
+    return f
+
+
+def shared_numbers(over, shape, stream):
+    """Uniform numbers ``[R, C]`` for a matrix, the same along each row, each column or in blocks of four by four.
+
+    ``"antithetic"``: u and 1 - u in rows that are neighbours.
+    """
+    rows, columns = shape
+    if over == "rows":
+        return stream.uniform((rows, 1)).expand(rows, columns)
+    if over == "columns":
+        return stream.uniform((1, columns)).expand(rows, columns)
+    u = stream.uniform((rows, columns))
+    if over == "antithetic":
+        u = u[::2].repeat_interleave(2, 0)[:rows]
+        u[1::2] = 1 - 2.0**-24 - u[1::2]
+        return u
+    return u[::4, ::4].repeat_interleave(4, 0).repeat_interleave(4, 1)[:rows, :columns]
+
+
+def noise_shared(over, bits=4):
+    """Unbiased, but elements share their random numbers: see :func:`shared_numbers`."""
+
+    def f(x, stream):
+        low, step = _grid(x, bits)
+        y = (x - low) / step
+        u = shared_numbers(over, (x.shape[0], x[0].numel()), stream).reshape(x.shape)
+        return (y.floor() + (u < y - y.floor())) * step + low
 
     return f

@@ -49,6 +49,23 @@ def wrong_shape():
 
 def nothing():
     return 3
+
+
+def rows_share():
+    def f(x, s):
+        low = x.amin(1, keepdim=True)
+        step = (x.amax(1, keepdim=True) - low) / 15
+        y = (x - low) / step
+        return (y.floor() + (s.uniform((len(x), 1)) < y - y.floor())) * step + low
+    return f
+
+
+def model():
+    layers = torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(), torch.nn.Linear(16, 10)
+    model = torch.nn.Sequential(*layers)
+    for p in model.parameters():
+        p.data.abs_()
+    return model
 """
 
 
@@ -83,6 +100,27 @@ def test_the_users_own(run: Run, tmp_path: Path, name: str, status: int) -> None
     assert ("FAILS" in done.out) == bool(status)
 
 
+def test_the_products_of_a_model(run: Run, tmp_path: Path) -> None:
+    own = ("--model", "own_quantizers:model")
+    files = ("--json", "c.json", "--junit", "c.xml")
+    done = run("check", "--products", *own, "--quantizer", "psq,bhq", "--bits", "4", *files)
+    assert done.status == 0, done.err
+    assert "6 of 6 products ok, at a false-alarm rate of 1e-06 for all together" in done.out
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert [one["name"] for one in content["products"]] == ["psq 4 bits", "bhq 4 bits"]
+    rows = [(row["layer"], row["product"], row["verdict"]) for row in content["products"][1]["products"]]
+    assert rows == [("1", "grad_weight", "ok"), ("3", "grad_input", "ok"), ("3", "grad_weight", "ok")]
+
+    done = run("check", "--products", *own, "--module", "own_quantizers:rows_share", *files)
+    assert done.status == 1
+    assert "2 of 3 products ok" in done.out
+    suite = ElementTree.fromstring((tmp_path / "c.xml").read_text())
+    assert suite.attrib == {"name": "fqtstats check", "tests": "3", "failures": "1"}
+    (failure,) = suite.iter("failure")
+    assert failure.attrib["message"] == "dependent rounding"
+    assert "the variance is" in str(failure.text)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +132,10 @@ def test_the_users_own(run: Run, tmp_path: Path, name: str, status: int) -> None
         (("--module", "own_quantizers:nothing"), "gave a int, expected something called as f(x, stream)"),
         (("--module", "own_quantizers:wrong_shape"), "like its input, got torch.float32 [1, 1024]"),
         (("--module", "own_quantizers:missing"), "has no attribute 'missing'"),
+        (("--batch-size", "8"), "--batch-size belongs to --products"),
+        (("--products", "--quantizer", "minmax"), "--products takes gradient quantizers, got 'minmax'; known: ptq"),
+        (("--products", "--draws", "1"), "--draws must be at least 2, got 1"),
+        (("--products", "--model", "own_quantizers:model", "--draws", "40"), "draws must be at least"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(run: Run, arguments: tuple[str, ...], message: str) -> None:

@@ -16,7 +16,8 @@ import fqtstats
 from fqtstats.capture import Session
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
-from fqtstats.estimators.exact import bias_variance, summed, weight_variance
+from fqtstats.estimators.exact import bias_variance, input_total, summed, weight_variance
+from fqtstats.layers.operand import images
 from fqtstats.layers.product import LinearProduct
 from fqtstats.layers.state import Draw, WeightGradient
 from fqtstats.results import COLUMNS, Result, load
@@ -140,6 +141,29 @@ def test_all_outcomes(name, quantizer, bits):
         atol = 1e-6 * float(want.max())
         torch.testing.assert_close(got.view(-1), want, rtol=1e-5, atol=atol)
         assert total[kind] == pytest.approx(float(got.sum()), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_all_outcomes_of_the_input_gradient(name, quantizer):
+    layer, x, g = tiny(name)
+    q = fqtstats.quantizer(quantizer, bits=2, **({"grid": "affine"} if quantizer == "ptq" else {}))
+    x.requires_grad_()
+    y = layer(x)
+    of_elements = torch.stack(
+        [
+            torch.autograd.grad(y, x, e.view(g.shape), retain_graph=True)[0].reshape(-1)
+            for e in torch.eye(g.numel(), dtype=torch.float64)
+        ]
+    )
+    values, p = outcomes(q, g)
+    expected = float(variance_of(values.flatten(1) @ of_elements, p).sum())
+    policy = fqtstats.Policy(grad_weight=q)
+    (call,) = captured(nn.Sequential(layer), x.detach(), lambda m, b: (m(b) * g).sum(), policy)["0"]
+    got = input_total(call.product, images(q.variance(g)), images(layer.weight.detach()), tuple(images(x).shape))
+    assert expected > 0
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 5, 33])

@@ -19,23 +19,6 @@ FORWARD = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "forward
 X = designs.natural((32, 96))
 
 
-def noise_shared(over):
-    """Stochastic rounding of rows with one number for each row, column, or block of four by four elements."""
-
-    def f(x, s):
-        low, step = controls._grid(x, 4)
-        y = (x - low) / step
-        if over == "rows":
-            u = s.uniform((x.shape[0], 1)).expand(x.shape)
-        elif over == "columns":
-            u = s.uniform((1, x.shape[1])).expand(x.shape)
-        else:
-            u = s.uniform(x.shape)[::4, ::4].repeat_interleave(4, 0).repeat_interleave(4, 1)
-        return (y.floor() + (u < y - y.floor())) * step + low
-
-    return f
-
-
 def added_in_bfloat16(x, s):
     """``floor(y + u)`` with the sum rounded to bfloat16."""
     low, step = controls._grid(x, 8)
@@ -125,7 +108,7 @@ def test_what_has_no_defect_passes():
 def test_shared_noise_is_dependence_and_no_bias(over):
     # The correlation of errors next to each other is 1 in the first two and 3/4 in the last: beyond 40 standard
     # deviations in 16 draws.
-    verdict = fqtstats.check_unbiased(noise_shared(over), X)
+    verdict = fqtstats.check_unbiased(controls.noise_shared(over), X)
     assert verdict.unbiased
     assert verdict.independent is False
     assert not verdict.ok

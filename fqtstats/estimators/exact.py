@@ -1,4 +1,4 @@
-"""Exact variance that a layer's own weight-gradient quantizer puts into its weight and bias gradient.
+"""Exact variance that a layer's own quantizers put into its weight, bias and input gradient.
 
 Shape legend: linear: input ``x [R, I]``, incoming gradient ``g [R, O]``, weight ``[O, I]``. Convolution: ``x [N, I,
 *space]``, ``g [N, O, *space]``, weight ``[O, I / groups, *kernel]``. Samples are the rows of a quantizer: R or N.
@@ -19,6 +19,9 @@ are their variances. ``T`` acts on samples and leaves the rest alone, so it can 
 and in a convolution as well, where every position's patches are the same selection of elements of each sample. The bias
 gradient sums ``Q1(g)`` over samples and space: ``x`` is a column of ones.
 
+The input gradient ``dX = Q2(g) w`` never mixes samples, and ``T`` nothing else: the elements of one sample of ``Q2(g)``
+have independent errors with or without a transform, and ``Var[dX_rk] = sum_o Var[Q2(g)_ro] w_ok^2``.
+
 The rounding of floating-point arithmetic is left out. Calls of a layer draw from streams of their own: their variances
 add up. What the quantizers of later layers put into ``g`` is no part of this variance.
 """
@@ -34,16 +37,16 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.layers import real
 from fqtstats.layers.operand import images
-from fqtstats.layers.product import ConvProduct
+from fqtstats.layers.product import ConvProduct, Product
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers.base import Transform, UniformQuantizer
 
-__all__ = ["bias_variance", "summed", "weight_variance"]
+__all__ = ["Roundings", "bias_variance", "input_total", "summed", "weight_total", "weight_variance"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Roundings:
+class Roundings:
     """The independent roundings of a quantizer on one gradient.
 
     Attributes:
@@ -55,9 +58,9 @@ class _Roundings:
     transform: Transform | None
 
     @staticmethod
-    def of(q: UniformQuantizer, g: torch.Tensor) -> _Roundings:
+    def of(q: UniformQuantizer, g: torch.Tensor) -> Roundings:
         variance, frame = q.rounding_variance(g)
-        return _Roundings(variance.view(images(g).shape), frame.transform)
+        return Roundings(variance.view(images(g).shape), frame.transform)
 
     def coefficients(self, x: torch.Tensor) -> torch.Tensor:
         """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
@@ -92,36 +95,83 @@ def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
 def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
     """Exact variance of every element of a bias's gradient, ``[O]`` float64; as :func:`weight_variance`."""
     with torch.no_grad():
-        return _added(_Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
+        return _added(Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
 
 
 def summed(call: WeightGradient, parameters: Sequence[str]) -> dict[str, float]:
     """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
 
-    The channels are summed before the product, which leaves little of it. NaN for a quantizer of which it is not known
-    which of its errors are independent.
+    NaN for a quantizer of which it is not known which of its errors are independent.
     """
     if not isinstance(call.q, UniformQuantizer):
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
-        roundings = _Roundings.of(call.q, call.g)
+        roundings = Roundings.of(call.q, call.g)
         found = {}
         if "weight" in parameters:
-            groups = call.product.geometry.groups if isinstance(call.product, ConvProduct) else 1
-            v, x = (
-                t.unflatten(1, (groups, -1)).sum(2)
-                for t in (roundings.variance, roundings.coefficients(images(call.x)))
-            )
-            shape = (groups, 1, *_kernel(call.shape))
-            found["weight"] = float(call.product.grad_weight(real, v, x, shape).sum())
+            shape = (*call.shape[:2], *_kernel(call.shape))
+            found["weight"] = weight_total(call.product, roundings, images(call.x), shape)
         if "bias" in parameters:
             found["bias"] = float(roundings.of_bias().sum())
         return found
 
 
+def weight_total(product: Product, roundings: Roundings, x: torch.Tensor, shape: tuple[int, ...]) -> float:
+    """The sum over all elements of the variance of a weight's gradient.
+
+    Args:
+        product: the layer's operation.
+        roundings: of the incoming gradient.
+        x: the other operand, ``[R, I]`` or ``[N, I, H, W]``.
+        shape: the weight's, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
+    """
+    # The channels are summed before the product, which leaves little of it.
+    groups = _groups(product)
+    v, coefficients = (t.unflatten(1, (groups, -1)).sum(2) for t in (roundings.variance, roundings.coefficients(x)))
+    return float(product.grad_weight(real, v, coefficients, (groups, 1, *shape[2:])).sum())
+
+
+def input_total(product: Product, variance: torch.Tensor, w: torch.Tensor, shape: tuple[int, ...]) -> float:
+    """The sum over all elements of the variance of an input's gradient.
+
+    Args:
+        product: the layer's operation.
+        variance: of the elements of the quantized incoming gradient, which are independent within a sample: ``[R, O]``
+            or ``[N, O, H, W]`` float64.
+        w: the other operand, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
+        shape: the input's, ``[R, I]`` or ``[N, I, H, W]``.
+    """
+    if isinstance(product, ConvProduct) and product.border is not None:
+        return _input_total_with_border(product, variance, w.double(), shape)
+    summed_w = w.double().square().sum(1, keepdim=True)
+    return float(product.grad_input(real, variance, summed_w, (shape[0], _groups(product), *shape[2:])).sum())
+
+
+def _input_total_with_border(
+    product: ConvProduct, variance: torch.Tensor, w: torch.Tensor, shape: tuple[int, ...]
+) -> float:
+    # A pixel and its copies add up, so an element of the gradient may reach a pixel by several taps, whose coefficients
+    # add up before they are squared. Samples do not differ in that: one backward product for each position.
+    channels, height, width = variance.shape[1:]
+    per_position = variance.sum(0)
+    each = torch.arange(channels)
+    total = 0.0
+    for row in range(height):
+        for column in range(width):
+            g = variance.new_zeros(channels, channels, height, width)
+            g[each, each, row, column] = 1
+            dx = product.grad_input(real, g, w, (channels, *shape[1:]))
+            total += float((dx.square().flatten(1).sum(1) * per_position[:, row, column]).sum())
+    return total
+
+
+def _groups(product: Product) -> int:
+    return product.geometry.groups if isinstance(product, ConvProduct) else 1
+
+
 def _weight_variance(call: WeightGradient) -> torch.Tensor:
     with torch.no_grad():
-        roundings = _Roundings.of(_known(call.q), call.g)
+        roundings = Roundings.of(_known(call.q), call.g)
         shape = (*call.shape[:2], *_kernel(call.shape))
         coefficients = roundings.coefficients(images(call.x))
         return call.product.grad_weight(real, roundings.variance, coefficients, shape).view(call.shape)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 from fqtstats.errors import InputError
 from fqtstats.quantizers import QUANTIZERS, quantizer
 from fqtstats.quantizers.base import Claim
 from fqtstats.verdicts import designs
+from fqtstats.verdicts.junit import Case, junit
 from fqtstats.verdicts.probe import StreamFunction
 from fqtstats.verdicts.unbiasedness import Verdict, check_unbiased
 
@@ -122,10 +122,9 @@ def check_all(
 
 def as_junit(checked: Sequence[Checked]) -> str:
     """JUnit XML: one test case each."""
-    failed = sum(not one.holds for one in checked)
-    suite = ElementTree.Element("testsuite", name="fqtstats check", tests=str(len(checked)), failures=str(failed))
-    for one in checked:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"fqtstats.check.{one.claim}", name=one.name)
-        if not one.holds:
-            ElementTree.SubElement(case, "failure", message=f"claims to be {one.claim}").text = str(one.verdict)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+    return junit(
+        [
+            Case(one.claim, one.name, None if one.holds else f"claims to be {one.claim}", str(one.verdict))
+            for one in checked
+        ]
+    )
