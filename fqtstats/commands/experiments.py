@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fqtstats.experiment import Experiment
-    from fqtstats.measurement import Arrays
+    from fqtstats.measuring import Arrays
     from fqtstats.policy import Policy
     from fqtstats.quantizers import Quantizer
     from fqtstats.run_directory import RunDirectory
