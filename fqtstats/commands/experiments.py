@@ -1,4 +1,4 @@
-"""What the commands share that put a model, data and policies together and write a run."""
+"""What the commands share that put a model, data and policies together and write a run: ``measure`` and ``profile``."""
 
 from __future__ import annotations
 
