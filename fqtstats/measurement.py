@@ -24,6 +24,7 @@ from fqtstats.layers.state import SITES, Site
 from fqtstats.layers.swap import Handle, Skip, quantized
 from fqtstats.measuring import (
     CALIBRATION_DRAW,
+    Arrays,
     Keeper,
     Progress,
     Store,
@@ -38,7 +39,7 @@ from fqtstats.policy import Policy
 from fqtstats.provenance import provenance
 from fqtstats.results import TOTAL, Result
 
-__all__ = ["Progress", "Store", "measure"]
+__all__ = ["Arrays", "Progress", "Store", "measure"]
 
 BIASED_BELOW = 0.01
 """Below this bias p-value the variance interval no longer assumes that there is no bias."""
