@@ -1,7 +1,7 @@
 """The command line: ``fqtstats measure | check | bench | list``.
 
-Exit status: 0; 1 if a claim fails, a benchmark misses its target or the backends disagree; 2 for bad usage or input
-(one line that says what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a claim fails, a variance exceeds its bound, a benchmark misses its target or the backends
+disagree; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def measure(
     backend: Annotated[
         str, typer.Option(help="How the products are computed: simulated, native, or both: native, and compared.")
     ] = "simulated",
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Also bound every variance end to end; takes minutes.")
+    ] = False,
     output: Annotated[
         str | None, typer.Option("--out", help="Folder of the run.", show_default="a new one in runs/")
     ] = None,
@@ -112,6 +115,7 @@ def measure(
         "checkpoint": checkpoint,
         "device": device,
         "backend": backend,
+        **({"bounds": True} if bounds else {}),
     }
     check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2))
     if image_size is not None:
@@ -131,7 +135,7 @@ def measure(
     else:
         out.print(tables.summary(result))
     _say_where(path, err if as_json else out)
-    if not tables.parity_ok(result):
+    if not (tables.parity_ok(result) and tables.bounds_ok(result)):
         raise typer.Exit(1)
 
 
@@ -173,6 +177,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
                 backend=backend,
                 batches=setup.further or None,
                 skip=skip,
+                bounds=arguments.get("bounds", False),
                 progress=_MeasuringBar(bars, f"measuring {label}"),
                 store=_DirectoryStore(run, label),
             )

@@ -41,6 +41,9 @@ __all__ = ["COLUMNS", "Column", "Configuration", "Result", "load", "merge"]
 FORMAT_VERSION = 1
 """Version of the table's schema and of the run directory; readers refuse a newer one."""
 
+NORM_TOLERANCE = 1e-3
+"""Relative tolerance of the operator norms (squared) in end-to-end bounds: a variance may lie that much above one."""
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 
@@ -96,6 +99,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("snr", "float64", "1", "grad_norm_sq / variance"),
     Column("sqrt3_margin", "float64", "1", "||g|| / sqrt(3 variance); below 1 the noise dominates"),
     Column("draws", "int64", "1", "quantized gradients drawn"),
+    Column("bound", "float64", _SQUARE, "end-to-end upper bound of variance (Theorem 2 of arXiv 2010.14298)", True),
+    Column("bound_ratio", "float64", "1", "variance / bound", True),
 )
 """The table's schema, in order. One row per trainable parameter and configuration, and one total per configuration;
 NaN where a row has no value. Later stages may append further float64 columns."""
