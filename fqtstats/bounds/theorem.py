@@ -16,7 +16,8 @@ here; the value at the QAT gradient is given beside it. Operator norms are estim
 (:mod:`fqtstats.bounds.norms`): the bound holds up to their tolerance, as far as the iterations have converged.
 
 A norm takes about ten iterations of two passes over the part of the network between quantizer and parameter. With L
-layers and P parameters there are about P L / 2 of them.
+layers and P parameters there are about P L / 2 of them: in a residual network of 22 layers and 61 parameters 670 norms
+and 12800 passes.
 """
 
 from __future__ import annotations
