@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fqtstats import ops
+from fqtstats.bounds import Bounds, end_to_end_bounds, with_bounds
 from fqtstats.capture import IncomingGradients, LossFunction, Session
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
@@ -56,6 +57,7 @@ def measure(
     batches: Sequence[object] | None = None,
     *,
     skip: Skip | None = None,
+    bounds: bool = False,
     progress: Progress | None = None,
     store: Store | None = None,
 ) -> Result:
@@ -75,6 +77,8 @@ def measure(
         backend: how products are computed, see :func:`fqtstats.prepare_`.
         batches: further minibatches, for the sampling variance.
         skip: layers to leave in full precision: a name pattern, several, or a predicate.
+        bounds: whether to compute the end-to-end bound of every parameter's variance (:mod:`fqtstats.bounds`): some
+            twenty passes over a part of the network for every layer and parameter below it.
         progress: called with (done, total).
         store: keeps unfinished measurements; a stored one is continued.
 
@@ -84,7 +88,7 @@ def measure(
     Raises:
         InputError: bad input (one line that says what to do). If draws were finished before the error, the exception's
             ``partial_result`` holds what they show; the same for KeyboardInterrupt.
-        UnsupportedError: a model that cannot be measured (compiled, data-parallel).
+        UnsupportedError: a model that cannot be measured (compiled, data-parallel), or not bounded.
     """
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 2:
         raise InputError(f"draws must be an integer of at least 2, got {draws!r}")
@@ -128,7 +132,23 @@ def measure(
             except BaseException as error:
                 _attach_result(error, facts, moments, policy, seed)
                 raise
-        return _result(facts, moments, sampling, policy, seed)
+        result = _result(facts, moments, sampling, policy, seed)
+        if bounds:
+            try:
+                found = _bounds(model, handle, batch, loss_fn, seed, lambda i, n: tell(total + i, total + n))
+            except BaseException as error:
+                error.partial_result = result  # type: ignore[attr-defined]
+                raise
+            result = with_bounds(result, found)
+        return result
+
+
+def _bounds(
+    model: nn.Module, handle: Handle, batch: object, loss_fn: LossFunction, seed: int, tell: Progress
+) -> Bounds:
+    # In a session of its own: there, attention is computed in another way than the measured one may be.
+    with Session(model, handle, batch, loss_fn, seed, recordable=True) as session:
+        return end_to_end_bounds(session, seed=seed, progress=tell)
 
 
 def _attach_result(error: BaseException, facts: _Facts, moments: ErrorMoments, policy: Policy, seed: int) -> None:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COLUMNS", "Column", "Configuration", "Result", "load", "merge"]
 
+NORM_TOLERANCE = 1e-3
+"""Relative tolerance of the operator norms (squared) in end-to-end bounds: a variance may lie that much above one."""
+
 _SQUARE = "(loss/parameter)^2"
 _INPUT_SQUARE = "(loss/activation)^2"
 
@@ -67,6 +70,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("snr", "float64", "1", "grad_norm_sq / variance"),
     Column("sqrt3_margin", "float64", "1", "||g|| / sqrt(3 variance); below 1 the noise dominates"),
     Column("draws", "int64", "1", "quantized gradients drawn"),
+    Column("bound", "float64", _SQUARE, "end-to-end upper bound of variance (Theorem 2 of arXiv 2010.14298)", True),
+    Column("bound_ratio", "float64", "1", "variance / bound", True),
 )
 """The table's schema, in order. One row per trainable parameter and configuration, and one total per configuration;
 NaN where a row has no value. Later stages may append further float64 columns."""

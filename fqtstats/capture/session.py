@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fqtstats.capture.propagation import Propagation
 from fqtstats.determinism import seeded, single_thread
 from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
 from fqtstats.layers.state import SITES, Draw, Observer, Site, Source, WeightObserver
@@ -43,10 +45,13 @@ class Session:
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         seed: seed of what the forward pass draws from torch's generator (dropout).
         injectable: whether errors will be put in at layers' outputs, see :meth:`inject`.
+        recordable: whether :meth:`propagation` will be asked for; implies ``injectable``. Attention is then computed
+            step by step: the backward passes of fused kernels cannot be differentiated.
 
     Raises (on entering):
         InputError: an empty batch, or a loss that is not a finite scalar that depends on a trainable parameter.
-        UnsupportedError: ``injectable`` and a model that is fused, or has a checkpoint with ``use_reentrant=True``.
+        UnsupportedError: ``injectable`` or ``recordable`` and a model that is fused, or has a checkpoint with
+            ``use_reentrant=True``.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Session:
         seed: int = 0,
         *,
         injectable: bool = False,
+        recordable: bool = False,
     ) -> None:
         self.model = model
         self.handle = handle
@@ -69,7 +75,8 @@ class Session:
         self._leaves: list[torch.Tensor] = []
         self._through_grad_fields = False
         self._loss: torch.Tensor | None = None
-        self._outputs: dict[tuple[str, int], torch.Tensor] | None = {} if injectable else None
+        self._outputs: dict[tuple[str, int], torch.Tensor] | None = {} if injectable or recordable else None
+        self._recordable = recordable
 
     def __enter__(self) -> Session:
         for tensor in self.tensors():
@@ -83,6 +90,8 @@ class Session:
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             )
             self._stack.callback(_restore_buffers, _buffers(self.model))
+            if self._recordable:
+                self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             inputs = [t for t in self.tensors() if t.is_leaf and t.requires_grad]
             self._leaves = [*self.parameters.values(), *inputs]
             self._stack.callback(_restore_grads, [(t, t.grad) for t in self._leaves])
@@ -179,8 +188,18 @@ class Session:
         if out.grad_fn is None:
             return [None] * len(parameters)
         error = error.reshape(out.shape).to(out.dtype)
-        with self.handle.shared.drawing(Draw(sites=frozenset(), input_only=call)):
+        with self.handle.shared.drawing(Draw(sites=frozenset(), through=Source(*call, "grad_input"))):
             return list(torch.autograd.grad(out, parameters, error, retain_graph=True, allow_unused=True))
+
+    def propagation(self, source: Source) -> Propagation:
+        """How an error that ``source`` makes gets into the parameters' gradients, and the adjoint of that map.
+
+        Raises:
+            UnsupportedError: something on the way has a backward pass that autograd cannot differentiate.
+        """
+        if not self._recordable:
+            raise RuntimeError("the session was not opened with recordable=True")
+        return Propagation(self.handle, source, self._require_outputs()[source.layer, source.call], self.parameters)
 
     def _require_outputs(self) -> dict[tuple[str, int], torch.Tensor]:
         self._require_loss()

@@ -38,6 +38,9 @@ def measure(
     backend: Annotated[
         str, typer.Option(help="How the products are computed: simulated, native, or both: native, and compared.")
     ] = "simulated",
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Also bound every variance end to end; takes minutes.")
+    ] = False,
     output: experiments.Output = None,
     resume: experiments.Resume = False,
     as_json: experiments.AsJson = False,
@@ -68,6 +71,7 @@ def measure(
         "checkpoint": checkpoint,
         "device": device,
         "backend": backend,
+        **({"bounds": True} if bounds else {}),
     }
     check_counts(draws=(draws, 2))
     experiments.check_arguments(arguments, (*BACKENDS, "both"))
@@ -83,7 +87,7 @@ def measure(
     else:
         out.print(tables.summary(result))
     experiments.say_where(path, ["results.parquet", "run.json"], err if as_json else out)
-    if not tables.parity_ok(result):
+    if not (tables.parity_ok(result) and tables.bounds_ok(result)):
         raise typer.Exit(1)
 
 
@@ -107,6 +111,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
                 backend=backend,
                 batches=setup.further or None,
                 skip=skip,
+                bounds=arguments.get("bounds", False),
                 progress=experiments.MeasuringBar(bars, f"measuring {label}"),
                 store=experiments.DirectoryStore(run, label, lambda arrays: len(arrays["draws"]) > 0),
             )

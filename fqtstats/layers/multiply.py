@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fqtstats.layers.operand import Operand
+from fqtstats.layers import real
+from fqtstats.layers.operand import Operand, images
 from fqtstats.layers.product import Product
-from fqtstats.layers.state import Call, Kept
+from fqtstats.layers.state import Call, Kept, Source
 from fqtstats.quantizers.storage import Extremes
 
 __all__ = ["Saved", "multiply"]
@@ -65,7 +66,9 @@ class Saved:
         call, product = self.call, self.product
         x, w = (operand.with_data(tensor) for operand, tensor in zip((self.x, self.w), data, strict=True))
         needs_x, needs_w, needs_bias = needs
-        if call.layer.shared.draw.input_only == call.key:
+        draw = call.layer.shared.draw
+        needs_x = needs_x and draw.passes(Source(*call.key, "grad_input"))
+        if not draw.passes(Source(*call.key, "grad_weight")):
             needs_w = needs_bias = False
         grad_x = grad_w = grad_bias = None
         kernel = w.shape[2:]
@@ -84,6 +87,29 @@ class Saved:
                 grad_x = call.compute("grad_input", product, quantized, w, x.shape)
         return grad_x, grad_w, grad_bias
 
+    def adjoint(
+        self, errors: Sequence[torch.Tensor | None], data: Sequence[torch.Tensor], shape: torch.Size
+    ) -> torch.Tensor | None:
+        """The adjoint of :meth:`gradients` without gradient quantizers, as a map of ``g``.
+
+        Args:
+            errors: in the place of the gradients of input, weight and bias; None for zeros.
+            data: as there.
+            shape: of ``g``.
+        """
+        x, w = (operand.with_data(tensor).decode() for operand, tensor in zip((self.x, self.w), data, strict=True))
+        error_x, error_w, error_bias = errors
+        found: torch.Tensor | None = None
+        with torch.autocast(x.device.type, enabled=False):
+            for left, right in ((error_x, w), (x, error_w)):
+                if left is not None and right is not None:
+                    part = self.product.forward(real, images(left), right, None).reshape(shape)
+                    found = part if found is None else found + part
+            if error_bias is not None:
+                spread = error_bias.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
+                found = spread if found is None else found + spread
+        return found
+
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
@@ -101,12 +127,53 @@ class _Multiply(torch.autograd.Function):
         return y.clone() if y._is_view() else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        g = g.squeeze(2) if ctx.rows else g  # quantizers see what the layer's output looks like
-        grad_x, grad_w, grad_bias = ctx.saved.gradients(g, ctx.saved_tensors, ctx.needs_input_grad[:3])
-        grad_x, grad_w = (None if grad is None else _like(grad, g) for grad in (grad_x, grad_w))
-        return grad_x, grad_w, grad_bias, None, None
+        recorded = ctx.saved.call.layer.shared.draw.recorded
+        return (_recorded_gradients if recorded else _gradients)(ctx, g)
+
+
+@once_differentiable
+def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    g = g.squeeze(2) if ctx.rows else g  # quantizers see what the layer's output looks like
+    grad_x, grad_w, grad_bias = ctx.saved.gradients(g, ctx.saved_tensors, _needs(ctx))
+    grad_x, grad_w = (None if grad is None else _like(grad, g) for grad in (grad_x, grad_w))
+    return grad_x, grad_w, grad_bias, None, None
+
+
+def _recorded_gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    g = g.squeeze(2) if ctx.rows else g
+    found = _Gradients.apply(g, ctx.saved, _needs(ctx), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+    grad_x, grad_w = (None if grad is None else _like(grad, g) for grad in found[:2])
+    return grad_x, grad_w, found[2], None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward products without gradient quantizers as a linear map of ``g``, which can be differentiated once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: torch.Tensor, saved: Saved, needs: Sequence[bool], *data: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.save_for_backward(*data)
+        ctx.saved, ctx.shape = saved, g.shape
+        ctx.set_materialize_grads(False)
+        return saved.gradients(g, data, needs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return ctx.saved.adjoint(gradients, ctx.saved_tensors, ctx.shape), *[None] * 4
+
+
+def _needs(ctx: Any) -> list[bool]:
+    """Whether the gradients of input, weight and bias are needed."""
+    needs, wanted = list(ctx.needs_input_grad[:3]), ctx.saved.call.layer.shared.draw.wanted
+    if wanted is not None:
+        # Autograd does not tell which of the gradients will be used. A leaf's node knows whose gradient it is.
+        for index, (node, _) in enumerate(ctx.next_functions):
+            leaf = getattr(node, "variable", None)
+            needs[index] = needs[index] and (leaf is None or id(leaf) in wanted)
+    return needs
 
 
 def _like(result: torch.Tensor, of: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,11 @@ class Draw:
         index: index of the draw, part of the random streams' key.
         sites: the sites whose quantizers act; none gives the QAT gradient.
         only: of these, the quantizers that act; None: all of them.
-        input_only: layer and index of a call whose weight and bias gradients are left out: what is put in at its output
-            reaches its input alone.
+        through: the one product by which what is put in at a call's output goes on; the call's other one is left out.
+        wanted: the parameters (their ``id``) whose gradients will be looked at, so that others need not be computed;
+            None: all.
+        recorded: whether autograd records the pass, to differentiate what it gives by the incoming gradients. Operands
+            of the forward products count as constants: second derivatives of the loss are something else.
         observe: is told every incoming gradient that a quantizer is meant for, before it acts.
         observe_weight: is told every weight gradient that a quantizer is meant for, and which of the layer's parameters
             (``"weight"``, ``"bias"``) take part.
@@ -90,9 +93,19 @@ class Draw:
     index: int = 0
     sites: frozenset[Site] = frozenset(SITES)
     only: frozenset[Source] | None = None
-    input_only: tuple[str, int] | None = None
+    through: Source | None = None
+    wanted: frozenset[int] | None = None
+    recorded: bool = False
     observe: Observer | None = None
     observe_weight: WeightObserver | None = None
+
+    def __post_init__(self) -> None:
+        if self.recorded and self.sites:
+            raise InputError("a pass with gradient quantizers is not linear: it cannot be recorded")
+
+    def passes(self, source: Source) -> bool:
+        """Whether a product is part of the pass."""
+        return self.through is None or source[:2] != self.through[:2] or source == self.through
 
     def acts(self, source: Source) -> bool:
         """Whether a quantizer acts."""

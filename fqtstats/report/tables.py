@@ -16,13 +16,15 @@ import pandas as pd
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from fqtstats.report.bounds import notes as bound_notes
 from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
-from fqtstats.results import Configuration, Result
+from fqtstats.results import NORM_TOLERANCE, Configuration, Result
 from fqtstats.schema import Json
 
 __all__ = [
     "Flag",
     "bias_level",
+    "bounds_ok",
     "comparison_table",
     "flags",
     "layer_table",
@@ -58,6 +60,8 @@ class Flag:
 _MEANING_95 = "interval relative to the variance"
 _MEANING_SHARES = "% of the variance from the weight-gradient and the input-gradient quantizers"
 _MEANING_BOUND = "the input-gradient quantizer's own variance over its bound"
+_MEANING_WEIGHT_BOUND = "the same of the weight-gradient quantizer"
+_MEANING_END = "variance over its end-to-end bound"
 _MEANING_SAMPLING = "a minibatch's variance"
 _MEANING_SNR = "‖g‖² / variance"
 _MEANING_MARGIN = "‖g‖ / √(3 variance)"
@@ -68,7 +72,12 @@ _MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own vari
 
 BIASED = Flag("BIASED", "bold red", "bias p below 0.01 / number of rows tested")
 ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance exceeds its bound")
+ABOVE_END = Flag(
+    "ABOVE END-TO-END BOUND", "bold white on red", "an error: the variance's whole interval is above its bound"
+)
 NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
+
+_FLAGS = (BIASED, ABOVE_BOUND, ABOVE_END, NOISY)
 
 
 def bias_level(rows: pd.DataFrame) -> float:
@@ -88,6 +97,8 @@ def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
     pairs = (("q_input_variance", "q_input_bound"), ("q_weight_variance", "q_weight_bound"))
     if any(row[variance] > row[bound] * (1 + _ROUNDING) for variance, bound in pairs):
         found.append(ABOVE_BOUND)
+    if row["variance_low"] > row["bound"] * (1 + NORM_TOLERANCE):
+        found.append(ABOVE_END)
     if row["sqrt3_margin"] < 1:
         found.append(NOISY)
     return tuple(found)
@@ -116,6 +127,10 @@ def _numbers(rows: Sequence[pd.Series], column: str) -> list[Text]:
     return [Text(scientific(float(row[column]))) for row in rows]
 
 
+def _bound_ratios(rows: Sequence[pd.Series]) -> list[Text]:
+    return [Text(plain(float(row["bound_ratio"]))) for row in rows]
+
+
 def _flag_cells(found: Sequence[tuple[Flag, ...]]) -> list[Text]:
     return [Text(" ").join(Text(flag.word, style=flag.style) for flag in items) for items in found]
 
@@ -130,11 +145,7 @@ def _p_cells(rows: Sequence[pd.Series], levels: Sequence[float]) -> list[Text]:
 
 def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
     present = {flag for items in found for flag in items}
-    return [
-        Text.assemble((flag.word, flag.style), f": {flag.meaning}")
-        for flag in (BIASED, ABOVE_BOUND, NOISY)
-        if flag in present
-    ]
+    return [Text.assemble((flag.word, flag.style), f": {flag.meaning}") for flag in _FLAGS if flag in present]
 
 
 def _entries(result: Result) -> list[dict[str, Any]]:
@@ -220,6 +231,10 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
     rows = [*(frame.iloc[index] for index in range(len(frame))), total]
     found = [flags(row, level) for row in rows]
     ratios = [_ratio(float(row["q_input_variance"]), float(row["q_input_bound"])) for row in rows]
+    # Beside end-to-end bounds; otherwise a flag tells what is wrong.
+    bounded = [_ratio(float(row["q_weight_variance"]), float(row["q_weight_bound"])) for row in rows]
+    if frame["bound"].isna().all():
+        bounded = [math.nan] * len(rows)
     columns = [
         FittedColumn("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
         FittedColumn("param", [Text(str(row["parameter"])) for row in rows], 90, names=True),
@@ -230,6 +245,8 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
         FittedColumn("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
         FittedColumn("Q2/bound", [Text(plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
+        FittedColumn("Q1/bound", [Text(plain(ratio)) for ratio in bounded], 38, meaning=_MEANING_WEIGHT_BOUND),
+        FittedColumn("var/bound", _bound_ratios(rows), 77, meaning=_MEANING_END),
         FittedColumn("sampling", _numbers(rows, "sampling_variance"), 72, meaning=_MEANING_SAMPLING),
         FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
         FittedColumn("margin", [Text(plain(float(row["sqrt3_margin"]))) for row in rows], 30, meaning=_MEANING_MARGIN),
@@ -263,6 +280,7 @@ def comparison_table(result: Result) -> RenderableType:
         FittedColumn(
             f"Q2 var / {result.reference}", [Text(plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
         ),
+        FittedColumn("var/bound", _bound_ratios(rows), 67, meaning=_MEANING_END),
         FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
         FittedColumn("bias p", _p_cells(rows, levels), 80),
         FittedColumn("", _flag_cells(found), 99),
@@ -276,7 +294,14 @@ def summary(result: Result) -> RenderableType:
     """What the command line prints: the layers of a single configuration, or the comparison of several; and parity."""
     table = layer_table(result) if len(result.configurations) == 1 else comparison_table(result)
     compared = any(_parity(entry) for entry in _entries(result))
-    return Group(table, Text(""), parity_table(result)) if compared else table
+    parts = [table, *bound_notes(result)]
+    return Group(*parts, Text(""), parity_table(result)) if compared else Group(*parts)
+
+
+def bounds_ok(result: Result) -> bool:
+    """Whether no variance in the result exceeds its bound: neither a quantizer's own nor a gradient's."""
+    broken = {ABOVE_BOUND, ABOVE_END}
+    return not any(broken & set(_worst_flags(result, item)) for item in result.configurations)
 
 
 def _median_input_ratio(result: Result, configuration: Configuration) -> float:
@@ -291,7 +316,7 @@ def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ..
     level = bias_level(frame)
     of_any = {flag for index in range(len(frame)) for flag in flags(frame.iloc[index], level)}
     of_total = flags(total, level)
-    return tuple(flag for flag in (BIASED, ABOVE_BOUND, NOISY) if flag in (of_total if flag is NOISY else of_any))
+    return tuple(flag for flag in _FLAGS if flag in (of_total if flag is NOISY else of_any))
 
 
 def _plain_row(row: pd.Series, level: float) -> dict[str, Json]:
