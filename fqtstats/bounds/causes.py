@@ -9,7 +9,8 @@ import numpy as np
 
 from fqtstats.bounds.theorem import Bounds, Noise, ParameterBound
 from fqtstats.layers.state import Source
-from fqtstats.results import NORM_TOLERANCE, TOTAL, Json, Result
+from fqtstats.results import NORM_TOLERANCE, TOTAL, Result
+from fqtstats.schema import Json
 
 __all__ = ["with_bounds"]
 
