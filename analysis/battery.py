@@ -1,9 +1,10 @@
 """Does the battery hold its size, does it find what it should, and do the usual tests not?
 
-``python -m analysis.battery`` (some ten minutes) writes to ``analysis/results/battery/``:
+``python -m analysis.battery`` (some twenty minutes) writes to ``analysis/results/battery/``:
 
-* ``size.csv``: null runs per quantizer family at levels .01 and .001. A run rejects where any finding of its looks at
-  16, 32 and 64 draws falls below the level's share.
+* ``size.csv``: null runs per quantizer family at levels .01 and .001, of the battery, of each family of its tests, and
+  of the sums over rows and columns. A run rejects where any finding of its looks at 16, 32 and 64 draws falls below
+  the level's share.
 * ``power.csv``: planted defects at 128 x 1024 and a false-alarm rate of 1e-6, by the number of draws after which the
   battery finds them in at least 99 of 100 seeds. Expectations are not probed here: what probing finds needs no draws.
 * ``wrong.csv`` and ``wrong.png``: rejection rates of procedures that are often used, on the same null draws at level
@@ -22,9 +23,10 @@ import torch
 from scipy import stats
 
 import fqtstats
+from fqtstats.commands.console import progress
 from fqtstats.report import style
 from fqtstats.verdicts import designs
-from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery
+from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, spread_p
 from fqtstats.verdicts.decisions import Decisions, of_grid
 
 FOLDER = Path(__file__).parent / "results" / "battery"
@@ -55,26 +57,40 @@ def main() -> None:
 def null_runs(runs: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rejection rates of the battery, and of the usual tests on the same draws."""
     size, wrong = [], []
-    for name in QUANTIZERS:
-        q = fqtstats.quantizer(name, bits=BITS)
-        decisions = of_grid(q, designs.natural(NULL_SHAPE), 4 * q.format.levels * 2.0**-24)
-        smallest, usual = [], []
-        for seed in range(runs):
-            errors: list[torch.Tensor] = []
-            battery = Battery(_kept(decisions, errors), seed)
-            found = [f.p_value for look in _looks(DRAWS) for f in _at(battery, look, seed)]
-            smallest.append(min(found) * len(list(_looks(DRAWS))) * FAMILIES)
-            usual.append(usual_tests(torch.stack(errors).view(DRAWS, -1).numpy(), decisions.p.view(-1).numpy()))
-        for level in LEVELS:
-            rejected = int(np.sum(np.array(smallest) < level))
-            size.append(
-                {"quantizer": name, "level": level, "runs": runs, "rejected": rejected, "rate": rejected / runs}
-            )
-        for procedure in usual[0]:
-            rejected = int(sum(p[procedure] < LEVELS[0] for p in usual))
-            wrong.append({"quantizer": name, "procedure": procedure, "runs": runs, "rate": rejected / runs})
-        print(name, size[-2:], wrong[-3:], flush=True)
-    return pd.DataFrame(size), pd.DataFrame(wrong)
+    looks = list(_looks(DRAWS))
+    with progress() as bars:
+        task = bars.add_task("null runs", total=len(QUANTIZERS) * runs)
+        for name in QUANTIZERS:
+            q = fqtstats.quantizer(name, bits=BITS)
+            decisions = of_grid(q, designs.natural(NULL_SHAPE), 4 * q.format.levels * 2.0**-24)
+            ours, usual = [], []
+            for seed in range(runs):
+                errors: list[torch.Tensor] = []
+                battery = Battery(_kept(decisions, errors), seed)
+                found: dict[str, float] = {}  # the smallest p-value of each family, for all looks
+                for look in looks:
+                    for f in _at(battery, look, seed):
+                        found[f.family] = min(found.get(f.family, 1.0), f.p_value * len(looks))
+                found["the battery"] = min(found.values()) * FAMILIES
+                e = torch.stack(errors)
+                found["row and column sums"] = min(_sums_p(e[:look], decisions) for look in looks) * len(looks)
+                ours.append(found)
+                usual.append(usual_tests(e.view(DRAWS, -1).numpy(), decisions.p.view(-1).numpy()))
+                bars.advance(task)
+            for tests in ("the battery", *(t for t in ours[0] if t != "the battery")):
+                for level in LEVELS:
+                    rejected = sum(found[tests] < level for found in ours)
+                    size.append({"quantizer": name, "tests": tests, "level": level, "runs": runs, "rejected": rejected})
+            for procedure in usual[0]:
+                rejected = sum(p[procedure] < LEVELS[0] for p in usual)
+                wrong.append({"quantizer": name, "procedure": procedure, "runs": runs, "rate": rejected / runs})
+    rates = pd.DataFrame(size)
+    return rates.assign(rate=rates["rejected"] / rates["runs"]), pd.DataFrame(wrong)
+
+
+def _sums_p(e: torch.Tensor, decisions: Decisions) -> float:
+    p = [spread_p(e[1::2].sum(axis + 1) - e[::2].sum(axis + 1), decisions, axis)[0] for axis in (0, 1)]
+    return 2 * min(p)
 
 
 def usual_tests(e: np.ndarray, p: np.ndarray) -> dict[str, float]:
@@ -109,6 +125,14 @@ DEFECTS: dict[str, Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor]] = {
     "noise shared by blocks": lambda p, s: (
         s.uniform(p.shape)[::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1) < p
     ),
+    **{
+        f"{percent} % of the numbers shared by {kind}": lambda p, s, share=percent / 100, axis=axis: (  # type: ignore[misc]
+            _partly_shared(p, s, share, axis) < p
+        )
+        for percent, kind, axis in ((2, "rows", 1), (2, "columns", 0), (5, "columns", 0))
+    },
+    "half of the numbers shared by pairs in a row": lambda p, s: _paired(p, s) < p,
+    "mirrored numbers in pairs in a row": lambda p, s: _paired(p, s, mirrored=True) < p,
 }
 """Wrong decisions, given the right probabilities."""
 
@@ -126,6 +150,23 @@ def _scaled(p: torch.Tensor) -> torch.Tensor:
     return q
 
 
+def _partly_shared(p: torch.Tensor, s: fqtstats.Stream, share: float, axis: int) -> torch.Tensor:
+    """A number for each element, but now and then the one of its row or column."""
+    common = (p.shape[0], 1) if axis else (1, p.shape[1])
+    own, every = s.uniform(p.shape), s.child("shared").uniform(common)
+    return torch.where(s.child("which").uniform(p.shape) < share, every, own)
+
+
+def _paired(p: torch.Tensor, s: fqtstats.Stream, mirrored: bool = False) -> torch.Tensor:
+    """Half of the elements of a row are paired at random, for good; the second takes the first one's number."""
+    order = fqtstats.stream(site="pairs").uniform(p.shape).argsort(1)
+    quarter = p.shape[1] // 4
+    first, second = order[:, :quarter], order[:, quarter : 2 * quarter]
+    u = s.uniform(p.shape)
+    taken = u.gather(1, first)
+    return u.scatter(1, second, 1 - 2.0**-24 - taken if mirrored else taken)
+
+
 def power(seeds: int) -> pd.DataFrame:
     """Draws until each defect is found, over the three designs in turn."""
     q = fqtstats.quantizer("psq", bits=BITS)
@@ -135,13 +176,25 @@ def power(seeds: int) -> pd.DataFrame:
     level = FALSE_ALARM / (len(inputs) * len(LOOKS) * FAMILIES)
     right = {name: of_grid(q, x, 4 * q.format.levels * 2.0**-24) for name, x in inputs.items()}
     rows = []
-    for defect, decide in DEFECTS.items():
-        found = [_draws_until(right, decide, level, seed) for seed in range(seeds)]
-        last = sorted(n for n, _ in found)[int(np.ceil(0.99 * seeds)) - 1]
-        where = sorted({design for _, design in found})
-        missed = sum(n == np.inf for n, _ in found)
-        rows.append({"defect": defect, "seeds": seeds, "missed": missed, "draws": last, "design": ", ".join(where)})
-        print(rows[-1], flush=True)
+    with progress() as bars:
+        task = bars.add_task("defects", total=len(DEFECTS) * seeds)
+        for defect, decide in DEFECTS.items():
+            found = []
+            for seed in range(seeds):
+                found.append(_draws_until(right, decide, level, seed))
+                bars.advance(task)
+            last = sorted(n for n, _, _ in found)[int(np.ceil(0.99 * seeds)) - 1]
+            rows.append(
+                {
+                    "defect": defect,
+                    "seeds": seeds,
+                    "missed": sum(n == np.inf for n, _, _ in found),
+                    "draws": last,
+                    "design": ", ".join(sorted({design for _, design, _ in found})),
+                    "tests": ", ".join(sorted({family for _, _, family in found})),
+                }
+            )
+            print(rows[-1], flush=True)
     return pd.DataFrame(rows)
 
 
@@ -150,16 +203,18 @@ def _draws_until(
     decide: Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor],
     level: float,
     seed: int,
-) -> tuple[float, str]:
-    best: tuple[float, str] = (np.inf, "none")
+) -> tuple[float, str, str]:
+    """The fewest draws, the design, and the family of tests; of several, the first in the order of the battery."""
+    best: tuple[float, str, str] = (np.inf, "none", "none")
     for design, d in right.items():
         wrong = Decisions(d.x, d.p, d.tolerance, d.coordinates, lambda s, p=d.p: (decide(p, s), 0))  # type: ignore[misc]
         battery = Battery(wrong)
         for look in _looks(designs.DRAWS[design]):
             if look >= best[0]:
                 break
-            if any(f.p_value < level for f in _at(battery, look, seed)):
-                best = (look, design)
+            families = [f.family for f in _at(battery, look, seed) if f.p_value < level]
+            if families:
+                best = (look, design, families[0])
                 break
     return best
 
@@ -187,7 +242,7 @@ def _kept(d: Decisions, errors: list[torch.Tensor]) -> Decisions:
 
 def draw(size: pd.DataFrame, wrong: pd.DataFrame) -> bytes:
     """Rejection rates at level .01, ours and the usual ones."""
-    ours = size[size["level"] == LEVELS[0]].assign(procedure="the battery")
+    ours = size[(size["level"] == LEVELS[0]) & (size["tests"] == "the battery")].assign(procedure="the battery")
     rates = pd.concat([wrong, ours])
     order = ["the battery", *dict.fromkeys(wrong["procedure"])]
     with style.applied():

@@ -4,14 +4,17 @@ The false-alarm rate of every check here is 1e-6 for each verdict that must pass
 their sizes where they show without sampling, and else with the probabilities that each test states.
 """
 
+import itertools
+
 import controls
+import numpy as np
 import pytest
 import torch
 
 import fqtstats
 from fqtstats.errors import BiasDetected, InputError
 from fqtstats.verdicts import designs
-from fqtstats.verdicts.battery import Battery, autocorrelation, strongest_lag
+from fqtstats.verdicts.battery import Battery, autocorrelation, spread_p, strongest_lag
 from fqtstats.verdicts.decisions import Decisions
 
 GRADIENT = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "gradient"]
@@ -170,6 +173,13 @@ def test_any_input(name, x):
     assert verdict.ok, verdict
 
 
+def test_bfloat16_rounds_the_expectation_and_leaves_the_draws_independent():
+    # At 8 bits a step of some rows is a unit in bfloat16's last place: E is off by .3 steps, within the tolerance.
+    verdict = fqtstats.check_unbiased(fqtstats.quantizer("psq", bits=8), designs.natural((1024, 64)).bfloat16())
+    assert verdict.ok, verdict
+    assert verdict.worst_bias > 0.1
+
+
 def test_the_verdict_is_a_function_of_the_seed():
     q = fqtstats.quantizer("psq", bits=4)
     first = fqtstats.check_unbiased(q, X, seed=5)
@@ -285,3 +295,83 @@ def test_battery_finds_draws_that_repeat():
     found = findings(lambda s: fqtstats.stream(draw=s.draw // 2).uniform(P.shape) < P, P, 16)
     assert found["independence"].p_value < 1e-6
     assert "consecutive" in found["independence"].evidence
+
+
+# --- sums over rows and columns ---------------------------------------------------------------------------------------
+
+
+def partly_shared(p, s, share):
+    """Numbers of one's own, but now and then the row's."""
+    common = s.child("shared").uniform((p.shape[0], 1)).expand(p.shape)
+    return torch.where(s.child("which").uniform(p.shape) < share, common, s.uniform(p.shape)) < p
+
+
+def paired(p, s, mirrored=False):
+    """All elements of a row in pairs at random places, the same for all draws, with one number each."""
+    order = fqtstats.stream(site="pairs").uniform(p.shape).argsort(1)
+    first, second = order.chunk(2, 1)
+    u = s.uniform(p.shape)
+    taken = u.gather(1, first)
+    return u.scatter(1, second, 1 - 2.0**-24 - taken if mirrored else taken) < p
+
+
+U = torch.rand(64, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("decide", "ratio"),
+    [
+        (lambda p, s: partly_shared(p, s, 0.06), (1.5, 2.5)),  # 1 + 511 x .0036 / 2
+        (paired, (1.4, 1.6)),
+        (lambda p, s: paired(p, s, mirrored=True), (0.4, 0.6)),
+    ],
+    ids=["a few of a row", "pairs", "mirrored pairs"],
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_battery_finds_noise_that_few_elements_share(decide, ratio, axis):
+    # Sums of 64 rows in 32 differences of draws: the ratio's standard deviation is .03 to .06.
+    p = U if axis else U.t().contiguous()
+
+    def ups(s):
+        up = decide(U, s)
+        return up if axis else up.t().contiguous()
+
+    found = findings(ups, p, 64)["independence"]
+    assert found.p_value < 1e-6
+    assert f"sums of errors over {'rows' if axis else 'columns'} have" in found.evidence
+    assert ratio[0] < float(found.evidence.split("have ")[1].split()[0]) < ratio[1]
+    # No lag and no pair of draws shows it.
+    battery = Battery(Decisions(p, p, torch.zeros_like(p), p, lambda s: (ups(s), 0)))
+    for draw in range(16):
+        battery.draw(fqtstats.stream(seed=1, draw=draw))
+    assert min(battery._lags()[0], battery._following()[0]) > 1e-3
+
+
+def test_a_bias_of_whole_rows_does_not_widen_their_sums():
+    # .1 of a step in each of 512 elements is 5 standard deviations of a row's sum, in every draw.
+    biased = (U + 0.1).clamp(max=1)
+    found = findings(lambda s: s.uniform(U.shape) < biased, U, 64)
+    assert found["directions"].p_value < 1e-6
+    battery = Battery(Decisions(U, U, torch.zeros_like(U), U, lambda s: (s.uniform(U.shape) < biased, 0)))
+    for draw in range(64):
+        battery.draw(fqtstats.stream(seed=1, draw=draw))
+    assert min(battery._spread("rows", 1)[0], battery._spread("columns", 0)[0]) > 1e-3
+
+
+@pytest.mark.parametrize("p", [(0.5, 0.5), (0.01, 0.3), (1e-3, 0.02), (0.0, 1.0)])
+def test_the_spread_of_sums_holds_its_level(p):
+    """Exactly: over all outcomes of two pairs of draws of a row of twelve elements, weighted by their probabilities."""
+    row = torch.tensor([p * 6], dtype=torch.float64)
+    decisions = Decisions(row, row, torch.zeros_like(row), row, lambda s: (row > 0, 0))
+    law = np.ones(1)
+    for q in p * 6:
+        law = np.convolve(law, [q * (1 - q), 1 - 2 * q * (1 - q), q * (1 - q)])
+    differences = np.arange(-12, 13)
+    assert (differences**2 * law).sum() == pytest.approx(2 * sum(q * (1 - q) for q in p * 6))
+    found = []
+    for (d1, w1), (d2, w2) in itertools.product(zip(differences, law, strict=True), repeat=2):
+        value, _ = spread_p(torch.tensor([[d1], [d2]]), decisions, 1)
+        found.append((value, w1 * w2))
+    for level in {value for value, _ in found}:
+        assert sum(weight for value, weight in found if value <= level) <= level + 1e-12
+    assert min(value for value, _ in found) < 0.25

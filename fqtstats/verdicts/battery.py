@@ -1,7 +1,7 @@
 """The battery: is each decision a fair one, and are they independent? Exact or bounded tails throughout.
 
 Every test is valid for two-point outcomes of any probability: exact binomial tails and Bernstein bounds. Normal
-approximations reject true null hypotheses here (rare outcomes), and are used only where thousands of decisions add up.
+approximations reject true null hypotheses here (rare outcomes), and none is used.
 
 Shape legend: P elements in a matrix ``[R, C]``; n draws; ``e = up - p`` in steps, ``v = p (1 - p)``.
 """
@@ -19,7 +19,17 @@ from scipy import stats
 from fqtstats.random import Stream
 from fqtstats.verdicts.decisions import Decisions
 
-__all__ = ["FAMILIES", "LOOKS", "Battery", "Finding", "autocorrelation", "bernstein", "detectable", "strongest_lag"]
+__all__ = [
+    "FAMILIES",
+    "LOOKS",
+    "Battery",
+    "Finding",
+    "autocorrelation",
+    "bernstein",
+    "detectable",
+    "spread_p",
+    "strongest_lag",
+]
 
 LOOKS = (16, 32, 64, 128, 256)
 """Numbers of draws after which the tests are made."""
@@ -27,12 +37,13 @@ LOOKS = (16, 32, 64, 128, 256)
 FAMILIES = 4
 """Each design and look spends its level on independence, elements, directions and the cross-fit, in equal parts."""
 
-_FIRST = 16  # draws whose independence is tested
+_FIRST = 16  # draws whose correlations are tested
 _EXACT_TAILS = 16
 _TRUNCATIONS = 13
 _RANDOM_SIGNS = 8
 _STRATA = 18
 _CUTS = (0.0, 2.5, 4.0)
+_LARGEST_SPREAD = 9.0  # squares of sums count up to this multiple of their variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,23 +82,26 @@ class Battery:
         self._p = decisions.p.float()
         self._counts = [torch.zeros_like(self._p) for _ in range(2)]  # of ups in even and odd draws
         self._first: list[torch.Tensor] = []
+        self._sums: list[list[torch.Tensor]] = [[], []]  # of ups over each row and each column, by draws
         self._outside = 0
         self._fixed: _Fixed | None = None
 
     def draw(self, s: Stream) -> None:
         """One more draw, from stream ``s``."""
         up, outside = self.decisions.ups(s)
-        self._counts[self.draws % 2] += up
+        ups = up.float()
+        self._counts[self.draws % 2] += ups
         self._outside += outside
         if self.draws < _FIRST:
-            self._first.append(up.float() - self._p)
+            self._first.append(ups - self._p)
+        for sums, axis in zip(self._sums, (1, 0), strict=True):
+            sums.append(ups.sum(axis))
         self.draws += 1
 
     def look(self) -> Iterator[Finding]:
-        """All tests on the draws so far; independence, which the others assume, comes first and once."""
+        """All tests on the draws so far; independence, which the others assume, comes first."""
         yield self._support()
-        if self.draws == _FIRST:
-            yield self._independence()
+        yield self._independence()
         yield self._elements()
         yield self._directions()
         yield self._cross_fit()
@@ -106,16 +120,30 @@ class Battery:
     # --- T4 ---------------------------------------------------------------------------------------------------------
 
     def _independence(self) -> Finding:
-        e = torch.stack(self._first)
+        found = [self._spread(kind, axis) for kind, axis in (("rows", 1), ("columns", 0))]
+        if self.draws == _FIRST:
+            found += [self._lags(), self._following()]
+        # The parts share the family's level.
+        p, text = min(found)
+        return Finding("independence", min(1.0, len(found) * p), text, self.draws)
+
+    def _lags(self) -> tuple[float, str]:
         v = self.decisions.variance.float()
-        expected = self.draws * autocorrelation(v[None])
-        best, text = strongest_lag(autocorrelation(e), expected, 1.0)
-        following = (e[1:] * e[:-1]).sum((1, 2)).abs()
-        p_draws = 2 * float(bernstein(following, v.square().sum(), torch.ones(())).min()) * len(following)
-        if p_draws < best:
-            best, text = p_draws, "errors of consecutive draws are correlated"
-        # Two parts share the family's level.
-        return Finding("independence", min(1.0, 2 * best), text, self.draws)
+        return strongest_lag(autocorrelation(torch.stack(self._first)), self.draws * autocorrelation(v[None]), 1.0)
+
+    def _following(self) -> tuple[float, str]:
+        e = torch.stack(self._first)
+        sums = (e[1:] * e[:-1]).sum((1, 2)).abs()
+        variance = self.decisions.variance.float().square().sum()
+        p = 2 * float(bernstein(sums, variance, torch.ones(())).min()) * len(sums)
+        return p, "errors of consecutive draws are correlated"
+
+    def _spread(self, kind: str, axis: int) -> tuple[float, str]:
+        # Differences of two draws: a bias, which would widen the sums as well, cancels.
+        sums = torch.stack(self._sums[1 - axis])
+        differences = sums[1::2] - sums[: len(sums) // 2 * 2 : 2]
+        p, ratio = spread_p(differences, self.decisions, axis)
+        return p, f"sums of errors over {kind} have {ratio:.3g} times the variance of independent ones"
 
     # --- T1 ---------------------------------------------------------------------------------------------------------
 
@@ -259,6 +287,40 @@ def strongest_lag(found: torch.Tensor, variance: torch.Tensor, largest: float) -
     lag = int(p.argmin())
     text = f"errors of elements {lag // columns} rows and {lag % columns} columns apart are correlated"
     return min(1.0, float(p.view(-1)[lag])), text
+
+
+def spread_p(differences: torch.Tensor, d: Decisions, axis: int) -> tuple[float, float]:
+    """Two-sided p-value that sums over one axis spread as those of independent decisions do, and the ratio to these.
+
+    ``D``, the difference of two draws of a sum, has the mean square ``2 V`` (``V = sum v``), and ``D^2`` the variance
+    ``8 V^2 + 2 V - 12 sum v^2``, however rare the decisions' outcomes are. ``D^2 / 2V`` is cut off at 9, which makes
+    neither its mean nor its variance larger, and a sum with ``V < 1`` counts less: so Bernstein's bound applies.
+
+    Args:
+        differences: of the number of ups of two draws, ``[m, K]`` for m independent pairs of draws.
+        d: the decisions; K sums over ``axis``.
+        axis: which axis is summed over.
+    """
+    # What the tolerance leaves open of v: the smallest and the largest for each side of the test.
+    off = (d.p - 0.5).abs()
+    most = 0.25 - (off - d.tolerance).clamp(min=0).square()
+    least = (0.25 - (off + d.tolerance).square()).clamp(min=0)
+    high, low = most.sum(axis), least.sum(axis)
+    scale = 2 * high.clamp(min=1)
+    square = differences.double().square() / scale
+    variance = (
+        len(differences) * ((8 * high.square() + 2 * high - 12 * least.square().sum(axis)) / scale.square()).sum()
+    )
+    wider = (square.clamp(max=_LARGEST_SPREAD) - 2 * high / scale).sum()
+    narrower = (2 * low / scale - square).sum()
+    p = torch.stack(
+        [
+            bernstein(wider, variance, torch.tensor(_LARGEST_SPREAD)),
+            bernstein(narrower, variance, torch.ones(())),
+        ]
+    )
+    ratio = square.sum() / (len(differences) * (2 * high / scale).sum()).clamp(min=1e-300)
+    return min(1.0, 2 * float(p.min())), float(ratio)
 
 
 def bernstein(total: torch.Tensor, variance: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,13 @@ from fqtstats.random import Stream
 from fqtstats.verdicts.battery import Finding, autocorrelation, strongest_lag
 from fqtstats.verdicts.probe import StreamFunction, call
 
-__all__ = ["BlackBox"]
+__all__ = ["DRAWS", "FAMILIES", "BlackBox"]
+
+DRAWS = 64
+"""The most draws, where none are named."""
+
+FAMILIES = 4
+"""Each look spends its level on directions, cross-fit, independence and sign flips, in equal parts."""
 
 _RANDOM_SIGNS = 8
 _FIRST = 16  # draws whose independence is tested, once

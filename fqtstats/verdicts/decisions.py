@@ -17,6 +17,8 @@ from fqtstats.verdicts.probe import StreamFunction, call
 
 __all__ = ["Decisions", "of_grid", "of_law"]
 
+_ROUNDED = 2.0**-24  # a probability in float32
+
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
@@ -66,23 +68,22 @@ def of_grid(q: UniformQuantizer, x: torch.Tensor, tolerance: float) -> Decisions
     return Decisions(y, p, torch.full_like(p, tolerance), lowest + p, ups)
 
 
-def of_law(f: StreamFunction, x: torch.Tensor, law: Law, tolerance: torch.Tensor) -> Decisions:
-    """The two values of every element, found by probing, against ``x`` between them.
+def of_law(f: StreamFunction, x: torch.Tensor, law: Law) -> Decisions:
+    """The two values of every element and their probabilities, as probing has found them.
 
-    Elements with a single value have ``p = 0`` and never go up; their error is certain, and no matter of chance.
+    Whether their mean is ``x`` is not asked here: the law says it exactly, and the rounding of the arithmetic in it is
+    no matter of chance. Elements with a single value have ``p = 0`` and never go up.
 
     Args:
         f: the callable.
         x: ``[N, ...]``.
         law: of ``f`` on ``x``.
-        tolerance: in units of ``x``, ``x``'s shape.
     """
     rows = x.shape[0]
     low, high = law.low.to(x.dtype), law.high.to(x.dtype)  # exact: they are outputs
     gap = law.high - law.low
     moves = gap > 0
-    step = torch.where(moves, gap, 1.0)
-    p = torch.where(moves, (x.double() - law.low) / step, 0.0).clamp(0, 1)
+    p = law.up.view(rows, -1)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
         out = call(f, x, s)
@@ -90,6 +91,5 @@ def of_law(f: StreamFunction, x: torch.Tensor, law: Law, tolerance: torch.Tensor
         outside = int((~up & (out != low)).sum())
         return (up & moves).view(rows, -1), outside
 
-    in_steps = torch.where(moves, tolerance / step, 1.0)
-    along = torch.where(moves, x / step, 0.0)
-    return Decisions(along.view(rows, -1), p.view(rows, -1), in_steps.view(rows, -1), p.view(rows, -1), ups)
+    along = torch.where(moves, x / torch.where(moves, gap, 1.0), 0.0)
+    return Decisions(along.view(rows, -1), p, torch.full_like(p, _ROUNDED), p, ups)

@@ -17,7 +17,7 @@ from fqtstats.determinism import single_thread
 from fqtstats.errors import BiasDetected, InputError, NotExact
 from fqtstats.quantizers.base import UniformQuantizer
 from fqtstats.random import Stream, stream
-from fqtstats.verdicts import designs
+from fqtstats.verdicts import blackbox, designs
 from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_law
@@ -27,7 +27,6 @@ from fqtstats.verdicts.probe import StreamFunction
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
 _LADDER_TOLERANCE = 2.0**-20
-_BLACK_BOX_DRAWS, _BLACK_BOX_FAMILIES = 64, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +254,7 @@ class _Judge:
         if self.coupled:
             assert isinstance(self.f, UniformQuantizer)
             return of_grid(self.f, design.x, 4 * self.f.format.levels * 2.0**-24)
-        return of_law(self.f, design.x, exact, self._tolerance(design, exact.high - exact.low))
+        return of_law(self.f, design.x, exact)
 
     # --- draws ------------------------------------------------------------------------------------------------------
 
@@ -291,8 +290,8 @@ class _Judge:
     def _sampled(self, reason: str, shared: bool, method: str | None = None) -> Verdict:
         box = BlackBox(self.f, self.x, self.seed)
         streams = self._streams("black box")
-        looks = [n for n in LOOKS if n <= (self.most or _BLACK_BOX_DRAWS)]
-        level = self.false_alarm / (len(looks) * _BLACK_BOX_FAMILIES)
+        looks = [n for n in LOOKS if n <= (self.most or blackbox.DRAWS)]
+        level = self.false_alarm / (len(looks) * blackbox.FAMILIES)
         smallest: Finding | None = None
         independent = not shared
         method = method or f"sampled, since {reason}"
@@ -310,7 +309,7 @@ class _Judge:
             if smallest.p_value < level:
                 break
         assert smallest is not None
-        adjusted = min(1.0, smallest.p_value * len(looks) * _BLACK_BOX_FAMILIES)
+        adjusted = min(1.0, smallest.p_value * len(looks) * blackbox.FAMILIES)
         evidence = f"{smallest.evidence} (p = {adjusted:.3g} in {smallest.draws} draws)"
         if not independent:
             evidence += f"; {reason}"
