@@ -71,8 +71,20 @@ def measure(
     data_root: Annotated[str | None, typer.Option(help="Folder of data that are read from disk.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels of images that are read from a folder.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples in a minibatch.")] = 128,
-    batches: Annotated[int, typer.Option(help="Further minibatches, for the sampling variance; 0 for none.")] = 8,
-    draws: Annotated[int, typer.Option(help="Draws of the quantized gradient.")] = 64,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Further minibatches, for the sampling variance; 0 for none.",
+            show_default="8; 0 with --method exact",
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of the quantized gradient.", show_default="64; 0 with --method exact")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="Where variances come from: exact (closed forms alone), montecarlo (draws), or both."),
+    ] = "both",
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     skip: Annotated[str | None, typer.Option(help="Layers to leave in full precision: name patterns.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="File with the model's state_dict.")] = None,
@@ -96,6 +108,11 @@ def measure(
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = _policies(quantizer, bits, grad_weight)
+    drawn = _draws_with(method)
+    if not drawn and draws:
+        raise InputError(f"--method exact makes no draws, got --draws {draws}; leave it out or choose another --method")
+    batches = (8 if drawn else 0) if batches is None else batches
+    draws = (64 if drawn else 0) if draws is None else draws
     arguments: dict[str, object] = {
         "command": "measure",
         "quantizers": list(policies),
@@ -107,13 +124,14 @@ def measure(
         "batch_size": batch_size,
         "batches": batches,
         "draws": draws,
+        "method": method,
         "seed": seed,
         "skip": skip,
         "checkpoint": checkpoint,
         "device": device,
         "backend": backend,
     }
-    check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2))
+    check_counts(batch_size=(batch_size, 1), batches=(batches, 0), draws=(draws, 2 if drawn else 0))
     if image_size is not None:
         check_counts(image_size=(image_size, 1))
     stream(seed=seed)
@@ -175,6 +193,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
                 skip=skip,
                 progress=_MeasuringBar(bars, f"measuring {label}"),
                 store=_DirectoryStore(run, label),
+                method=arguments["method"],
             )
             if both:
                 report = backends.parity(setup.model, setup.batch, setup.loss, policy, arguments["seed"], skip=skip)
@@ -286,6 +305,14 @@ def _width(text: str, option: str) -> int:
     if not re.fullmatch("[1-8]", text):
         raise InputError(f"expected the bits in {option} to be integers from 1 to 8, got {text!r}; for instance 5")
     return int(text)
+
+
+def _draws_with(method: str) -> bool:
+    from fqtstats.measurement import METHODS
+
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    return method != "exact"
 
 
 def _check_backend(name: str) -> None:

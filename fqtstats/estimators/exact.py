@@ -37,27 +37,40 @@ from fqtstats.layers.operand import images
 from fqtstats.layers.product import ConvProduct
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import Transform, UniformQuantizer
+from fqtstats.quantizers.base import Frame, Transform, UniformQuantizer
 
-__all__ = ["bias_variance", "summed", "weight_variance"]
+__all__ = ["Roundings", "bias_variance", "few_roundings", "summed", "weight_variance"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Roundings:
+class Roundings:
     """The independent roundings of a quantizer on one gradient.
 
     Attributes:
         variance: ``v``, ``[R, O]`` or ``[N, O, H, W]`` float64; its rows are those of the transform.
-        transform: ``T``, or None for the identity.
+        frame: the quantizer's grid and transform.
     """
 
     variance: torch.Tensor
-    transform: Transform | None
+    frame: Frame
 
     @staticmethod
-    def of(q: UniformQuantizer, g: torch.Tensor) -> _Roundings:
-        variance, frame = q.rounding_variance(g)
-        return _Roundings(variance.view(images(g).shape), frame.transform)
+    def of(q: UniformQuantizer, g: torch.Tensor) -> Roundings:
+        """Those of ``q`` on ``g``, ``[R, O]`` or ``[N, O, *space]``."""
+        with torch.no_grad():
+            variance, frame = q.rounding_variance(g)
+        return Roundings(variance.view(images(g).shape), frame)
+
+    @property
+    def transform(self) -> Transform | None:
+        """``T``, or None for the identity."""
+        return self.frame.transform
+
+    def total(self) -> float:
+        """The summed variance of ``Q1(g)`` itself, its transform undone."""
+        if self.transform is None:
+            return float(self.variance.sum())
+        return float(self.transform.inverse_squared(self.variance.clone().view(self.frame.view)).sum())
 
     def coefficients(self, x: torch.Tensor) -> torch.Tensor:
         """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
@@ -92,19 +105,24 @@ def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
 def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
     """Exact variance of every element of a bias's gradient, ``[O]`` float64; as :func:`weight_variance`."""
     with torch.no_grad():
-        return _added(_Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
+        return _added(Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
 
 
-def summed(call: WeightGradient, parameters: Sequence[str]) -> dict[str, float]:
+def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings | None = None) -> dict[str, float]:
     """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
 
     The channels are summed before the product, which leaves little of it. NaN for a quantizer of which it is not known
     which of its errors are independent.
+
+    Args:
+        call: the weight gradient.
+        parameters: which take part in it.
+        roundings: of ``call.q`` on ``call.g``, where they are known already.
     """
     if not isinstance(call.q, UniformQuantizer):
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
-        roundings = _Roundings.of(call.q, call.g)
+        roundings = roundings or Roundings.of(call.q, call.g)
         found = {}
         if "weight" in parameters:
             groups = call.product.geometry.groups if isinstance(call.product, ConvProduct) else 1
@@ -119,9 +137,25 @@ def summed(call: WeightGradient, parameters: Sequence[str]) -> dict[str, float]:
         return found
 
 
+def few_roundings(call: WeightGradient, roundings: Roundings) -> float:
+    """``1 / K`` for K roundings that the weight gradient's noise effectively consists of; 0 where it has none.
+
+    Where few decisions are made, or all with probabilities near 0 or 1, draws show noise in rare outcomes only: of K
+    decisions of variances ``v_j``, steps ``s_j`` and weights ``c_j``, the squared error has a relative variance of
+    about ``1 / K = sum_j (c_j v_j)^2 (s_j^2 / v_j) / (sum_j c_j v_j)^2`` beyond that of Gaussian noise. The weights
+    are those of the rows.
+    """
+    with torch.no_grad():
+        v = roundings.variance.view(roundings.frame.view)
+        weights = roundings.coefficients(images(call.x)).flatten(1).sum(1)
+        noise = float((weights * v.sum((1, 2))).sum())
+        rare = float((weights.square() * (v * roundings.frame.grid.step.double().square()).sum((1, 2))).sum())
+    return rare / noise**2 if noise > 0 else 0.0
+
+
 def _weight_variance(call: WeightGradient) -> torch.Tensor:
     with torch.no_grad():
-        roundings = _Roundings.of(_known(call.q), call.g)
+        roundings = Roundings.of(_known(call.q), call.g)
         shape = (*call.shape[:2], *_kernel(call.shape))
         coefficients = roundings.coefficients(images(call.x))
         return call.product.grad_weight(real, roundings.variance, coefficients, shape).view(call.shape)

@@ -36,6 +36,9 @@ __all__ = [
 FALSE_ALARM = 0.01
 """Chance that any row of one configuration is flagged as biased although none is."""
 
+DEPENDENT_ALARM = 1e-6
+"""Chance that any row of one configuration is reported as an error of independent roundings."""
+
 _NAMED = 3
 """So many unquantized layers of one kind are named; the names of more are in the result's metadata."""
 
@@ -62,6 +65,9 @@ class Flag:
 _MEANING_95 = "interval relative to the variance"
 _MEANING_SHARES = "% of the variance from the weight-gradient and the input-gradient quantizers"
 _MEANING_BOUND = "the input-gradient quantizer's own variance over its bound"
+_MEANING_OWN = "exact variance from the layer's own weight-gradient quantizer"
+_MEANING_OWN_TOTAL = "exact variance from the layers' own weight-gradient quantizers"
+_MEANING_OWN_RATIO = "squared error from that quantizer in the draws, over its exact mean there"
 _MEANING_SAMPLING = "a minibatch's variance"
 _MEANING_SNR = "‖g‖² / variance"
 _MEANING_MARGIN = "‖g‖ / √(3 variance)"
@@ -72,6 +78,12 @@ _MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own vari
 
 BIASED = Flag("BIASED", "bold red", "bias p below 0.01 / number of rows tested")
 ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance exceeds its bound")
+DEPENDENT = Flag(
+    "DEPENDENT",
+    "bold white on red",
+    "error: dependent rounding, the weight-gradient quantizer's draws are not those of independent roundings "
+    "(p below 1e-6 / number of rows tested)",
+)
 NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
 
 
@@ -92,6 +104,8 @@ def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
     pairs = (("q_input_variance", "q_input_bound"), ("q_weight_variance", "q_weight_bound"))
     if any(row[variance] > row[bound] * (1 + _ROUNDING) for variance, bound in pairs):
         found.append(ABOVE_BOUND)
+    if row["own_ratio_p"] < level * DEPENDENT_ALARM / FALSE_ALARM:
+        found.append(DEPENDENT)
     if row["sqrt3_margin"] < 1:
         found.append(NOISY)
     return tuple(found)
@@ -119,6 +133,8 @@ def _interval(row: pd.Series) -> str:
     value, low, high = row["variance"], row["variance_low"], row["variance_high"]
     if not (value > 0 and math.isfinite(low) and math.isfinite(high)):
         return ""
+    if high - low <= _ROUNDING * value:
+        return "exact"
     return f"{(low / value - 1) * 100:+.0f}/{(high / value - 1) * 100:+.0f}%"
 
 
@@ -126,7 +142,7 @@ def _shares(row: pd.Series) -> str:
     weight, passed = row["variance_weight"], row["variance_input"]
     if not weight + passed > 0:
         return ""
-    share = 100 * weight / (weight + passed)
+    share = 100 * (weight / (weight + passed))
     return f"{share:.0f}/{100 - share:.0f}"
 
 
@@ -225,7 +241,7 @@ def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
     present = {flag for items in found for flag in items}
     return [
         Text.assemble((flag.word, flag.style), f": {flag.meaning}")
-        for flag in (BIASED, ABOVE_BOUND, NOISY)
+        for flag in (BIASED, ABOVE_BOUND, DEPENDENT, NOISY)
         if flag in present
     ]
 
@@ -314,7 +330,8 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
     """One row per parameter and the total, of one configuration (the first by default).
 
     Variances and norms are in (loss/parameter)^2. "95 %" is the interval's ends relative to the variance; "Q1/Q2" the
-    percentages of the variance that stem from the weight-gradient and the input-gradient quantizers; "Q2/bound"
+    percentages of the variance that stem from the weight-gradient and the input-gradient quantizers; "own Q1" the exact
+    variance from the layer's own weight-gradient quantizer, and "drawn" the draws' over it; "Q2/bound"
     the exact variance of the layer's input-gradient quantizer over its bound; "margin" is the √3 margin.
 
     Raises:
@@ -335,6 +352,8 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         _Column("bias p", _p_cells(rows, [level] * len(rows)), 80),
         _Column("variance", _numbers(rows, "variance"), 95),
         _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        _Column("own Q1", _numbers(rows, "variance_exact_own"), 43, meaning=_MEANING_OWN),
+        _Column("drawn", [Text(_plain(float(row["own_ratio"]))) for row in rows], 25, meaning=_MEANING_OWN_RATIO),
         _Column("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
         _Column("Q2/bound", [Text(_plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
         _Column("sampling", _numbers(rows, "sampling_variance"), 72, meaning=_MEANING_SAMPLING),
@@ -343,7 +362,21 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         _Column("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
-    return Group(_Fitted(title, columns, total=True), *_legend(found), *_unquantized(result), *_native(result))
+    if not total["draws"]:
+        title = f"{chosen}: exact variances per layer, no draws"
+    table = _Fitted(title, columns, total=True)
+    return Group(table, *_legend(found), *_own(total), *_unquantized(result), *_native(result))
+
+
+def _own(total: pd.Series) -> list[Text]:
+    """How well closed form and draws agree on what the layers' own Q1 add, and what that is worth."""
+    if math.isnan(total["own_ratio_low"]):
+        return []
+    low, value, high = (_plain(float(total[f"own_ratio{end}"])) for end in ("_low", "", "_high"))
+    told = f"squared error from the layers' own Q1, drawn over exact: {value} (95 %: {low} to {high})"
+    gain = float(total["variance_gain"])
+    worth = f"; with the exact part, a draw is worth {gain:.2g} of plain Monte Carlo" if math.isfinite(gain) else ""
+    return [Text(told + worth)]
 
 
 def comparison_table(result: Result) -> RenderableType:
@@ -362,6 +395,8 @@ def comparison_table(result: Result) -> RenderableType:
         _Column("bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100),
         _Column("variance", _numbers(rows, "variance"), 95),
         _Column("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        _Column("own Q1", _numbers(rows, "variance_exact_own"), 50, meaning=_MEANING_OWN_TOTAL),
+        _Column("drawn", [Text(_plain(float(row["own_ratio"]))) for row in rows], 45, meaning=_MEANING_OWN_RATIO),
         _Column("/ sampling", [Text(_plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
         _Column(
             f"Q2 var / {result.reference}", [Text(_plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
@@ -388,13 +423,14 @@ def _median_input_ratio(result: Result, configuration: Configuration) -> float:
 
 
 def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ...]:
-    """Bias and bound flags of any row; noise as the total has it (single layers are often noisy)."""
+    """Bias, bound and dependence flags of any row; noise as the total has it (single layers are often noisy)."""
     total = result.total(configuration)
     frame = result.select(configuration)
     level = bias_level(frame)
     of_any = {flag for index in range(len(frame)) for flag in flags(frame.iloc[index], level)}
     of_total = flags(total, level)
-    return tuple(flag for flag in (BIASED, ABOVE_BOUND, NOISY) if flag in (of_total if flag is NOISY else of_any))
+    found = {flag for flag in of_any if flag is not NOISY} | {flag for flag in of_total if flag is NOISY}
+    return tuple(flag for flag in (BIASED, ABOVE_BOUND, DEPENDENT, NOISY) if flag in found)
 
 
 def _plain_row(row: pd.Series, level: float) -> dict[str, Json]:
