@@ -47,8 +47,8 @@ def plot_variance(
     Dots are ``variance`` with its 95 % interval, one colour per configuration; beside them the squared norm of the
     gradient and one minibatch's sampling variance. The bars on the right split the variance into what the
     weight-gradient quantizers (Q1) and the input-gradient quantizers (Q2) add in the draws; a tick is where the exact
-    variance from the layer's own Q1 would put the border. Without draws, dots are that exact variance, and there are no
-    bars.
+    variance from the layer's own Q1 on its QAT gradient would put the border. Without draws, dots are that variance,
+    and there are no bars.
 
     Args:
         result: what to draw.
