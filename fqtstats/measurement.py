@@ -48,6 +48,9 @@ _DRAWN = (
 )
 """Columns that only draws fill."""
 
+_SLACK = 0.1
+"""The closed form stands in for draws only where the rounding of the arithmetic is below this part of Q1's error."""
+
 METHODS = ("exact", "montecarlo", "both")
 """What is known in closed form, alone; draws alone; or both, compared with each other and put together."""
 
@@ -494,13 +497,15 @@ class _Errors:
     gram: Array
     floor_sq: float
 
-    def own_ratio(self, few_roundings: float) -> intervals.MeanRatio:
-        """Of those parameters of which both are known."""
+    def own_ratio(self, few_roundings: float) -> tuple[intervals.MeanRatio, bool]:
+        """Drawn over exact part from Q1, of those parameters of which both are known; and whether they agree."""
         known = np.isfinite(self.own).all(axis=0)
         drawn, exact = self.parts[:, 0, known].sum(axis=1), self.own[:, known].sum(axis=1)
-        # The difference of two computed gradients has the rounding of both.
+        # The difference of two computed gradients has the rounding of both, which the closed form leaves out.
         slack = 2 * math.sqrt(_ratio(self.floor_sq, float(exact.mean())))
-        return intervals.mean_ratio(drawn, exact, extra=few_roundings, slack=slack)
+        ratio = intervals.mean_ratio(drawn, exact, extra=few_roundings, slack=slack)
+        strict = intervals.mean_ratio(drawn, exact, extra=few_roundings)
+        return ratio, slack < _SLACK and not strict.p_value < BIASED_BELOW
 
     def conditioned(self) -> Array:
         """``E ||e_i||^2`` given the gradients that arrive, ``[n]``."""
@@ -511,12 +516,12 @@ class _Errors:
 def _estimates(facts: _Facts, rows: Sequence[_Row], errors: _Errors, test: bias.BiasTest) -> dict[str, float]:
     norms, n = errors.norms, len(errors.norms)
     grad_norm_sq = math.fsum(row.grad_norm_sq for row in rows)
-    ratio = errors.own_ratio(facts.few_roundings(rows))
+    ratio, agree = errors.own_ratio(facts.few_roundings(rows))
     p_value = ratio.p_value if _claims_unbiased(facts.policy, ("grad_weight",)) else math.nan
     variance, gain = intervals.sample_variance(norms, errors.mean_norm_sq), math.nan
     if not (_claims_unbiased(facts.policy) and test.p_value >= BIASED_BELOW):
         low, high = intervals.jackknife_interval(norms, errors.gram, variance)
-    elif errors.own.sum() > 0 and not p_value < BIASED_BELOW:
+    elif errors.own.sum() > 0 and agree:
         conditioned = errors.conditioned()
         variance, (low, high) = float(conditioned.mean()), intervals.t_interval(conditioned)
         # Equal numbers have a mean that may be rounded, and then a variance.

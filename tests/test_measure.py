@@ -285,6 +285,14 @@ def test_a_bias_that_is_admitted_is_no_error():
     assert all(math.isnan(row.own_ratio_p) and math.isnan(row.variance_gain) for row in rows.values())
 
 
+def test_the_rounding_of_half_precision_is_no_error_and_not_left_out():
+    policy = policy_of(fqtstats.quantizer("psq", bits=8))
+    half = torch.bfloat16
+    rows = small.rows(fqtstats.measure(small.mlp(dtype=half), small.batch(dtype=half), small.loss, policy, 16))
+    assert rows["total"].own_ratio > 1.05
+    assert all(row.own_ratio_p > 0.01 and math.isnan(row.variance_gain) for row in rows.values())
+
+
 def test_a_rare_outcome_that_no_draw_showed_is_no_error():
     """One decision that goes up with probability 0.003: most draws, and here all, are the same."""
     g = torch.tensor([[0.0], [1.0], [0.003]])
