@@ -13,7 +13,7 @@ from torch import nn
 from fqtstats.capture import LossFunction, Session
 from fqtstats.errors import InputError
 from fqtstats.hashing import tensor_digest
-from fqtstats.layers.state import SITES, Site
+from fqtstats.layers.state import SITES, Site, WeightObserver
 from fqtstats.layers.swap import Handle
 from fqtstats.policy import PLACES, Policy
 from fqtstats.random import stream
@@ -61,10 +61,15 @@ def wide(g: torch.Tensor) -> torch.Tensor:
 
 
 def errors_of(
-    session: Session, gradient: list[torch.Tensor], index: int, sites: Sequence[Site] = SITES
+    session: Session,
+    gradient: list[torch.Tensor],
+    index: int,
+    sites: Sequence[Site] = SITES,
+    observe_weight: WeightObserver | None = None,
 ) -> list[torch.Tensor]:
-    """FQT draw minus QAT gradient."""
-    return [wide(draw).sub_(g) for draw, g in zip(session.draw(index, sites), gradient, strict=True)]
+    """FQT draw minus QAT gradient; the observer is as in :meth:`Session.draw`."""
+    drawn = session.draw(index, sites, observe_weight=observe_weight)
+    return [wide(draw).sub_(g) for draw, g in zip(drawn, gradient, strict=True)]
 
 
 def gradients(

@@ -58,9 +58,14 @@ COLUMNS: tuple[Column, ...] = (
     Column("variance_high", "float64", _SQUARE, "upper end of the 95 % interval of variance"),
     Column("variance_weight", "float64", _SQUARE, "mean squared error from the weight-gradient quantizers (Q1)"),
     Column("variance_input", "float64", _SQUARE, "mean squared error from the input-gradient quantizers (Q2)"),
+    Column("variance_gain", "float64", "1", "draws of plain Monte Carlo that one is worth; NaN: it is plain", True),
     Column(
         "variance_exact_own", "float64", _SQUARE, "exact variance from the layer's own Q1 on its QAT gradient", True
     ),
+    Column("own_ratio", "float64", "1", "drawn squared error from the layer's own Q1 over its exact mean", True),
+    Column("own_ratio_low", "float64", "1", "lower end of the 95 % interval of own_ratio", True),
+    Column("own_ratio_high", "float64", "1", "upper end of the 95 % interval of own_ratio", True),
+    Column("own_ratio_p", "float64", "1", "p-value of a true own_ratio of 1; NaN: Q1 does not claim that", True),
     Column("q_input_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q2 on its QAT gradient"),
     Column("q_input_bound", "float64", _INPUT_SQUARE, "upper bound of q_input_variance"),
     Column("q_weight_variance", "float64", _INPUT_SQUARE, "exact variance of the layer's Q1 on its QAT gradient"),

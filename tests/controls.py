@@ -5,7 +5,10 @@ Each is called as ``f(x, stream)`` and breaks one thing about per-sample stochas
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import fqtstats
+from fqtstats.quantizers import PSQ
 
 
 def _grid(x, bits):
@@ -76,6 +79,22 @@ def scaled_channel(bits=4, factor=1.1):
         return out
 
     return f
+
+
+@dataclass(frozen=True)
+class SharedNoise(PSQ):
+    """Per-sample rounding with the same random numbers in every row: unbiased, but not independent as it claims."""
+
+    def _round(self, y, stream):
+        return _stochastic(y, _OneRow(stream))
+
+
+class _OneRow:
+    def __init__(self, stream):
+        self._stream = stream
+
+    def uniform(self, shape):
+        return self._stream.uniform(shape[1:]).expand(shape)
 
 
 def pruned(p=0.9):

@@ -14,6 +14,7 @@ from fqtstats import Policy, policies, quantizer
 from fqtstats.capture import IncomingGradients, Session, trainable_parameters
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers.state import Source
+from fqtstats.quantizers import PSQ
 
 POLICY = policies.get("statquant-psq", bits=3)
 
@@ -397,6 +398,20 @@ def test_the_record_holds_exact_variances_and_bounds_of_every_layer_and_site():
         assert math.isclose(law.variance, float(q.variance(g).sum()))
         assert law.variance <= law.bound == q.bound(g)
         assert math.isclose(law.grad_norm_sq, float(g.double().square().sum()), rel_tol=1e-6)
+
+
+def test_the_roundings_of_a_weight_gradient_are_looked_at_once(monkeypatch):
+    looked = []
+    original = PSQ.rounding_variance
+    monkeypatch.setattr(PSQ, "rounding_variance", lambda q, x: looked.append(x) or original(q, x))
+    policy = Policy(grad_weight=quantizer("psq", bits=3))
+    with session_of(Net(), policy) as session:
+        incoming, apart = IncomingGradients(), IncomingGradients()
+        session.qat(incoming, incoming.weight_gradient)
+        assert len(looked) == len(incoming.laws) == 3
+        session.qat(None, apart.weight_gradient)
+    assert apart.own == incoming.own
+    assert apart.few == incoming.few
 
 
 def test_the_record_adds_up_calls_and_admits_what_it_does_not_know():

@@ -60,8 +60,8 @@ def test_run_document(run: Run) -> None:
     assert document["finished"] is True
     assert document["arguments"] == {
         "command": "measure", "quantizers": ["bhq@5"], "grad_weight": None, "model": "mlp", "data": "digits",
-        "data_root": None, "image_size": None, "batch_size": 32, "batches": 2, "draws": 3, "seed": 7, "skip": "5",
-        "checkpoint": None, "device": "cpu", "backend": "simulated",
+        "data_root": None, "image_size": None, "batch_size": 32, "batches": 2, "draws": 3, "method": "both", "seed": 7,
+        "skip": "5", "checkpoint": None, "device": "cpu", "backend": "simulated",
     }  # fmt: skip
     about = document["metadata"]
     assert about["seeds"] == {"seed": 7}
@@ -127,6 +127,25 @@ def test_backends_that_disagree_give_status_1(run: Run, monkeypatch: pytest.Monk
     assert told.status == 1
     rows = json.loads(told.out)["configurations"]
     assert len(rows) == 1
+
+
+def test_exact_method(run: Run) -> None:
+    words = ("measure", "--model", "mine:slow", "--method", "exact", "--quantizer", "bhq,ptq")
+    done = run(*words, "--out", "r")
+    assert done.status == 0, done.err
+    assert done.out.splitlines()[-1].endswith("figures/variance.png, figures/variance_vs_bits.png")
+    document = json.loads(Path("r/run.json").read_text())
+    assert {name: document["arguments"][name] for name in ("method", "draws", "batches")} == {
+        "method": "exact", "draws": 0, "batches": 0,
+    }  # fmt: skip
+    table = fqtstats.load("r").table
+    assert table["variance"].isna().all()
+    assert table["variance_exact_own"].notna().all()
+    told = json.loads(run(*words, "--out", "r", "--resume", "--json").out)
+    assert told["configurations"][0]["total"]["variance"] is None
+    again = run(*words, "--out", "r", "--resume", "--method", "montecarlo")
+    assert again.status == 2
+    assert_one_line(again.err, ["method was 'exact' and is now 'montecarlo'"])
 
 
 def test_json(fast: Run) -> None:
@@ -207,6 +226,8 @@ BAD_USAGE: list[tuple[list[str], list[str]]] = [
     (["--grad-weight", "minmax:8"], ["'minmax' quantizes the forward pass only", GRADIENT]),
     (["--batch-size", "0"], ["--batch-size must be at least 1, got 0"]),
     (["--batches", "-1"], ["--batches must be at least 0, got -1"]),
+    (["--method", "magic"], ["unknown method 'magic'", "exact, montecarlo, both"]),
+    (["--method", "exact", "--draws", "8"], ["--method exact makes no draws", "--draws 8"]),
     (["--draws", "1"], ["--draws must be at least 2, got 1"]),
     (["--seed", str(2**63)], ["seed must be an integer of at most 64 bits"]),
     (["--image-size", "0"], ["--image-size must be at least 1, got 0"]),

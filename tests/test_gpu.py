@@ -47,5 +47,8 @@ def test_measure() -> None:
     policy = fqtstats.policies.get("statquant-bhq", bits=4)
     on_cpu = fqtstats.measure(build(), batch, loss, policy, draws=8).table
     on_gpu = fqtstats.measure(build().cuda(), (batch[0].cuda(), batch[1].cuda()), loss, policy, draws=8).table
-    for column in ("grad_norm_sq", "variance", "variance_input", "q_input_variance", "q_weight_variance"):
+    for column in (
+        *("grad_norm_sq", "variance", "variance_input", "q_input_variance", "q_weight_variance"),
+        *("variance_exact_own", "own_ratio", "own_ratio_low", "own_ratio_high"),
+    ):
         np.testing.assert_allclose(on_gpu[column], on_cpu[column], rtol=1e-2)

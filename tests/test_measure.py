@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import math
 import os
 import subprocess
 import sys
 import types
 
+import controls
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,13 +20,16 @@ import small
 import torch
 import torch.nn.functional as F
 from oracles import moments as oracle
+from rich.console import Console
 from torch import nn
 
 import fqtstats
+from fqtstats.capture import Session
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.estimators import bias
+from fqtstats.estimators import bias, exact, intervals
 from fqtstats.layers import BACKENDS
 from fqtstats.layers.state import Draw
+from fqtstats.report import tables
 from fqtstats.results import COLUMNS
 
 DRAWS = 24
@@ -37,8 +42,8 @@ def others(count=4):
 
 @pytest.fixture(scope="module")
 def measured():
-    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, POLICY, DRAWS, seed=5, batches=others())
-    return small.rows(result)
+    arguments = small.mlp(), small.batch(), small.loss, POLICY, DRAWS
+    return small.rows(fqtstats.measure(*arguments, seed=5, batches=others(), method="montecarlo"))
 
 
 @pytest.fixture(scope="module")
@@ -211,13 +216,164 @@ def test_own_layer_variance_against_the_closed_form():
     """256 draws (standard error 2 %); beyond 5.1 of it with probability 7e-7. Finds 25 % (negative control)."""
     model, batch = small.mlp(), small.batch()
     policy = small.psq(3)
-    row = small.rows(fqtstats.measure(model, batch, small.loss, policy, 256))[f"{small.LAST}.weight"]
+    result = fqtstats.measure(model, batch, small.loss, policy, 256, method="montecarlo")
+    row = small.rows(result)[f"{small.LAST}.weight"]
     exact = own_layer_variance(model, batch, policy.grad_weight)
     error = (row.variance_high - row.variance_low) / 2 / scipy.stats.t.ppf(0.975, 255)
     print(f"variance {row.variance / exact:.4f} of the closed form, standard error {error / exact:.4f}")
     assert abs(row.variance - exact) < 5.1 * error
     np.testing.assert_allclose(row.variance_exact_own, exact, rtol=1e-6)
     assert abs(row.variance - 1.25 * exact) > 5.1 * error
+
+
+# --- closed form and draws --------------------------------------------------------------------------------------------
+
+
+def policy_of(q):
+    return fqtstats.Policy(grad_input=q, grad_weight=q)
+
+
+def drawn_and_exact(policy, indices, seed=0):
+    """By parameter: ``||e_i||^2``, ``||u_i||^2`` and the exact variance of Q1 at the drawn gradients, each ``[n]``."""
+    model, batch = small.mlp(), small.batch()
+    found = {name: np.empty((3, len(indices))) for name, _ in model.named_parameters()}
+    with fqtstats.quantized(model, policy, seed=seed) as handle, Session(model, handle, batch, small.loss) as session:
+        qat = session.qat()
+        for at, index in enumerate(indices):
+            calls = {}
+            drawn = session.draw(index)
+            upstream = session.draw(
+                index, ["grad_input"], observe_weight=lambda call, g, _, calls=calls: calls.update({call.layer.name: g})
+            )
+            for name, g, e, u in zip(found, qat, drawn, upstream, strict=True):
+                layer, _, kind = name.rpartition(".")
+                variance = (exact.weight_variance if kind == "weight" else exact.bias_variance)([calls[layer]])
+                squares = [float((x - g).double().square().sum()) for x in (e, u)]
+                found[name][:, at] = *squares, float(variance.sum())
+    return {**found, "total": sum(found.values())}
+
+
+@pytest.mark.parametrize("quantizer", ["ptq", "psq", "bhq"])
+def test_drawn_and_exact_own_parts_agree(quantizer):
+    """No p-value below 4e-8 in 3 x 7 rows: a false alarm in 8e-7 of all seeds."""
+    policy = policy_of(fqtstats.quantizer(quantizer, bits=3))
+    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 64)
+    for row in small.rows(result).values():
+        assert row.own_ratio_p > 4e-8
+        assert row.own_ratio_low < row.own_ratio < row.own_ratio_high
+    assert 0.8 < row.own_ratio_low < row.own_ratio_high < 1.25  # what could be found
+    assert "dependent" not in printed(result)
+    assert "drawn over exact: " in printed(result)
+
+
+def test_noise_that_rows_share_is_found():
+    policy = policy_of(controls.SharedNoise(bits=3))
+    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 32)
+    total = small.rows(result)["total"]
+    assert total.own_ratio_low > 1.25
+    assert total.own_ratio_p < 1e-9
+    assert math.isnan(total.variance_gain)  # the closed form does not stand in for the draws
+    plain = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 32, method="montecarlo")
+    assert small.rows(plain)["total"].variance == total.variance
+    assert "error: dependent rounding" in printed(result)
+
+
+def test_a_bias_that_is_admitted_is_no_error():
+    policy = policy_of(controls.few_random_bits(1, bits=2))
+    rows = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16))
+    assert rows["total"].own_ratio > 1
+    assert all(math.isnan(row.own_ratio_p) and math.isnan(row.variance_gain) for row in rows.values())
+
+
+def test_the_rounding_of_half_precision_is_no_error_and_not_left_out():
+    policy = policy_of(fqtstats.quantizer("psq", bits=8))
+    half = torch.bfloat16
+    rows = small.rows(fqtstats.measure(small.mlp(dtype=half), small.batch(dtype=half), small.loss, policy, 16))
+    assert rows["total"].own_ratio > 1.05
+    assert all(row.own_ratio_p > 0.01 and math.isnan(row.variance_gain) for row in rows.values())
+
+
+def test_a_rare_outcome_that_no_draw_showed_is_no_error():
+    """One decision that goes up with probability 0.003: most draws, and here all, are the same."""
+    g = torch.tensor([[0.0], [1.0], [0.003]])
+    policy = fqtstats.Policy(grad_weight=fqtstats.quantizer("ptq", bits=1))
+    model = nn.Linear(1, 1)
+    result = fqtstats.measure(model, torch.ones(3, 1), lambda m, x: (m(x) * g).sum(), policy, 64)
+    row = small.rows(result)[".weight"]
+    assert row.own_ratio < 0.01
+    assert row.own_ratio_p > 1e-4
+    squares, exact_mean = np.full(64, 9e-6), np.full(64, 0.003 * 0.997)
+    assert intervals.mean_ratio(squares * (1 + 1e-3 * np.arange(64)), exact_mean).p_value < 1e-6  # without the guard
+
+
+def test_the_variance_is_that_given_the_gradients_that_arrive():
+    """Rows of both methods against an independent replicate; they are the same where Q1 adds nothing."""
+    arguments = small.mlp(), small.batch(), small.loss, POLICY, DRAWS
+    both = small.rows(fqtstats.measure(*arguments, seed=5))
+    assert min(row.bias_p for row in both.values()) >= 0.01
+    assert min(row.own_ratio_p for row in both.values()) >= 0.01
+    for name, (plain, upstream, own) in drawn_and_exact(POLICY, range(DRAWS), 5).items():
+        row, conditioned = both[name], upstream + own
+        half = scipy.stats.t.ppf(0.975, DRAWS - 1) * conditioned.std(ddof=1) / math.sqrt(DRAWS)
+        np.testing.assert_allclose(row.variance, conditioned.mean(), rtol=1e-6)
+        np.testing.assert_allclose(row.variance_high - row.variance_low, 2 * half, rtol=1e-6, atol=1e-9 * row.variance)
+        np.testing.assert_allclose(row.snr, row.grad_norm_sq / row.variance, rtol=1e-12)
+        if name.startswith(small.LAST):
+            assert row.variance_gain == math.inf
+            np.testing.assert_allclose(row.variance, row.variance_exact_own, rtol=1e-12)
+        else:
+            np.testing.assert_allclose(row.variance_gain, plain.var() / conditioned.var(), rtol=1e-4)
+    without = small.rows(fqtstats.measure(*arguments, method="montecarlo"))
+    for row in without.values():
+        assert math.isnan(row.own_ratio)
+        assert math.isnan(row.variance_gain)
+
+
+def test_the_closed_form_leaves_the_mean_and_lowers_the_error():
+    """144 draws. Means differ by less than 6 standard errors (2e-8 each, 7 of them), and a Pitman-Morgan correlation of
+    sum and difference is above -6 / sqrt n (1e-9). Finds 25 % too much in the exact part (negative control).
+    """
+    policy = policy_of(fqtstats.quantizer("bhq", bits=3))
+    rows = drawn_and_exact(policy, range(144))
+    for name, (plain, upstream, own) in rows.items():
+        conditioned = upstream + own
+        difference = plain - conditioned
+        error = difference.std(ddof=1) / 12
+        assert abs(difference.mean()) < 6 * error, name
+        if name == "total":
+            assert abs((difference - 0.25 * own).mean()) > 6 * error
+        if np.ptp(conditioned) > 0:
+            assert np.corrcoef(plain + conditioned, difference)[0, 1] > -0.5, name
+    plain, upstream, own = rows["total"]
+    assert (upstream + own).std() < plain.std()
+
+
+def test_exact_method():
+    """One backward pass: what does not come from draws is as it is with them, and the rest is missing."""
+    steps = []
+    arguments = small.mlp(), small.batch(), small.loss, POLICY
+    alone = fqtstats.measure(*arguments, method="exact", progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 1)]
+    both = fqtstats.measure(*arguments, draws=2, batches=others())
+    sampled = fqtstats.measure(*arguments, method="exact", batches=others())
+    exact_columns = [name for name in alone.table if name.startswith(("q_", "variance_exact", "grad_norm", "numel"))]
+    pd.testing.assert_frame_equal(alone.table[exact_columns], both.table[exact_columns], check_exact=True)
+    assert alone.table["variance_exact_own"].notna().all()
+    assert (alone.table["draws"] == 0).all()
+    missing = ["bias_p", "variance", "variance_low", "variance_weight", "own_ratio", "variance_gain", "snr"]
+    assert alone.table[missing].isna().all(axis=None)
+    assert alone.table["sampling_variance"].isna().all()
+    assert sampled.table["sampling_variance"].equals(both.table["sampling_variance"])
+    assert "exact variances per layer, no draws" in printed(alone)
+    (axes,) = alone.plot_variance().axes
+    assert "no draws" in axes.get_xlabel()
+    assert len(both.plot_variance().axes) == 2
+
+
+def printed(result):
+    screen = io.StringIO()
+    Console(file=screen, width=200).print(tables.summary(result))
+    return screen.getvalue()
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -275,6 +431,8 @@ def test_bad_input():
     model, batch = small.mlp(), small.batch()
     with pytest.raises(InputError, match=r"expected a fqtstats\.Policy"):
         fqtstats.measure(model, batch, small.loss, "psq")
+    with pytest.raises(InputError, match="unknown method 'magic'; known: exact, montecarlo, both"):
+        fqtstats.measure(model, batch, small.loss, POLICY, method="magic")
     with pytest.raises(InputError, match="unknown backend"):
         fqtstats.measure(model, batch, small.loss, POLICY, backend="magic")
     with pytest.raises(InputError, match="scalar"):
@@ -315,7 +473,8 @@ def test_thread_count_and_repetition_change_nothing(backend):
 
 
 def test_seed_changes_the_draws():
-    first, second = (fqtstats.measure(small.mlp(), small.batch(), small.loss, POLICY, 3, seed=s).table for s in (0, 1))
+    arguments = small.mlp(), small.batch(), small.loss, POLICY, 3
+    first, second = (fqtstats.measure(*arguments, seed=s, method="montecarlo").table for s in (0, 1))
     assert (first["grad_norm_sq"] == second["grad_norm_sq"]).all()
     assert (first["variance"] != second["variance"]).all()
 
@@ -406,8 +565,9 @@ def test_an_error_in_a_further_batch_keeps_the_draws():
         {"policy": fqtstats.policies.get("statquant-psq", bits=5)},
         {"policy": small.psq()},
         {"backend": "native"},
+        {"method": "montecarlo"},
     ],
-    ids=["seed", "bits", "policy", "backend"],
+    ids=["seed", "bits", "policy", "backend", "method"],
 )
 def test_a_state_of_another_measurement_is_refused(change):
     """Also where the QAT gradient is the same, as with another seed or other gradient quantizers."""

@@ -97,6 +97,18 @@ def test_a_small_difference_on_a_large_offset_is_kept():
     assert abs(float(moments.mean_error(0)) - values.mean()) <= 2.0**-32
 
 
+def test_exact_parts_are_kept_and_merged():
+    parts = np.arange(4.0).reshape(2, 2)
+    first, second = (ErrorMoments(["v", "w"], [torch.ones(2)] * 2, [torch.ones(2)] * 2, None) for _ in range(2))
+    for moments, draw in ((first, 1), (second, 0)):
+        moments.add(draw, [torch.ones(2)] * 2, parts + draw, np.array([draw, 2.0]))
+    first.merge(second)
+    assert first.stacked("own").tolist() == [[0, 2], [1, 2]]
+    second = ErrorMoments(["v", "w"], [torch.ones(2)] * 2, [torch.ones(2)] * 2, None)
+    second.load(first.state())
+    assert second.stacked("own").tolist() == first.stacked("own").tolist()
+
+
 # --- associative ------------------------------------------------------------------------------------------------------
 
 

@@ -142,6 +142,38 @@ def test_flags_are_words() -> None:
     assert not any(word in row_of(text, "layer1.0.conv1") for word in ("BIASED", "BOUND", "NOISY"))
 
 
+def test_dependent_rounding_is_an_error() -> None:
+    result = changed(make_result(("bhq", 5), ("ptq", 8)), "layer1.0.conv1", own_ratio=1.5, own_ratio_p=1e-9)
+    assert "DEPENDENT" in row_of(printed(tables.layer_table(result), 120), "layer1.0.conv1")
+    text = printed(tables.summary(result), 120)
+    assert "DEPENDENT" in row_of(text, "bhq")
+    assert "error: dependent rounding" in text
+    assert "DEPENDENT" not in printed(tables.summary(changed(result, "layer1.0.conv1", own_ratio_p=1e-6)), 120)
+
+
+def test_without_draws_there_is_what_is_exact() -> None:
+    result = make_result(*SWEEP)
+    drawn = ["variance", "variance_low", "variance_high", "variance_weight", "variance_input", "bias_p", "snr"]
+    result = Result(result.table.assign(draws=0, variance_exact_own=result.table["variance"], **dict.fromkeys(drawn)))
+    text = printed(tables.summary(result), 120)
+    assert "own Q1" in text
+    assert "SNR" not in text
+    (lower,) = result.plot_variance_vs_bits().axes
+    assert lower.get_ylabel().startswith("exact")
+    (dots,) = result.plot_variance(configurations=[Configuration("bhq", 4)]).axes
+    assert lines_with(dots, "D") == [11]
+    assert "no draws" in dots.get_xlabel()
+    assert list(figures.render_all(result)) == ["variance", "variance_vs_bits"]
+
+
+def test_exact_part_is_marked_in_the_bars() -> None:
+    result = make_result(("bhq", 5))
+    table = result.table.assign(variance_exact_own=0.25 * result.table["variance"])
+    _, bars = Result(table).plot_variance().axes
+    assert intervals(bars) == [11]
+    assert intervals(result.plot_variance().axes[1]) == [0]
+
+
 def test_bias_level_counts_the_rows_that_were_tested() -> None:
     result = make_result(("bhq", 5), layers=9)  # 9 weights and the total have a p-value, the bias has none
     level = tables.bias_level(result.table)

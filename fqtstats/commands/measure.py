@@ -29,8 +29,20 @@ def measure(
     data_root: experiments.DataRoot = None,
     image_size: experiments.ImageSize = None,
     batch_size: experiments.BatchSize = 128,
-    batches: experiments.Batches = 8,
-    draws: Annotated[int, typer.Option(help="Draws of the quantized gradient.")] = 64,
+    batches: Annotated[
+        int | None,
+        typer.Option(
+            help="Further minibatches, for the sampling variance; 0 for none.",
+            show_default="8; 0 with --method exact",
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of the quantized gradient.", show_default="64; 0 with --method exact")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(help="Where variances come from: exact (closed forms alone), montecarlo (draws), or both."),
+    ] = "both",
     seed: experiments.Seed = 0,
     skip: experiments.Skip = None,
     checkpoint: experiments.Checkpoint = None,
@@ -48,6 +60,7 @@ def measure(
     """Measure how biased and how noisy the quantized gradient of a network is, per layer."""
     from fqtstats import results
     from fqtstats.layers import BACKENDS
+    from fqtstats.measurement import METHODS
     from fqtstats.report import tables
     from fqtstats.run_directory import RunDirectory
 
@@ -55,6 +68,13 @@ def measure(
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = experiments.policies_of(quantizer, bits, grad_weight)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    drawn = method != "exact"
+    if not drawn and draws:
+        raise InputError(f"--method exact makes no draws, got --draws {draws}; leave it out or choose another --method")
+    batches = (8 if drawn else 0) if batches is None else batches
+    draws = (64 if drawn else 0) if draws is None else draws
     arguments: dict[str, object] = {
         "command": "measure",
         "quantizers": list(policies),
@@ -66,6 +86,7 @@ def measure(
         "batch_size": batch_size,
         "batches": batches,
         "draws": draws,
+        "method": method,
         "seed": seed,
         "skip": skip,
         "checkpoint": checkpoint,
@@ -73,7 +94,7 @@ def measure(
         "backend": backend,
         **({"bounds": True} if bounds else {}),
     }
-    check_counts(draws=(draws, 2))
+    check_counts(draws=(draws, 2 if drawn else 0))
     experiments.check_arguments(arguments, (*BACKENDS, "both"))
     path = experiments.folder(output, "measure", list(policies))
     with RunDirectory.create(path, arguments, resume) as run:
@@ -111,6 +132,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
                 backend=backend,
                 batches=setup.further or None,
                 skip=skip,
+                method=arguments["method"],
                 bounds=arguments.get("bounds", False),
                 progress=experiments.MeasuringBar(bars, f"measuring {label}"),
                 store=experiments.DirectoryStore(run, label, lambda arrays: len(arrays["draws"]) > 0),

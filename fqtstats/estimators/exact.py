@@ -40,9 +40,17 @@ from fqtstats.layers.operand import images
 from fqtstats.layers.product import ConvProduct, Product
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import Transform, UniformQuantizer
+from fqtstats.quantizers.base import Frame, Transform, UniformQuantizer
 
-__all__ = ["Roundings", "bias_variance", "input_total", "summed", "weight_total", "weight_variance"]
+__all__ = [
+    "Roundings",
+    "bias_variance",
+    "few_roundings",
+    "input_total",
+    "summed",
+    "weight_total",
+    "weight_variance",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +59,29 @@ class Roundings:
 
     Attributes:
         variance: ``v``, ``[R, O]`` or ``[N, O, H, W]`` float64; its rows are those of the transform.
-        transform: ``T``, or None for the identity.
+        frame: the quantizer's grid and transform.
     """
 
     variance: torch.Tensor
-    transform: Transform | None
+    frame: Frame
 
     @staticmethod
     def of(q: UniformQuantizer, g: torch.Tensor) -> Roundings:
-        variance, frame = q.rounding_variance(g)
-        return Roundings(variance.view(images(g).shape), frame.transform)
+        """Those of ``q`` on ``g``, ``[R, O]`` or ``[N, O, *space]``."""
+        with torch.no_grad():
+            variance, frame = q.rounding_variance(g)
+        return Roundings(variance.view(images(g).shape), frame)
+
+    @property
+    def transform(self) -> Transform | None:
+        """``T``, or None for the identity."""
+        return self.frame.transform
+
+    def total(self) -> float:
+        """The summed variance of ``Q1(g)`` itself, its transform undone."""
+        if self.transform is None:
+            return float(self.variance.sum())
+        return float(self.transform.inverse_squared(self.variance.clone().view(self.frame.view)).sum())
 
     def coefficients(self, x: torch.Tensor) -> torch.Tensor:
         """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
@@ -98,37 +119,43 @@ def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
         return _added(Roundings.of(_known(call.q), call.g).of_bias() for call in calls)
 
 
-def summed(call: WeightGradient, parameters: Sequence[str]) -> dict[str, float]:
+def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings | None = None) -> dict[str, float]:
     """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
 
     NaN for a quantizer of which it is not known which of its errors are independent.
+
+    Args:
+        call: the weight gradient.
+        parameters: which take part in it.
+        roundings: of ``call.q`` on ``call.g``, where they are known already.
     """
     if not isinstance(call.q, UniformQuantizer):
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
-        roundings = Roundings.of(call.q, call.g)
+        roundings = roundings or Roundings.of(call.q, call.g)
         found = {}
         if "weight" in parameters:
             shape = (*call.shape[:2], *_kernel(call.shape))
-            found["weight"] = weight_total(call.product, roundings, images(call.x), shape)
+            coefficients = roundings.coefficients(images(call.x))
+            found["weight"] = weight_total(call.product, roundings.variance, coefficients, shape)
         if "bias" in parameters:
             found["bias"] = float(roundings.of_bias().sum())
         return found
 
 
-def weight_total(product: Product, roundings: Roundings, x: torch.Tensor, shape: tuple[int, ...]) -> float:
+def weight_total(product: Product, variance: torch.Tensor, coefficients: torch.Tensor, shape: tuple[int, ...]) -> float:
     """The sum over all elements of the variance of a weight's gradient.
 
     Args:
         product: the layer's operation.
-        roundings: of the incoming gradient.
-        x: the other operand, ``[R, I]`` or ``[N, I, H, W]``.
+        variance: of independent roundings of the incoming gradient, ``[R, O]`` or ``[N, O, H, W]`` float64.
+        coefficients: the squares of what they are multiplied by, ``[R, I]`` or ``[N, I, H, W]`` float64.
         shape: the weight's, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
     """
     # The channels are summed before the product, which leaves little of it.
     groups = _groups(product)
-    v, coefficients = (t.unflatten(1, (groups, -1)).sum(2) for t in (roundings.variance, roundings.coefficients(x)))
-    return float(product.grad_weight(real, v, coefficients, (groups, 1, *shape[2:])).sum())
+    v, c = (t.unflatten(1, (groups, -1)).sum(2) for t in (variance, coefficients))
+    return float(product.grad_weight(real, v, c, (groups, 1, *shape[2:])).sum())
 
 
 def input_total(product: Product, variance: torch.Tensor, w: torch.Tensor, shape: tuple[int, ...]) -> float:
@@ -167,6 +194,22 @@ def _input_total_with_border(
 
 def _groups(product: Product) -> int:
     return product.geometry.groups if isinstance(product, ConvProduct) else 1
+
+
+def few_roundings(call: WeightGradient, roundings: Roundings) -> float:
+    """``1 / K`` for K roundings that the weight gradient's noise effectively consists of; 0 where it has none.
+
+    Where few decisions are made, or all with probabilities near 0 or 1, draws show noise in rare outcomes only: of K
+    decisions of variances ``v_j``, steps ``s_j`` and weights ``c_j``, the squared error has a relative variance of
+    about ``1 / K = sum_j (c_j v_j)^2 (s_j^2 / v_j) / (sum_j c_j v_j)^2`` beyond that of Gaussian noise. The weights
+    are those of the rows.
+    """
+    with torch.no_grad():
+        v = roundings.variance.view(roundings.frame.view)
+        weights = roundings.coefficients(images(call.x)).flatten(1).sum(1)
+        noise = float((weights * v.sum((1, 2))).sum())
+        rare = float((weights.square() * (v * roundings.frame.grid.step.double().square()).sum((1, 2))).sum())
+    return rare / noise**2 if noise > 0 else 0.0
 
 
 def _weight_variance(call: WeightGradient) -> torch.Tensor:

@@ -7,12 +7,13 @@ Intervals come from the draws' own squared errors ``A_i = ||e_i||^2``; a bootstr
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["jackknife_interval", "sample_variance", "t_interval"]
+__all__ = ["MeanRatio", "jackknife_interval", "mean_ratio", "sample_variance", "t_interval"]
 
 Array = npt.NDArray[np.float64]
 
@@ -58,6 +59,54 @@ def jackknife_interval(norms: Array, gram: Array, variance: float, level: float 
     left_out = (norms_left - (norms_left + off_left) / (n - 1)) / (n - 2)
     deviation = np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum())
     return _around(variance, deviation, norms, level)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRatio:
+    """The ratio of two means; NaN where it is not defined.
+
+    Attributes:
+        value: the estimate.
+        low, high: ends of its interval.
+        p_value: two-sided p-value of a ratio of one.
+    """
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def mean_ratio(x: Array, y: Array, level: float = 0.95, *, extra: float = 0.0, slack: float = 0.0) -> MeanRatio:
+    """``mean x / mean y`` of paired squared norms, with Student's t for its cube root.
+
+    The deviation of the ratio ``r`` is that of ``x - r y``, relative to ``mean x``. Means of squares are close to gamma
+    variables, whose cube roots are close to normal (Wilson and Hilferty, 1931). With Gaussian errors of one element,
+    the worst case, a p-value below 1e-6 came up in 8e-7 (16 draws) to 1e-5 (64) of simulated runs, and from ten
+    elements on at its nominal rate; t tests of ``x - y`` have 3e-3 there, because a mean that is low by chance comes
+    with a deviation that is low, too.
+
+    Args:
+        x, y: ``[n]``, not negative.
+        level: coverage of the interval.
+        extra: relative variance of ``x`` that draws may not have shown, added to theirs.
+        slack: part of the root of ``mean x`` that may be something else than what ``y`` is the mean of, relative to the
+            root of ``mean y``; for the p-value only.
+    """
+    n, top, bottom = len(x), float(x.mean()), float(y.mean())
+    if n < 2 or not (top > 0 and bottom > 0):
+        return MeanRatio(math.nan if not bottom > 0 else top / bottom, math.nan, math.nan, math.nan)
+    ratio = top / bottom
+    deviation = math.sqrt(((x - ratio * y).var(ddof=1) / top**2 + extra) / n) / 3  # of the root, relative to it
+    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation
+    low, high = ratio / (1 + reach) ** 3, ratio / (1 - reach) ** 3 if reach < 1 else math.inf
+    nearest = max(abs(math.sqrt(ratio) - 1) - slack, 0.0)
+    closest = (1 + math.copysign(nearest, ratio - 1)) ** 2
+    distance = abs(closest ** (1 / 3) - 1)
+    if distance == 0:
+        return MeanRatio(ratio, low, high, 1.0)
+    p = 2 * float(stats.t.sf(distance / deviation, n - 1)) if deviation > 0 else 0.0
+    return MeanRatio(ratio, low, high, p)
 
 
 def _around(center: float, deviation: float, norms: Array, level: float) -> tuple[float, float]:

@@ -28,6 +28,7 @@ __all__ = ["ErrorMoments", "squared_norm"]
 # of 2^-32, single errors up to 2^20, and room for 2^10 of those.
 _RESOLUTION = 32
 _LARGEST = 2.0**52
+_RECORDS = ("norms", "parts", "own", "sketches")
 _CHUNK = 1 << 20  # elements converted at a time, so that temporaries stay small beside the gradient
 
 
@@ -51,6 +52,7 @@ class ErrorMoments:
         norms: per draw, ``[P]``: ``||e_i||^2``.
         parts: per draw, ``[2, P]``: squared norms of the parts of ``e_i`` from the weight-gradient and the
             input-gradient quantizers.
+        own: per draw, ``[P]``: exact variance of the first of these parts, given the incoming gradients of the draw.
         sketches: per draw, ``[W]``.
     """
 
@@ -69,6 +71,7 @@ class ErrorMoments:
         self.sums = [torch.zeros(g.numel(), dtype=torch.int64, device=g.device) for g in reference]
         self.norms: dict[int, npt.NDArray[np.float64]] = {}
         self.parts: dict[int, npt.NDArray[np.float64]] = {}
+        self.own: dict[int, npt.NDArray[np.float64]] = {}
         self.sketches: dict[int, npt.NDArray[np.float64]] = {}
 
     @property
@@ -81,13 +84,19 @@ class ErrorMoments:
         """Indices of the draws seen, ascending."""
         return sorted(self.norms)
 
-    def add(self, draw: int, errors: Sequence[torch.Tensor], parts: npt.NDArray[np.float64] | None = None) -> None:
+    def add(
+        self,
+        draw: int,
+        errors: Sequence[torch.Tensor],
+        parts: npt.NDArray[np.float64] | None = None,
+        own: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         """Add one draw.
 
         Args:
             draw: its index; each may be added once.
             errors: ``e_i``, one tensor per parameter.
-            parts: see the class.
+            parts, own: see the class.
 
         Raises:
             InputError: the draw was added before, or an error is too large for the fixed point (or not finite).
@@ -109,6 +118,8 @@ class ErrorMoments:
                 added += 1
             if parts is not None:
                 self.parts[draw] = parts
+            if own is not None:
+                self.own[draw] = own
             if sketch is not None:
                 self.sketches[draw] = sketch
             self.norms[draw] = norms
@@ -140,6 +151,7 @@ class ErrorMoments:
             mine.add_(theirs)
         self.norms |= other.norms
         self.parts |= other.parts
+        self.own |= other.own
         self.sketches |= other.sketches
 
     def mean_norm_sq(self) -> npt.NDArray[np.float64]:
@@ -156,7 +168,7 @@ class ErrorMoments:
         return self.sums[index].double().mul_(2.0 ** self.exponents[index] / len(self.norms))
 
     def stacked(self, record: str) -> npt.NDArray[np.float64]:
-        """``norms`` ``[n, P]``, ``parts`` ``[n, 2, P]`` or ``sketches`` ``[n, W]``, in order of the draw index."""
+        """``norms`` or ``own`` ``[n, P]``, ``parts`` ``[n, 2, P]`` or ``sketches`` ``[n, W]``, by draw index."""
         rows: dict[int, npt.NDArray[np.float64]] = getattr(self, record)
         return np.stack([rows[draw] for draw in self.draws])
 
@@ -167,7 +179,7 @@ class ErrorMoments:
             "draws": np.array(self.draws, dtype=np.int64),
             **{f"sum.{i}": total.cpu().numpy() for i, total in enumerate(self.sums)},
         }
-        for record in ("norms", "parts", "sketches"):
+        for record in _RECORDS:
             if getattr(self, record):
                 arrays[record] = self.stacked(record)
         return arrays
@@ -185,7 +197,7 @@ class ErrorMoments:
         draws = arrays["draws"].tolist()
         for i, total in enumerate(self.sums):
             total.copy_(torch.from_numpy(arrays[f"sum.{i}"]))
-        for record in ("norms", "parts", "sketches"):
+        for record in _RECORDS:
             if record in arrays:
                 setattr(self, record, dict(zip(draws, arrays[record], strict=True)))
 

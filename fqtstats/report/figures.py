@@ -31,6 +31,7 @@ _LABEL_PITCH = 0.095
 _TALLEST = 8.0
 """Heights in inches: of a row, of a row's label at least, and of all rows at most (a page)."""
 
+_OWN_LABEL = "exact own Q1 variance (no draws)\n[(loss/parameter)$^2$]"
 _VARIANCE_LABEL = "variance with 95 % interval\n[(loss/parameter)$^2$]"
 
 
@@ -45,7 +46,9 @@ def plot_variance(
 
     Dots are ``variance`` with its 95 % interval, one colour per configuration; beside them the squared norm of the
     gradient and one minibatch's sampling variance. The bars on the right split the variance into what the
-    weight-gradient quantizers (Q1) and the input-gradient quantizers (Q2) add.
+    weight-gradient quantizers (Q1) and the input-gradient quantizers (Q2) add in the draws; a tick is where the exact
+    variance from the layer's own Q1 on its QAT gradient would put the border. Without draws, dots are that variance,
+    and there are no bars.
 
     Args:
         result: what to draw.
@@ -67,8 +70,12 @@ def plot_variance(
         if ax is None:
             pitch = min(_PITCH * (1 + 0.35 * (len(chosen) - 1)), _TALLEST / len(keys))
             figure = style.new_figure(width, 1.1 + pitch * len(keys))
-            dots, bars = figure.subplots(1, 2, sharey=True, width_ratios=[3.4, 1])
-            handles = [*_draw_dots(dots, rows, chosen, colors), *_draw_shares(bars, rows, colors)]
+            if _drawn(rows):
+                dots, bars = figure.subplots(1, 2, sharey=True, width_ratios=[3.4, 1])
+                handles = [*_draw_dots(dots, rows, chosen, colors), *_draw_shares(bars, rows, colors)]
+            else:
+                dots = figure.subplots()
+                handles = _draw_dots(dots, rows, chosen, colors)
             figure.legend(handles=handles, loc="outside upper center", ncols=2)
         else:
             dots, figure = ax, root(ax)
@@ -84,11 +91,11 @@ def plot_variance_vs_bits(result: Result, ax: Axes | None = None, *, width: floa
     The upper panel has the total ``variance`` with its 95 % interval, and one minibatch's sampling variance as a line;
     the lower one the median over layers, with quartiles, of ``q_input_variance``: relative to PTQ at 8 bits where that
     was measured, else to the squared norm of the gradient that it quantizes. With one bit width the quantizers stand
-    side by side.
+    side by side. Without draws there is only the lower panel.
 
     Args:
         result: at least two configurations.
-        ax: draw the upper panel there, without the lower one; by default a new figure.
+        ax: draw the upper panel there (without draws, the lower one), without the other; by default a new figure.
         width: of a new figure, in inches.
 
     Raises:
@@ -96,8 +103,15 @@ def plot_variance_vs_bits(result: Result, ax: Axes | None = None, *, width: floa
     """
     if len(result.configurations) < 2:
         raise InputError("plot_variance_vs_bits expects at least two configurations, but the result has one")
+    drawn = _drawn([result.table])
     with style.applied():
-        if ax is None:
+        if ax is None and not drawn:
+            figure = style.new_figure(width, 0.8 * width)
+            lower = figure.subplots()
+            handles = [*_names(result), *_draw_input_variance(lower, result)]
+            _label_configurations(lower, result)
+            figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        elif ax is None:
             figure = style.new_figure(width, 1.25 * width)
             upper, lower = figure.subplots(2, 1, sharex=True)
             handles = [*_draw_totals(upper, result), *_draw_input_variance(lower, result)]
@@ -105,7 +119,8 @@ def plot_variance_vs_bits(result: Result, ax: Axes | None = None, *, width: floa
             figure.legend(handles=handles, loc="outside upper center", ncols=3)
         else:
             figure = root(ax)
-            ax.legend(handles=_draw_totals(ax, result), frameon=False)
+            handles = _draw_totals(ax, result) if drawn else [*_names(result), *_draw_input_variance(ax, result)]
+            ax.legend(handles=handles, frameon=False)
             _label_configurations(ax, result)
     return figure
 
@@ -174,6 +189,11 @@ def _offsets(count: int) -> Floats:
     return np.array([(index - (count - 1) / 2) * 0.72 / max(count, 3) for index in range(count)])
 
 
+def _drawn(rows: Sequence[pd.DataFrame]) -> bool:
+    """Whether there were draws."""
+    return any(frame["draws"].max() > 0 for frame in rows)
+
+
 def _draw_dots(
     ax: Axes,
     rows: Sequence[pd.DataFrame],
@@ -182,7 +202,9 @@ def _draw_dots(
 ) -> list[Artist]:
     """The main panel; returns the handles of its legend."""
     y = np.arange(len(rows[0]), dtype=np.float64)
-    columns = ("variance", "variance_low", "variance_high", "grad_norm_sq", "sampling_variance")
+    drawn = _drawn(rows)
+    intervals = ("variance", "variance_low", "variance_high") if drawn else ("variance_exact_own",) * 3
+    columns = (*intervals, "grad_norm_sq", "sampling_variance")
     every = np.concatenate([_positive(frame[name]) for frame in rows for name in columns])
     shown = every[np.isfinite(every)]
     left, right = (shown.min() / 2, shown.max() * 2) if shown.size else (0.1, 10.0)
@@ -199,13 +221,13 @@ def _draw_dots(
         ax.plot(sampling, y, linestyle="", marker="o", markersize=3.6, markerfacecolor="white", color=style.GREY)
         others.append(_handle("o", style.GREY, "minibatch sampling variance", hollow=True))
     for frame, item, offset, (mark, color) in zip(rows, chosen, _offsets(len(rows)), colors, strict=True):
-        values, high = _positive(frame["variance"]), _positive(frame["variance_high"])
-        low = np.where(frame["variance_low"].to_numpy(dtype=np.float64) > 0, _positive(frame["variance_low"]), left)
-        drawn = np.isfinite(values) & np.isfinite(high) & frame["variance_low"].notna().to_numpy()
-        ax.hlines((y + offset)[drawn], low[drawn], high[drawn], color=color, linewidth=1.0)
+        values, lower, high = (_positive(frame[name]) for name in intervals)
+        low = np.where(frame[intervals[1]].to_numpy(dtype=np.float64) > 0, lower, left)
+        known = np.isfinite(values) & np.isfinite(high) & frame[intervals[1]].notna().to_numpy()
+        ax.hlines((y + offset)[known], low[known], high[known], color=color, linewidth=1.0)
         ax.plot(values, y + offset, linestyle="", marker=mark.marker, color=color, markersize=2.8, markeredgewidth=0)
-        variances.append(_handle(mark.marker, color, f"variance, {item}"))
-    ax.set_xlabel(_VARIANCE_LABEL)
+        variances.append(_handle(mark.marker, color, f"{'variance' if drawn else 'exact own Q1 variance'}, {item}"))
+    ax.set_xlabel(_VARIANCE_LABEL if drawn else _OWN_LABEL)
     return [*variances, *others]
 
 
@@ -215,6 +237,7 @@ def _draw_shares(
     """The bars that split the variance; returns the handles of their legend."""
     y = np.arange(len(rows[0]), dtype=np.float64)
     height = 0.72 / len(rows)
+    ticks = False
     for index, (frame, (_, color)) in enumerate(zip(rows, colors, strict=True)):
         weight = frame["variance_weight"].to_numpy(dtype=np.float64)
         whole = weight + frame["variance_input"].to_numpy(dtype=np.float64)
@@ -223,6 +246,10 @@ def _draw_shares(
         place = y[drawn] + (index - (len(rows) - 1) / 2) * height
         ax.barh(place, share, height, color="white", edgecolor=color, linewidth=0.4)
         ax.barh(place, 100 - share, height, left=share, color=color, edgecolor=color, linewidth=0.4)
+        exact = 100 * frame["variance_exact_own"].to_numpy(dtype=np.float64)[drawn] / whole[drawn]
+        shown = np.isfinite(exact)
+        ax.vlines(exact[shown], (place - 0.6 * height)[shown], (place + 0.6 * height)[shown], style.INK, linewidth=0.9)
+        ticks |= bool(shown.any())
     ax.set_xlim(0, 100)
     ax.set_xticks([0, 50, 100])
     ax.tick_params(axis="y", length=0, labelleft=False)
@@ -232,6 +259,7 @@ def _draw_shares(
     return [
         Patch(facecolor="white", edgecolor=sample, linewidth=0.5, label="from weight-gradient quantizers (Q1)"),
         Patch(facecolor=sample, edgecolor=sample, linewidth=0.5, label="from input-gradient quantizers (Q2)"),
+        *([_handle("|", style.INK, "exact own part of Q1", size=5)] if ticks else []),
     ]
 
 
@@ -315,17 +343,21 @@ def _draw_series(ax: Axes, x: Floats, middle: Floats, low: Floats, high: Floats,
             ax.axhspan(floor[index], high[index], color=mark.color, alpha=0.15, linewidth=0)
 
 
+def _names(result: Result) -> list[Artist]:
+    """The quantizers' handles for a legend."""
+    return [_handle(mark.marker, mark.color, name) for name, mark, _, _ in _lines(result)]
+
+
 def _draw_totals(ax: Axes, result: Result) -> list[Artist]:
     """The upper panel; returns the handles of its legend."""
     ax.set_yscale("log")
     ax.grid(axis="y", which="major")
-    handles: list[Artist] = []
-    for name, mark, items, places in _lines(result):
+    handles = _names(result)
+    for _, mark, items, places in _lines(result):
         totals = pd.DataFrame([result.total(item) for item in items])
         middle, high = _positive(totals["variance"]), _positive(totals["variance_high"])
         low = totals["variance_low"].to_numpy(dtype=np.float64)
         _draw_series(ax, places, middle, low, high, mark, band=False)
-        handles.append(_handle(mark.marker, mark.color, name))
     sampling = [float(result.total(item)["sampling_variance"]) for item in result.configurations]
     known = [value for value in sampling if math.isfinite(value) and value > 0]
     if known:
@@ -346,7 +378,8 @@ def _draw_input_variance(ax: Axes, result: Result) -> list[Artist]:
         low, middle, high = quartiles.T
         _draw_series(ax, places, middle, low, high, mark, band=_has_widths(result))
     unit = "PTQ at 8 bits" if relative else r"$\|\partial L/\partial Y\|^2$"
-    ax.set_ylabel(f"Q2 variance / {unit}\n(median and quartiles of layers)")
+    exact = "" if _drawn([result.table]) else "exact "
+    ax.set_ylabel(f"{exact}Q2 variance / {unit}\n(median and quartiles of layers)")
     if not relative:
         return []
     ax.axhline(1, color=style.INK, linestyle="--", linewidth=0.7, zorder=1.5)

@@ -37,6 +37,9 @@ __all__ = [
 FALSE_ALARM = 0.01
 """Chance that any row of one configuration is flagged as biased although none is."""
 
+DEPENDENT_ALARM = 1e-6
+"""Chance that any row of one configuration is reported as an error of independent roundings."""
+
 _ROUNDING = 1e-9
 """A variance may meet its bound; the two are summed in different orders."""
 
@@ -62,6 +65,9 @@ _MEANING_SHARES = "% of the variance from the weight-gradient and the input-grad
 _MEANING_BOUND = "the input-gradient quantizer's own variance over its bound"
 _MEANING_WEIGHT_BOUND = "the same of the weight-gradient quantizer"
 _MEANING_END = "variance over its end-to-end bound"
+_MEANING_OWN = "exact variance from the layer's own weight-gradient quantizer"
+_MEANING_OWN_TOTAL = "exact variance from the layers' own weight-gradient quantizers"
+_MEANING_OWN_RATIO = "squared error from that quantizer in the draws, over its exact mean there"
 _MEANING_SAMPLING = "a minibatch's variance"
 _MEANING_SNR = "‖g‖² / variance"
 _MEANING_MARGIN = "‖g‖ / √(3 variance)"
@@ -75,9 +81,15 @@ ABOVE_BOUND = Flag("ABOVE BOUND", "bold white on red", "a quantizer's variance e
 ABOVE_END = Flag(
     "ABOVE END-TO-END BOUND", "bold white on red", "an error: the variance's whole interval is above its bound"
 )
+DEPENDENT = Flag(
+    "DEPENDENT",
+    "bold white on red",
+    "error: dependent rounding, the weight-gradient quantizer's draws are not those of independent roundings "
+    "(p below 1e-6 / number of rows tested)",
+)
 NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
 
-_FLAGS = (BIASED, ABOVE_BOUND, ABOVE_END, NOISY)
+_FLAGS = (BIASED, ABOVE_BOUND, ABOVE_END, DEPENDENT, NOISY)
 
 
 def bias_level(rows: pd.DataFrame) -> float:
@@ -99,6 +111,8 @@ def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
         found.append(ABOVE_BOUND)
     if row["variance_low"] > row["bound"] * (1 + NORM_TOLERANCE):
         found.append(ABOVE_END)
+    if row["own_ratio_p"] < level * DEPENDENT_ALARM / FALSE_ALARM:
+        found.append(DEPENDENT)
     if row["sqrt3_margin"] < 1:
         found.append(NOISY)
     return tuple(found)
@@ -112,6 +126,8 @@ def _interval(row: pd.Series) -> str:
     value, low, high = row["variance"], row["variance_low"], row["variance_high"]
     if not (value > 0 and math.isfinite(low) and math.isfinite(high)):
         return ""
+    if high - low <= _ROUNDING * value:
+        return "exact"
     return f"{(low / value - 1) * 100:+.0f}/{(high / value - 1) * 100:+.0f}%"
 
 
@@ -119,7 +135,7 @@ def _shares(row: pd.Series) -> str:
     weight, passed = row["variance_weight"], row["variance_input"]
     if not weight + passed > 0:
         return ""
-    share = 100 * weight / (weight + passed)
+    share = 100 * (weight / (weight + passed))
     return f"{share:.0f}/{100 - share:.0f}"
 
 
@@ -218,7 +234,8 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
     """One row per parameter and the total, of one configuration (the first by default).
 
     Variances and norms are in (loss/parameter)^2. "95 %" is the interval's ends relative to the variance; "Q1/Q2" the
-    percentages of the variance that stem from the weight-gradient and the input-gradient quantizers; "Q2/bound"
+    percentages of the variance that stem from the weight-gradient and the input-gradient quantizers; "own Q1" the exact
+    variance from the layer's own weight-gradient quantizer, and "drawn" the draws' over it; "Q2/bound"
     the exact variance of the layer's input-gradient quantizer over its bound; "margin" is the √3 margin.
 
     Raises:
@@ -243,6 +260,8 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         FittedColumn("bias p", _p_cells(rows, [level] * len(rows)), 80),
         FittedColumn("variance", _numbers(rows, "variance"), 95),
         FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        FittedColumn("own Q1", _numbers(rows, "variance_exact_own"), 43, meaning=_MEANING_OWN),
+        FittedColumn("drawn", [Text(plain(float(row["own_ratio"]))) for row in rows], 25, meaning=_MEANING_OWN_RATIO),
         FittedColumn("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
         FittedColumn("Q2/bound", [Text(plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
         FittedColumn("Q1/bound", [Text(plain(ratio)) for ratio in bounded], 38, meaning=_MEANING_WEIGHT_BOUND),
@@ -253,9 +272,21 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
         FittedColumn("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
-    return Group(
-        FittedTable(title, columns, total=True), *_legend(found), *unquantized(result.metadata), *_native(result)
-    )
+    if not total["draws"]:
+        title = f"{chosen}: exact variances per layer, no draws"
+    table = FittedTable(title, columns, total=True)
+    return Group(table, *_legend(found), *_own(total), *unquantized(result.metadata), *_native(result))
+
+
+def _own(total: pd.Series) -> list[Text]:
+    """How well closed form and draws agree on what the layers' own Q1 add, and what that is worth."""
+    if math.isnan(total["own_ratio_low"]):
+        return []
+    low, value, high = (plain(float(total[f"own_ratio{end}"])) for end in ("_low", "", "_high"))
+    told = f"squared error from the layers' own Q1, drawn over exact: {value} (95 %: {low} to {high})"
+    gain = float(total["variance_gain"])
+    worth = f"; with the exact part, a draw is worth {gain:.2g} of plain Monte Carlo" if math.isfinite(gain) else ""
+    return [Text(told + worth)]
 
 
 def comparison_table(result: Result) -> RenderableType:
@@ -276,6 +307,8 @@ def comparison_table(result: Result) -> RenderableType:
         ),
         FittedColumn("variance", _numbers(rows, "variance"), 95),
         FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
+        FittedColumn("own Q1", _numbers(rows, "variance_exact_own"), 50, meaning=_MEANING_OWN_TOTAL),
+        FittedColumn("drawn", [Text(plain(float(row["own_ratio"]))) for row in rows], 45, meaning=_MEANING_OWN_RATIO),
         FittedColumn("/ sampling", [Text(plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
         FittedColumn(
             f"Q2 var / {result.reference}", [Text(plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
@@ -310,7 +343,7 @@ def _median_input_ratio(result: Result, configuration: Configuration) -> float:
 
 
 def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ...]:
-    """Bias and bound flags of any row; noise as the total has it (single layers are often noisy)."""
+    """Bias, bound and dependence flags of any row; noise as the total has it (single layers are often noisy)."""
     total = result.total(configuration)
     frame = result.select(configuration)
     level = bias_level(frame)

@@ -300,8 +300,11 @@ class _BackwardProduct:
         if self.site == "grad_input":
             v = q.variance(self.g) if isinstance(q, UniformQuantizer) else sampled
             return input_total(self.product, images(v), other, self.shape)
-        roundings = Roundings.of(q, self.g) if isinstance(q, UniformQuantizer) else Roundings(images(sampled), None)
-        return weight_total(self.product, roundings, other, self.shape)
+        v, coefficients = images(sampled), other.double().square()
+        if isinstance(q, UniformQuantizer):
+            roundings = Roundings.of(q, self.g)
+            v, coefficients = roundings.variance, roundings.coefficients(other)
+        return weight_total(self.product, v, coefficients, self.shape)
 
 
 @dataclass
