@@ -86,7 +86,7 @@ def test_biased_is_an_exception(fqt_check):
     result.stdout.fnmatch_lines(
         [
             ">       fqt_check(biased, X)",
-            "E       fqtstats.errors.BiasDetected: BIASED (p = 0, 0 draws, exact): E is *",
+            "E       fqtstats.errors.BiasDetected: BIASED (p = 0, 0 draws, deterministic): E is *",
             "*= unbiased quantizers =*",
             "check *verdict *p *smallest bias that its draws show",
             "test_it.py::test_good  * unbiased * steps (*)",

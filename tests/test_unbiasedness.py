@@ -10,11 +10,13 @@ import controls
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import fqtstats
 from fqtstats.errors import BiasDetected, InputError
 from fqtstats.verdicts import designs
 from fqtstats.verdicts.battery import Battery, autocorrelation, spread_p, strongest_lag
+from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions
 
 GRADIENT = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "gradient"]
@@ -220,6 +222,206 @@ def test_a_deterministic_identity_is_unbiased():
 def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message):
         fqtstats.check_unbiased(fqtstats.quantizer("psq"), **{"x": X, **arguments})
+
+
+def test_black_boxes_hold_their_level():
+    """400 runs of 16 draws; more rejections than are allowed here have probability 1e-6 at a size of .01.
+
+    Finds (with probability .99) a size of .07. Smaller inputs, where rare outcomes fail to show, are refused.
+    """
+    x = designs.natural((8, 16))
+    low, step = controls._grid(x, 4)
+    y = (x - low) / step
+    u = torch.rand(16 * 400, *x.shape, generator=torch.Generator().manual_seed(0))
+    kept = (y.floor() + (u < y - y.floor())) * step + low
+    rejected = dict.fromkeys(("directions", "cross-fit", "independence"), 0)
+    for run in range(400):
+        box = BlackBox(lambda x, s, run=run: kept[16 * run + s.draw], x, run)
+        for draw in range(16):
+            box.draw(fqtstats.stream(draw=draw))
+        for finding in box.look(1e-6):
+            rejected[finding.family] += finding.p_value <= 0.01
+    assert max(rejected.values()) <= stats.binom.isf(1e-6, 400, 0.01), rejected
+
+
+@pytest.mark.parametrize(("bits", "found"), [(2, True), (8, False)])
+def test_a_black_box_shows_two_random_bits_and_not_eight(bits, found):
+    # Which is why the verdict of eight rests on probing; the seed is fixed.
+    few = controls.few_random_bits(bits)
+    box = BlackBox(few, X)
+    for draw in range(64):
+        box.draw(fqtstats.stream(draw=draw))
+    p = min(f.p_value for f in box.look(1e-6) if not f.about_independence)
+    assert (p < 1e-6 / 12) == found
+    assert not fqtstats.check_unbiased(few, X).unbiased
+
+
+# --- callables that misbehave -----------------------------------------------------------------------------------------
+
+
+def spoiled(how, when=lambda s: True):
+    def f(x, s):
+        out = controls.unbroken()(x, s)
+        return how(out) if when(s) else out
+
+    return f
+
+
+def to_nan(out):
+    out[3, 4] = torch.nan
+    return out
+
+
+def raising(out):
+    raise ZeroDivisionError("in the user's code")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (lambda out: out[:1], r"must return torch.float32 \[32, 96\] like its input, got torch.float32 \[1, 96\]"),
+        (lambda out: out.double(), r"got torch.float64 \[32, 96\]"),
+        (to_nan, "returned 1 NaN or Inf of 3072 elements for finite input"),
+        (lambda out: out.tolist(), "must return a tensor, got list"),
+        (raising, "raised ZeroDivisionError: in the user's code"),
+    ],
+    ids=["shape", "dtype", "nan", "type", "raises"],
+)
+def test_what_a_callable_returns_is_checked(how, message):
+    where = "called with x .32, 96. torch.float32, seed 7, draw 0, site 'probe natural', with numbers of the probe's"
+    with pytest.raises(InputError, match=f"{message}; {where}"):
+        fqtstats.check_unbiased(spoiled(how), X, seed=7)
+    # Only while it is sampled: then the message says which stream gives it again.
+    with pytest.raises(InputError, match=f"{message}; called with .* seed 7, draw 5, site 'check natural'$"):
+        fqtstats.check_unbiased(spoiled(how, lambda s: s.draw == 5 and s.site.startswith("check")), X, seed=7)
+
+
+def test_the_message_gives_the_failing_call_again():
+    def f(x, s):
+        if s.site == "check natural" and float(s.uniform(x.shape)[0, 0]) < 0.1:
+            raise ArithmeticError
+        return controls.unbroken()(x, s)
+
+    with pytest.raises(InputError, match="raised ArithmeticError") as caught:
+        fqtstats.check_unbiased(f, X, seed=3)
+    draw = int(str(caught.value).split("draw ")[1].split(",")[0])
+    with pytest.raises(ArithmeticError):
+        f(X, fqtstats.stream(seed=3, draw=draw, site="check natural"))
+
+
+def test_what_ignores_its_stream_is_judged_exactly():
+    verdict = fqtstats.check_unbiased(lambda x, s: x + 1e-3, X)
+    assert (verdict.unbiased, verdict.method, verdict.draws, verdict.p_value) == (False, "deterministic", 0, 0.0)
+    calls = itertools.count()
+    verdict = fqtstats.check_unbiased(lambda x, s: x + 0.1 * (-1) ** next(calls), X, draws=32)
+    assert "asks nothing of its stream, and yet its result differs from call to call" in verdict.method
+
+
+def test_too_small_an_input_is_said_so():
+    def two_numbers(x, s):
+        return controls.unbroken(4)(x, s) + 0 * s.child("more").uniform(x.shape)
+
+    with pytest.raises(InputError, match="16 elements are too few to be judged by draws alone"):
+        fqtstats.check_unbiased(two_numbers, X[:4, :4].contiguous())
+    x = torch.tensor([[0.3, 0.6]])
+    verdict = fqtstats.check_unbiased(finer_than_it_looks(16), x, grid=(1.0, 0.0), draws=16)
+    assert verdict.ok
+    assert "2 elements are too few for them to show a bias of 0.5 steps" in verdict.evidence
+    # What is computed needs no number of elements.
+    assert fqtstats.check_unbiased(dithered, x).independent is None
+    assert not fqtstats.check_unbiased(lambda x, s: controls.unbroken(1)(x, s) + 0.01, x).unbiased
+
+
+# --- callables whose grid is named ------------------------------------------------------------------------------------
+
+
+def finer_than_it_looks(bits, step=1.0, offset=0.0):
+    """Rounds onto ``step k + offset`` by a number that is put together from two: that cannot be probed."""
+
+    def f(x, s):
+        y = (x - offset) / step
+        high, low = (s.child(name).bits(x.shape, bits // 2) for name in ("high", "low"))
+        u = (high * 2 ** (bits // 2) + low).to(x.dtype) / 2**bits
+        return (y.floor() + (u < y - y.floor())) * step + offset
+
+    return f
+
+
+LOW, STEP = controls._grid(X, 4)
+
+
+@pytest.mark.parametrize(
+    ("x", "grid"),
+    [
+        (X, (STEP, LOW)),
+        (X, (0.25, 0.1)),
+        (X.double(), (torch.full((96,), 0.25), torch.linspace(0, 0.2, 96))),
+        (X.view(4, 8, 3, 32), (0.125, torch.zeros(8, 1, 1))),
+        (X.view(-1), (0.25, 0.0)),
+    ],
+    ids=["rows", "tensor", "columns", "channels", "vector"],
+)
+def test_a_named_grid_lets_the_battery_judge(x, grid):
+    f = finer_than_it_looks(24, *grid)
+    verdict = fqtstats.check_unbiased(f, x, grid=grid)
+    assert verdict.ok, verdict
+    assert verdict.method.startswith("sampled on its grid, since it uses several numbers per element")
+    assert verdict.draws == 64
+    assert set(verdict.minimum_detectable_bias) == {"constant", "one row", "one column", "one element"}
+    assert verdict.worst_bias is None
+
+
+def test_few_random_bits_on_a_named_grid():
+    # Six random bits take 2^-7 of a step from each of 65536 elements on average: in 16 draws, 19 standard deviations
+    # of their mean.
+    x = designs.natural((128, 512))
+    low, step = controls._grid(x, 4)
+    few = finer_than_it_looks(6, step, low)
+    verdict = fqtstats.check_unbiased(few, x, grid=(step, low))
+    assert not verdict.unbiased
+    assert verdict.p_value < 1e-6
+    assert "standard deviations from 0" in verdict.evidence
+    assert verdict.draws == 16
+
+
+def test_dependence_on_a_named_grid():
+    def shared(x, s):
+        y = (x - LOW) / STEP
+        u = s.child("a").uniform((x.shape[0], 1)) + 0 * s.child("b").uniform(x.shape)
+        return (y.floor() + (u < y - y.floor())) * STEP + LOW
+
+    verdict = fqtstats.check_unbiased(shared, X, grid=(STEP, LOW))
+    assert verdict.unbiased
+    assert verdict.independent is False
+    assert "are correlated" in verdict.method or "times the variance" in verdict.method
+
+
+def test_results_that_are_not_the_named_grids():
+    f = finer_than_it_looks(24, STEP, LOW)
+    # Another grid altogether: nothing can be said.
+    with pytest.raises(InputError, match=r"results are none of its points.*steps from the offset; called with x"):
+        fqtstats.check_unbiased(f, X, grid=(STEP * 1.1, LOW))
+    with pytest.raises(InputError, match="results are none of its points"):
+        fqtstats.check_unbiased(f, X, grid=(STEP, LOW + 0.3 * STEP))
+    # Its points, but not those next to the input: certain.
+    verdict = fqtstats.check_unbiased(lambda x, s: f(x, s) + STEP, X, grid=(STEP, LOW))
+    assert not verdict.unbiased
+    assert verdict.p_value == 0
+    assert "results off the two neighbouring grid points" in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ((0.0, 0.0), "every step must be positive, got 0.0"),
+        ((1.0, torch.nan), "its offset must be finite"),
+        ((torch.ones(3), 0.0), r"its step \[1, 3\] does not broadcast against x \[32, 96\]"),
+        ((1e-7, 0.0), "torch.float32 cannot resolve a step of 1e-07"),
+    ],
+)
+def test_a_grid_that_is_none(grid, message):
+    with pytest.raises(InputError, match=message):
+        fqtstats.check_unbiased(controls.unbroken(), X, grid=grid)
 
 
 # --- the battery alone, on decisions whose law is prescribed ----------------------------------------------------------

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fqtstats.errors import InputError
 from fqtstats.quantizers.base import UniformQuantizer
 from fqtstats.random import Stream
 from fqtstats.verdicts.expectation import Law
-from fqtstats.verdicts.probe import StreamFunction, call
+from fqtstats.verdicts.probe import StreamFunction, call, replay
 
-__all__ = ["Decisions", "of_grid", "of_law"]
+__all__ = ["Decisions", "of_grid", "of_law", "of_steps"]
 
 _ROUNDED = 2.0**-24  # a probability in float32
 
@@ -93,3 +94,68 @@ def of_law(f: StreamFunction, x: torch.Tensor, law: Law) -> Decisions:
 
     along = torch.where(moves, x / torch.where(moves, gap, 1.0), 0.0)
     return Decisions(along.view(rows, -1), p, torch.full_like(p, _ROUNDED), p, ups)
+
+
+def of_steps(f: StreamFunction, x: torch.Tensor, step: float | torch.Tensor, offset: float | torch.Tensor) -> Decisions:
+    """The results of a callable against the two points next to each element on a grid that its user names.
+
+    P(up) may be off by what the arithmetic of ``x``'s dtype leaves: four units in the last place of the largest number
+    that shares the step, and ``2^-24``.
+
+    Args:
+        f: the callable.
+        x: ``[N, ...]``.
+        step: of the grid, positive: a number, or a tensor that broadcasts against ``x``.
+        offset: of any of its points, likewise.
+
+    Raises:
+        InputError: the grid has another shape or is no grid, or ``x``'s dtype cannot resolve it; while drawing: a
+            result lies between its points.
+    """
+    rows = x.shape[0]
+    steps, offsets = (_beside(x, name, value) for name, value in (("step", step), ("offset", offset)))
+    if not bool((steps > 0).all()):
+        raise InputError(f"grid: every step must be positive, got {float(steps.min())}")
+    magnitude = torch.maximum(x.double().abs(), offsets.abs()) + steps
+    shared = [axis for axis, extent in enumerate(steps.shape) if extent == 1]
+    largest = magnitude.amax(shared, keepdim=True) if shared else magnitude
+    tolerance = (4 * torch.finfo(x.dtype).eps * largest / steps + 2.0**-24).expand(x.shape)
+    if float(tolerance.max()) >= 0.25:
+        raise InputError(
+            f"grid: {x.dtype} cannot resolve a step of {float(steps.min()):.3g} beside numbers of "
+            f"{float(largest.max()):.3g}; give x in a wider dtype"
+        )
+    y = (x.double() - offsets) / steps
+    low = y.floor()
+    p = y - low
+    may_be_lower, may_be_higher = p <= tolerance, p >= 1 - tolerance  # rounding says on which side of a point it lies
+
+    def ups(s: Stream) -> tuple[torch.Tensor, int]:
+        out = call(f, x, s)
+        code = (out.double() - offsets) / steps - low
+        whole = code.round()
+        between = (code - whole).abs() > tolerance
+        if bool(between.any()):
+            i = int(between.view(-1).nonzero()[0])
+            raise InputError(
+                f"grid: {int(between.sum())} of {out.numel()} results are none of its points, such as element {i}: "
+                f"{float(out.reshape(-1)[i]):.9g} is {float((code + low).reshape(-1)[i]):.6g} steps from the offset; "
+                f"called with {replay(x, s)}"
+            )
+        beyond = (whole < torch.where(may_be_lower, -1, 0)) | (whole > torch.where(may_be_higher, 2, 1))
+        return (whole >= 1).reshape(rows, -1), int(beyond.sum())
+
+    y, p, off = (t.reshape(rows, -1).contiguous() for t in (y, p, tolerance))
+    return Decisions(y, p, off, y, ups)
+
+
+def _beside(x: torch.Tensor, name: str, value: float | torch.Tensor) -> torch.Tensor:
+    """float64, with as many axes as ``x``."""
+    found = torch.as_tensor(value, dtype=torch.float64)
+    if found.dim() < x.dim():
+        found = found.view(*[1] * (x.dim() - found.dim()), *found.shape)
+    if found.dim() > x.dim() or any(n not in (1, m) for n, m in zip(found.shape, x.shape, strict=True)):
+        raise InputError(f"grid: its {name} {list(found.shape)} does not broadcast against x {list(x.shape)}")
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"grid: its {name} must be finite")
+    return found

@@ -139,7 +139,8 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         raise InputError(f"{_name(f)} must return a tensor, got {type(out).__name__}; called with {replay(x, stream)}")
     if out.shape != x.shape or out.dtype != x.dtype:
         raise InputError(
-            f"{_name(f)} must return {x.dtype} {list(x.shape)} like its input, got {out.dtype} {list(out.shape)}"
+            f"{_name(f)} must return {x.dtype} {list(x.shape)} like its input, got {out.dtype} {list(out.shape)}; "
+            f"called with {replay(x, stream)}"
         )
     bad = int((~torch.isfinite(out)).sum())
     if bad:
@@ -152,7 +153,8 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
 
 def replay(x: torch.Tensor, stream: Stream) -> str:
     """What reproduces one call, for error messages."""
-    return f"x {list(x.shape)} {x.dtype}, seed {stream.seed}, draw {stream.draw}, site {stream.site!r}"
+    numbers = ", with numbers of the probe's choice" if isinstance(stream, Probe) else ""
+    return f"x {list(x.shape)} {x.dtype}, seed {stream.seed}, draw {stream.draw}, site {stream.site!r}{numbers}"
 
 
 def _name(f: StreamFunction) -> str:

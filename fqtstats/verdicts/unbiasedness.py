@@ -3,7 +3,7 @@
 What can be computed is computed: a callable whose expectation can be probed (:mod:`.expectation`) is compared with its
 input, element by element, without sampling and without error. What is left to chance, the coupling of its decisions to
 each other and to the stream, is then tested on draws (:mod:`.battery`). Only a callable that cannot be probed is judged
-by its draws alone (:mod:`.blackbox`).
+by its draws alone: by the battery if its grid is named, else without knowing what it rounds to (:mod:`.blackbox`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from fqtstats.random import Stream, stream
 from fqtstats.verdicts import blackbox, designs
 from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
 from fqtstats.verdicts.blackbox import BlackBox
-from fqtstats.verdicts.decisions import Decisions, of_grid, of_law
+from fqtstats.verdicts.decisions import Decisions, of_grid, of_law, of_steps
 from fqtstats.verdicts.expectation import Law, coupled_codes, law
 from fqtstats.verdicts.probe import StreamFunction
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
 _LADDER_TOLERANCE = 2.0**-20
+_TOO_LARGE = 0.5  # steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Verdict:
 
     Attributes:
         unbiased: no bias was found, whatever the tests of independence say.
-        independent: no dependence between elements or draws was found; None where a bias was found first.
+        independent: no dependence between elements or draws was found; None where a bias was found first, or where
+            nothing could be tested.
         p_value: the smallest, adjusted for everything that was tested: an unbiased quantizer gives a value below
             ``false_alarm`` with at most that probability. 0 where the failure is certain.
         evidence: what showed it, a sentence; or what was looked at.
@@ -43,7 +45,7 @@ class Verdict:
         seed: gives the same verdict again.
         false_alarm: the level.
         method: how the expectation was judged: ``"exact"``, ``"codes"`` (exact on the codes, decoded linearly),
-            ``"deterministic"`` or ``"sampled"``, and why nothing better would do.
+            ``"deterministic"``, ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do.
         minimum_detectable_bias: smallest bias, in steps, that the draws on the first design find with probability .99,
             by its shape; empty for a black box.
         worst_bias: largest ``|E - x|`` found without sampling, in steps; None where it was not computed.
@@ -72,8 +74,18 @@ class Verdict:
         return f"{state} (p = {self.p_value:.3g}, {self.draws} draws, {self.method}): {self.evidence}"
 
 
+NamedGrid = tuple[float | torch.Tensor, float | torch.Tensor]
+"""Step, and offset of any point, of a uniform grid: numbers, or tensors that broadcast against the input."""
+
+
 def check_unbiased(
-    f: StreamFunction, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+    f: StreamFunction,
+    x: torch.Tensor,
+    false_alarm: float = 1e-6,
+    *,
+    seed: int = 0,
+    draws: int | None = None,
+    grid: NamedGrid | None = None,
 ) -> Verdict:
     """Judge ``f``, called as ``f(x, stream)``.
 
@@ -84,28 +96,38 @@ def check_unbiased(
         false_alarm: probability at most that an unbiased, independent quantizer is not ``ok``, in (0, 1).
         seed: of the streams and of the random directions; the verdict is a function of it.
         draws: the most draws on ``x``; by default 64.
+        grid: step and offset of the uniform grid onto which ``f`` rounds ``x``, numbers or tensors that broadcast
+            against ``x``. It is made use of where the expectation of ``f`` cannot be probed: its draws then show far
+            smaller biases. Elements whose random numbers are shared are judged without it.
 
     Returns:
         The verdict. A failure ends the sampling.
 
     Raises:
-        InputError: ``x`` or ``false_alarm`` cannot be used, or ``f`` returns another shape or dtype, NaN or Inf, or
-            raises; the message says with what it was called.
+        InputError: ``x``, ``false_alarm`` or ``grid`` cannot be used, or ``f`` returns another shape or dtype, NaN or
+            Inf, points that the grid does not have, or raises (the message says with what it was called); or ``x`` has
+            too few elements for a callable that only its draws can judge.
     """
     _require_usable(x, false_alarm, draws)
     with torch.no_grad(), single_thread():
-        return _Judge(f, x.detach(), false_alarm, seed, draws).verdict()
+        return _Judge(f, x.detach(), false_alarm, seed, draws, grid).verdict()
 
 
 def assert_unbiased(
-    f: StreamFunction, x: torch.Tensor, false_alarm: float = 1e-6, *, seed: int = 0, draws: int | None = None
+    f: StreamFunction,
+    x: torch.Tensor,
+    false_alarm: float = 1e-6,
+    *,
+    seed: int = 0,
+    draws: int | None = None,
+    grid: NamedGrid | None = None,
 ) -> Verdict:
     """:func:`check_unbiased`, raising unless the verdict is ``ok``.
 
     Raises:
         BiasDetected: (an AssertionError) with the verdict.
     """
-    verdict = check_unbiased(f, x, false_alarm, seed=seed, draws=draws)
+    verdict = check_unbiased(f, x, false_alarm, seed=seed, draws=draws, grid=grid)
     if not verdict.ok:
         raise BiasDetected(str(verdict), verdict)
     return verdict
@@ -124,9 +146,19 @@ def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None) -> N
 
 
 class _Judge:
-    def __init__(self, f: StreamFunction, x: torch.Tensor, false_alarm: float, seed: int, draws: int | None) -> None:
+    def __init__(
+        self,
+        f: StreamFunction,
+        x: torch.Tensor,
+        false_alarm: float,
+        seed: int,
+        draws: int | None,
+        grid: NamedGrid | None,
+    ) -> None:
         self.f, self.x, self.false_alarm, self.seed = f, x, false_alarm, seed
         self.most = draws
+        self.named = None if grid is None else of_steps(f, x, *grid)
+        self.deterministic = False
         self.draws = 0
         self.worst = 0.0
         self.best: Finding | None = None  # the smallest adjusted p-value of any test
@@ -139,14 +171,19 @@ class _Judge:
             try:
                 exact = self._expectation(design)
             except NotExact as reason:
+                if self.named is not None and not reason.shared:
+                    return self._on_grid(design, self.named, str(reason))
                 return self._sampled(str(reason), shared=reason.shared)
             if isinstance(exact, str):
                 return self._result(False, None, 0.0, exact)
             if exact.n == 0:
                 # What does not look at its stream has no decisions to test.
-                return self._result(True, True, 1.0, "a deterministic map that gives back its input", "deterministic")
+                return self._result(True, True, 1.0, "a deterministic map that gives back its input")
             if exact.values > 2:
                 # There is no "up" and "down" to test; the mean is known all the same.
+                if self.x.numel() < blackbox.FEWEST:
+                    few = f"E = x within {self.worst:.1g} steps, by probing; too few elements to test on draws"
+                    return self._result(True, None, 1.0, few)
                 return self._sampled("", shared=False, method="exact")
             decisions = self._decisions(design, exact)
             level = self.false_alarm / (len(planned) * len(LOOKS) * FAMILIES)
@@ -154,16 +191,36 @@ class _Judge:
                 self.detectable = detectable(decisions, self.most or design.draws, level)
             failure = self._battery(design, decisions, level)
             if failure is not None:
-                certain = failure.family == "support"
-                adjusted = min(1.0, failure.p_value * self.false_alarm / level)
-                where = f"{failure.evidence} ({design.name} design, {failure.draws} draws)"
-                if failure.about_independence:
-                    return self._result(True, False, adjusted, where)
-                return self._result(False, True, 0.0 if certain else adjusted, where)
+                return self._failed(failure, design, level)
         assert self.best is not None
         adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES)
         evidence = f"E = x within {self.worst:.1g} steps, by probing; the draws show nothing"
         return self._result(True, True, adjusted, evidence)
+
+    def _on_grid(self, design: designs.Design, decisions: Decisions, reason: str) -> Verdict:
+        """By the battery alone; a dependence, which its tests of a bias cannot bear, leaves the black box's."""
+        level = self.false_alarm / (len(LOOKS) * FAMILIES)
+        self.detectable = detectable(decisions, self.most or design.draws, level)
+        method = f"sampled on its grid, since {reason}"
+        failure = self._battery(design, decisions, level)
+        if failure is None:
+            assert self.best is not None
+            adjusted = min(1.0, self.best.p_value * len(LOOKS) * FAMILIES)
+            evidence = "the draws show nothing"
+            if min(self.detectable.values()) >= _TOO_LARGE:
+                evidence += f"; {self.x.numel()} elements are too few for them to show a bias of {_TOO_LARGE} steps"
+            return self._result(True, True, adjusted, evidence, method)
+        if failure.about_independence:
+            return self._sampled(failure.evidence, shared=True)
+        return self._failed(failure, design, level, method)
+
+    def _failed(self, failure: Finding, design: designs.Design, level: float, method: str | None = None) -> Verdict:
+        certain = failure.family == "support"
+        adjusted = min(1.0, failure.p_value * self.false_alarm / level)
+        where = f"{failure.evidence} ({design.name} design, {failure.draws} draws)"
+        if failure.about_independence:
+            return self._result(True, False, adjusted, where, method)
+        return self._result(False, True, 0.0 if certain else adjusted, where, method)
 
     # --- designs ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +232,8 @@ class _Judge:
             levels = q.format.levels - (q.recipe.rule == "symmetric")
             for high in (False, True):
                 ladder = designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype)
-                yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
+                if coupled_codes(q, ladder) is None:  # a quantizer may mix these rows, and not those of x
+                    yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
 
     def _steps(self, design: designs.Design, exact: Law) -> torch.Tensor:
         """Distance of the two values of each element; of a quantizer without chance, its grid's step."""
@@ -209,7 +267,8 @@ class _Judge:
         """The law on a design, or what is wrong with its mean."""
         x = design.x.double()
         if not self.coupled:
-            exact = law(self.f, design.x)
+            exact = law(self.f, design.x, stream(seed=self.seed, site=f"probe {design.name}"))
+            self.deterministic = exact.n == 0
             step = self._steps(design, exact)
             return self._off(design, "E", exact.mean, x, step, self._tolerance(design, step)) or exact
         coupled = coupled_codes(self.f, design.x)
@@ -288,6 +347,11 @@ class _Judge:
         return None
 
     def _sampled(self, reason: str, shared: bool, method: str | None = None) -> Verdict:
+        if self.x.numel() < blackbox.FEWEST:
+            raise InputError(
+                f"x {list(self.x.shape)}: {self.x.numel()} elements are too few to be judged by draws alone, since "
+                f"{reason}; give at least {blackbox.FEWEST}"
+            )
         box = BlackBox(self.f, self.x, self.seed)
         streams = self._streams("black box")
         looks = [n for n in LOOKS if n <= (self.most or blackbox.DRAWS)]
@@ -319,7 +383,7 @@ class _Judge:
         self, unbiased: bool, independent: bool | None, p_value: float, evidence: str, method: str | None = None
     ) -> Verdict:
         if method is None:
-            method = "exact on the codes" if self.coupled else "exact"
+            method = "deterministic" if self.deterministic else "exact on the codes" if self.coupled else "exact"
         return Verdict(
             unbiased=unbiased,
             independent=independent,
