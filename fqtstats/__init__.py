@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fqtstats.measurement import measure
     from fqtstats.policy import Policy
     from fqtstats.profiles import Profile, load_profile
+    from fqtstats.profiling import profile
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
@@ -41,6 +42,7 @@ __all__ = [
     "parity",
     "policies",
     "prepare_",
+    "profile",
     "quantized",
     "quantizer",
     "stream",
@@ -53,6 +55,7 @@ _HOMES = {
     "fqtstats.measurement": ("measure",),
     "fqtstats.policy": ("Policy",),
     "fqtstats.profiles": ("Profile", "load_profile"),
+    "fqtstats.profiling": ("profile",),
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,39 +20,29 @@ from fqtstats.estimators import bias, intervals
 from fqtstats.estimators.moments import ErrorMoments, squared_norm
 from fqtstats.estimators.sampling import sampling_variance
 from fqtstats.estimators.sketch import Sketch
-from fqtstats.hashing import tensor_digest
 from fqtstats.layers.state import SITES, Site
 from fqtstats.layers.swap import Handle, Skip, quantized
-from fqtstats.policy import PLACES, Policy
+from fqtstats.measuring import (
+    CALIBRATION_DRAW,
+    Arrays,
+    Keeper,
+    Progress,
+    Store,
+    describe,
+    digest,
+    errors_of,
+    gradients,
+    metadata_of,
+    wide,
+)
+from fqtstats.policy import Policy
 from fqtstats.provenance import provenance
-from fqtstats.random import stream
 from fqtstats.results import TOTAL, Result
 
-__all__ = ["Progress", "Store", "measure"]
-
-Arrays = dict[str, npt.NDArray[Any]]
-
-CALIBRATION_DRAW = -1
-"""Index of the extra draw that fixes the fixed-point scales; never part of the sample."""
+__all__ = ["Arrays", "Progress", "Store", "measure"]
 
 BIASED_BELOW = 0.01
 """Below this bias p-value the variance interval no longer assumes that there is no bias."""
-
-
-class Progress(Protocol):
-    """Told after every backward pass or batch."""
-
-    def __call__(self, done: int, total: int) -> None: ...
-
-
-class Store(Protocol):
-    """Where an unfinished measurement keeps what it has."""
-
-    def load(self) -> Arrays | None:
-        """The last saved state, or None."""
-
-    def save(self, state: Callable[[], Arrays], *, force: bool = False) -> None:
-        """Keep what ``state()`` gives; may skip it (and not even call it) unless ``force``."""
 
 
 def measure(
@@ -107,13 +96,13 @@ def measure(
         with Session(model, handle, batch, loss_fn, seed) as session:
             names = list(session.parameters)
             incoming = IncomingGradients()
-            gradient = [_wide(g) for g in session.qat(incoming, incoming.weight_gradient)]
+            gradient = [wide(g) for g in session.qat(incoming, incoming.weight_gradient)]
             tell(1, total)
-            calibration = _errors(session, gradient, CALIBRATION_DRAW)
+            calibration = errors_of(session, gradient, CALIBRATION_DRAW)
             tell(2, total)
             moments = ErrorMoments(names, gradient, calibration, Sketch(gradient, seed))
             # The calibration errors depend on quantizers and seed, the gradient on all the rest.
-            keeper = _Keeper(store, _digest([*gradient, *calibration]), moments)
+            keeper = Keeper(store, digest([*gradient, *calibration]), moments)
             del calibration
             facts = _Facts.of(session, handle, incoming, gradient)
             done = 2 + len(moments.norms)
@@ -134,8 +123,8 @@ def measure(
         sampling = None
         if further:
             try:
-                gradients = _gradients(model, handle, further, loss_fn, seed, lambda i: tell(2 + draws + i, total))
-                sampling = sampling_variance(names, gradient, gradients)
+                others = gradients(model, handle, further, loss_fn, seed, lambda i: tell(2 + draws + i, total))
+                sampling = sampling_variance(names, gradient, others)
             except BaseException as error:
                 _attach_result(error, facts, moments, policy, seed)
                 raise
@@ -147,30 +136,18 @@ def _attach_result(error: BaseException, facts: _Facts, moments: ErrorMoments, p
         error.partial_result = _result(facts, moments, None, policy, seed)  # type: ignore[attr-defined]
 
 
-def _wide(g: torch.Tensor) -> torch.Tensor:
-    """Half-precision gradients as float32: differences and sums of them are not rounded again."""
-    return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
-
-
-def _errors(
-    session: Session, gradient: list[torch.Tensor], index: int, sites: Sequence[Site] = SITES
-) -> list[torch.Tensor]:
-    """FQT draw minus QAT gradient."""
-    return [_wide(draw).sub_(g) for draw, g in zip(session.draw(index, sites), gradient, strict=True)]
-
-
 def _draw(
     session: Session, gradient: list[torch.Tensor], policy: Policy, index: int
 ) -> tuple[list[torch.Tensor], npt.NDArray[np.float64]]:
     """Errors of one draw, and the squared norms ``[2, P]`` of their parts from Q1 and Q2."""
-    errors = _errors(session, gradient, index)
+    errors = errors_of(session, gradient, index)
     if not _uses(policy, "grad_weight"):
         input_part = [squared_norm(e) for e in errors]
         return errors, np.array([[0.0] * len(errors), input_part])
     if not _uses(policy, "grad_input"):
         return errors, np.array([[squared_norm(e) for e in errors], [0.0] * len(errors)])
     # The same draw without Q1: what remains is Q2's part, and the difference Q1's.
-    upstream = _errors(session, gradient, index, ("grad_input",))
+    upstream = errors_of(session, gradient, index, ("grad_input",))
     input_part = [squared_norm(e) for e in upstream]
     weight_part = [squared_norm(u.sub_(e)) for u, e in zip(upstream, errors, strict=True)]
     return errors, np.array([weight_part, input_part])
@@ -178,45 +155,6 @@ def _draw(
 
 def _uses(policy: Policy, site: Site) -> bool:
     return any(getattr(p, site) is not None for p in (policy, *policy.overrides.values()))
-
-
-def _gradients(
-    model: nn.Module,
-    handle: Handle,
-    batches: list[object],
-    loss_fn: LossFunction,
-    seed: int,
-    tell: Callable[[int], None],
-) -> Iterator[list[torch.Tensor]]:
-    for index, batch in enumerate(batches, start=1):
-        # Masks of dropout are part of what changes from batch to batch.
-        own, *_ = stream(seed=seed, site="forward", draw=index).words()
-        with Session(model, handle, batch, loss_fn, own) as session:
-            yield [_wide(g) for g in session.qat()]
-        tell(index)
-
-
-def _digest(tensors: Sequence[torch.Tensor]) -> str:
-    return tensor_digest({str(index): tensor for index, tensor in enumerate(tensors)})
-
-
-class _Keeper:
-    """Loads and saves the accumulators, with a digest of the gradient and the calibration errors they belong to."""
-
-    def __init__(self, store: Store | None, digest: str, moments: ErrorMoments) -> None:
-        self._store, self._digest, self._moments = store, digest, moments
-        arrays = None if store is None else store.load()
-        if arrays is not None:
-            if arrays.pop("gradient_digest").item() != digest:
-                raise InputError(
-                    "cannot resume: the gradient is not the one that the saved state belongs to (another machine, "
-                    "library version, model, data, policy or seed); start anew in another folder"
-                )
-            moments.load(arrays)
-
-    def save(self, *, force: bool = False) -> None:
-        if self._store is not None:
-            self._store.save(lambda: {"gradient_digest": np.array(self._digest), **self._moments.state()}, force=force)
 
 
 @dataclass(frozen=True)
@@ -263,16 +201,7 @@ class _Facts:
             rounding = max(8 * torch.finfo(g.dtype).eps, torch.finfo(p.dtype).eps / 2)
             quantized = id(p) in holders
             rows.append(_Row(layer, parameter, quantized, p.numel(), squared_norm(g), held_as, laws_of, rounding))
-        tensors = list(session.tensors())
-        batch = {"batch": _digest(tensors)} if tensors else {}
-        metadata: dict[str, object] = {
-            "loss": session.loss,
-            "backend": handle.backend,
-            "kept": _kept(handle),
-            "unquantized": [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
-            "hashes": {"model": tensor_digest(session.model.state_dict()), **batch},
-            "gradient_sha256": _digest(gradient),
-        }
+        metadata = {**metadata_of(session, gradient), "kept": _kept(handle)}
         return _Facts(rows, incoming, handle, metadata)
 
     def law(self, layers: Sequence[str], site: Site, quantity: str) -> float:
@@ -367,7 +296,7 @@ def _result(
     configuration = {
         "quantizer": quantizer,
         "bits": bits,
-        "policy": _describe(policy),
+        "policy": describe(policy),
         "draws": len(norms),
         "loss": about.pop("loss"),
         "gradient_sha256": about.pop("gradient_sha256"),
@@ -446,11 +375,3 @@ def _label(policy: Policy) -> tuple[str, int | None]:
     if q is None:
         return policy.name, None
     return getattr(q, "name", "custom"), getattr(q, "bits", None)
-
-
-def _describe(policy: Policy) -> dict[str, object]:
-    return {
-        "name": policy.name,
-        **{place: repr(getattr(policy, place)) for place in PLACES},
-        "overrides": {pattern: _describe(own) for pattern, own in policy.overrides.items()},
-    }
