@@ -1,4 +1,4 @@
-"""The command line: ``fqtstats measure | check | bench | list``.
+"""The command line: ``fqtstats measure | profile | check | bench | list``.
 
 Exit status: 0; 1 if a claim fails, a benchmark misses its target or the backends disagree; 2 for bad usage or input
 (one line that says what to do); 130 after Ctrl-C.
@@ -20,6 +20,7 @@ from fqtstats.commands.check import check
 from fqtstats.commands.console import err
 from fqtstats.commands.listing import list_
 from fqtstats.commands.measure import measure
+from fqtstats.commands.profile import profile
 from fqtstats.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -41,6 +42,7 @@ def _main(
 
 
 app.command()(measure)
+app.command()(profile)
 app.command(name="list")(list_)
 app.command()(bench)
 app.command()(check)

@@ -1,4 +1,4 @@
-"""What the commands share that put a model, data and policies together and write a run."""
+"""What the commands share that put a model, data and policies together and write a run: ``measure`` and ``profile``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fqtstats.experiment import Experiment
-    from fqtstats.measurement import Arrays
+    from fqtstats.measuring import Arrays
     from fqtstats.policy import Policy
     from fqtstats.quantizers import Quantizer
     from fqtstats.run_directory import RunDirectory
