@@ -32,9 +32,11 @@ def profile(
     batch_size: experiments.BatchSize = 128,
     batches: experiments.Batches = 8,
     precision: Annotated[
-        float, typer.Option(help="Stop when the standard errors of the quantizers' variances are at most this share.")
+        float, typer.Option(help="Relative standard error to reach for each quantizer's variance.")
     ] = 0.05,
-    method: Annotated[str, typer.Option(help="probes, or one-at-a-time: slower, fewer assumptions.")] = "probes",
+    method: Annotated[
+        str, typer.Option(help="probes, or one-at-a-time: much slower, takes reentrant checkpoints, too.")
+    ] = "probes",
     most_probes: Annotated[int, typer.Option(help="Most probes, even if the precision is not met.")] = 256,
     seed: experiments.Seed = 0,
     skip: experiments.Skip = None,
@@ -99,9 +101,8 @@ def profile(
         print(json.dumps(profile_tables.to_dict(found), indent=2, allow_nan=False))
     else:
         out.print(profile_tables.summary(found))
-    for place in paths.values():
-        files = [f"{name}.parquet" for name in ("profile", "sources", "parameters")]
-        experiments.say_where(place, [*files, "the same as .csv", "run.json"], err if as_json else out)
+    files = [*(f"{name}.parquet" for name in ("profile", "sources", "parameters")), "the same as .csv", "run.json"]
+    experiments.say_where(path, files if len(paths) == 1 else list(paths), err if as_json else out)
 
 
 def _paths(path: Path, labels: list[str]) -> dict[str, Path]:
