@@ -16,10 +16,11 @@ import small
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fqtstats
 from fqtstats.capture import Session
-from fqtstats.errors import InputError, NonFiniteError
+from fqtstats.errors import InputError, NonFiniteError, UnsupportedError
 from fqtstats.estimators.decomposition import (
     FEWEST,
     Decomposition,
@@ -98,8 +99,8 @@ def assert_agree(one, other):
 
 @pytest.mark.parametrize(("quantizer", "bits"), [("ptq", 4), ("psq", 4), ("bhq", 4), ("ptq", 2)])
 def test_probes_against_draws(quantizer, bits):
-    """Finds 24 % of the total (SIGMAS times the asserted resolution)."""
-    keys, names, probes, draws, whole = decomposed(mlp(), policy(quantizer, bits), 48, 48, whole=100)
+    """Finds 28 % of the total (SIGMAS times the asserted resolution)."""
+    keys, names, probes, draws, whole = decomposed(mlp(), policy(quantizer, bits), whole=64)
     assert keys == [
         ("0", "grad_weight"), ("2", "grad_weight"), ("2", "grad_input"), ("4", "grad_weight"), ("4", "grad_input")
     ]  # fmt: skip
@@ -107,7 +108,7 @@ def test_probes_against_draws(quantizer, bits):
     assert_agree(probes, draws)
     assert np.abs(distance(probes.sum(axis=1), whole)).max() < SIGMAS
     assert abs(distance(probes.sum(axis=(1, 2)), whole.sum(axis=1))) < SIGMAS
-    assert resolution(probes, draws) < 0.03
+    assert resolution(probes, draws) < 0.035
     reached = probes.any(axis=0).astype(int).tolist()
     assert reached == [
         [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1], [1, 1, 1, 1, 0, 0]
@@ -133,7 +134,7 @@ def resnet():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = nn.Sequential(
-            nn.Conv2d(2, 6, 3, padding=1, bias=False), PreActBlock(6, 6, 1), PreActBlock(6, 10, 2),
+            nn.Conv2d(2, 6, 3, padding=1, bias=False), PreActBlock(6, 10, 2),
             nn.BatchNorm2d(10), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4),
         )  # fmt: skip
     return model, (layer_cases.gaussian(12, 2, 6, 6), torch.arange(12) % 4)
@@ -280,6 +281,30 @@ def test_native_backend():
     given = small.mlp(), small.batch(), small.loss, policy("bhq", 4, **layer_cases.FORWARD)
     one, other = (fqtstats.profile(*given, 0.3, backend=backend).sources for backend in ("simulated", "native"))
     np.testing.assert_allclose(one["variance"], other["variance"], rtol=0.01)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.body, self.reentrant = small.mlp(), reentrant
+
+    def forward(self, x):
+        hidden = self.body[:2](x)
+        if self.reentrant is None:
+            return self.body[2:](hidden)
+        return self.body[4](checkpoint(self.body[2:4], hidden, use_reentrant=self.reentrant))
+
+
+def test_checkpoints():
+    def found(reentrant, method):
+        return fqtstats.profile(Checkpointed(reentrant), small.batch(), small.loss, small.psq(), 0.9, method=method)
+
+    for method in ("probes", "one-at-a-time"):
+        plain = found(None, method)
+        for reentrant in (False, True)[: 1 + (method == "one-at-a-time")]:
+            assert found(reentrant, method).table.equals(plain.table)
+    with pytest.raises(UnsupportedError, match="use_reentrant=False"):
+        found(True, "probes")
 
 
 def test_standard_errors_are_those_of_the_sums():
