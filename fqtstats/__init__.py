@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from fqtstats.backends import Parity, parity
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
+    from fqtstats.planning import plan
+    from fqtstats.plans import Plan, load_plan
     from fqtstats.policy import Policy
     from fqtstats.profiles import Profile, load_profile
     from fqtstats.profiling import profile
@@ -26,6 +28,7 @@ __all__ = [
     "QUANTIZERS",
     "Handle",
     "Parity",
+    "Plan",
     "Policy",
     "ProductsReport",
     "Profile",
@@ -40,9 +43,11 @@ __all__ = [
     "exact_mean",
     "fuse_",
     "load",
+    "load_plan",
     "load_profile",
     "measure",
     "parity",
+    "plan",
     "policies",
     "prepare_",
     "profile",
@@ -56,6 +61,8 @@ _HOMES = {
     "fqtstats.backends": ("Parity", "parity"),
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
+    "fqtstats.planning": ("plan",),
+    "fqtstats.plans": ("Plan", "load_plan"),
     "fqtstats.policy": ("Policy",),
     "fqtstats.profiles": ("Profile", "load_profile"),
     "fqtstats.profiling": ("profile",),

@@ -1,4 +1,4 @@
-"""The command line: ``fqtstats measure | profile | check | bench | list``.
+"""The command line: ``fqtstats measure | profile | plan | check | bench | list``.
 
 Exit status: 0; 1 if a claim fails, a variance exceeds its bound, a benchmark misses its target or the backends
 disagree; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
@@ -20,6 +20,7 @@ from fqtstats.commands.check import check
 from fqtstats.commands.console import err
 from fqtstats.commands.listing import list_
 from fqtstats.commands.measure import measure
+from fqtstats.commands.plan import plan
 from fqtstats.commands.profile import profile
 from fqtstats.errors import InputError
 
@@ -43,6 +44,7 @@ def _main(
 
 app.command()(measure)
 app.command()(profile)
+app.command()(plan)
 app.command(name="list")(list_)
 app.command()(bench)
 app.command()(check)

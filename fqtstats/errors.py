@@ -25,6 +25,10 @@ class UnsupportedError(InputError, RuntimeError):
     """The model or the way it is run is outside what can be measured correctly (for instance ``torch.compile``)."""
 
 
+class UnreachableError(InputError):
+    """What is asked for cannot be reached, which was found by measuring; the message says what can be."""
+
+
 class RunDirectoryError(InputError):
     """A run directory cannot be written, is already used, or does not match the arguments."""
 

@@ -31,7 +31,7 @@ from fqtstats.schema import FORMAT_VERSION, Json, check_version, json_dict
 
 __all__ = ["READERS", "Recordable", "RunDirectory", "read_document", "read_finished", "save"]
 
-READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile"}
+READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile", "plan": "fqtstats.load_plan"}
 """What reads a run, by its kind."""
 
 _STATE_MAGIC = b"fqtstats-state-1\n"
@@ -365,16 +365,19 @@ class RunDirectory:
         self.finished = True
         self._remove_state()
 
-    def discard(self) -> bool:
+    def discard(self, *, with_state: bool = False) -> bool:
         """Remove an unfinished run that holds no state, so that its place is free again; call it when the run failed.
 
         Directories are removed only if :meth:`create` made them and nothing else is in them.
+
+        Args:
+            with_state: remove it even if it holds a state: one that there is no use in continuing from.
 
         Returns:
             Whether it was such a run.
         """
         state = self.path / "state"
-        if self.finished or any(state.glob("*.state")):
+        if self.finished or (any(state.glob("*.state")) and not with_state):
             return False
         with suppress(OSError):  # what cannot be removed does no harm
             shutil.rmtree(state, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the commands share that put a model, data and policies together and write a run: ``measure`` and ``profile``."""
+"""What the commands share that put a model, data and policies together and write a run."""
 
 from __future__ import annotations
 
@@ -46,11 +46,13 @@ __all__ = [
     "Skip",
     "check_arguments",
     "folder",
+    "gradient_quantizer",
     "policies_of",
     "prepare",
     "say_what_is_kept",
     "say_where",
     "skipped",
+    "width_of",
 ]
 
 SAVE_SECONDS = 2.0
@@ -198,17 +200,18 @@ def policies_of(quantizers: str, bits: str, grad_weight: str | None) -> dict[str
         name, colon, width = grad_weight.partition(":")
         if not colon:
             raise InputError(f"expected --grad-weight NAME:BITS, got {grad_weight!r}; for instance pcq:8")
-        weight = _gradient_quantizer(name, _width(width, "--grad-weight"))
+        weight = gradient_quantizer(name, width_of(width, "--grad-weight"))
     chosen: dict[str, Policy] = {}
-    widths = [_width(text, "--bits") for text in separated(bits, "--bits")]
+    widths = [width_of(text, "--bits") for text in separated(bits, "--bits")]
     for name in separated(quantizers, "--quantizer"):
         for b in widths:
-            _gradient_quantizer(name, b)
+            gradient_quantizer(name, b)
             chosen[f"{name}@{b}"] = policies.get(f"statquant-{name}", b, weight)
     return chosen
 
 
-def _gradient_quantizer(name: str, bits: int) -> Quantizer:
+def gradient_quantizer(name: str, bits: int) -> Quantizer:
+    """A gradient quantizer by name; InputError for any other."""
     from fqtstats.quantizers import QUANTIZERS, quantizer
 
     gradient = ", ".join(known for known, cls in QUANTIZERS.items() if cls.role == "gradient")
@@ -219,7 +222,8 @@ def _gradient_quantizer(name: str, bits: int) -> Quantizer:
     return quantizer(name, bits=bits)
 
 
-def _width(text: str, option: str) -> int:
+def width_of(text: str, option: str) -> int:
+    """The bits that an option names."""
     if not re.fullmatch("[1-8]", text):
         raise InputError(f"expected the bits in {option} to be integers from 1 to 8, got {text!r}; for instance 5")
     return int(text)
