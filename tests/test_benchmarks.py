@@ -152,7 +152,7 @@ def test_the_naive_replicate_computes_the_same_gradient(monkeypatch: pytest.Monk
         torch.default_generator.manual_seed(0)
         model, batch = Small(), (torch.randn(16, 3, 8, 8), torch.randint(0, 10, (16,)))
         naive = copy.deepcopy(model)
-        measure._make_naive(naive, per_sample)
+        measure.make_naive(naive, per_sample)
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         for _ in range(200):
             (F.cross_entropy(naive(batch[0]), batch[1]) / 200).backward()
