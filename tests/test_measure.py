@@ -126,6 +126,33 @@ def test_sampling_variance(measured):
         np.testing.assert_allclose(row.sampling_variance, oracle.covariance_trace(g), rtol=1e-6)
 
 
+class Added(nn.Module):
+    """Two parameters of the output's shape are added up: autograd has one tensor for the gradients of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (nn.Parameter(t) for t in torch.randn(2, 32, 12, generator=torch.manual_seed(0)))
+        self.body = small.mlp()
+
+    def forward(self, x):
+        return self.body(x + self.one + self.other)
+
+
+def test_parameters_whose_gradients_are_one_tensor():
+    table = fqtstats.measure(Added(), small.batch(), small.loss, POLICY, 8, batches=others()).table
+    one, other = (table[table["parameter"] == name].iloc[0] for name in ("one", "other"))
+    assert one["bias_p"] > 1e-6
+    assert abs(one["bias_norm_sq"]) < 0.1 * one["grad_norm_sq"]
+    for column in ("grad_norm_sq", "variance", "variance_input", "sampling_variance"):
+        assert one[column] == other[column]
+    # A minibatch's gradient is not twice the first one further away.
+    gradients = []
+    for b in [small.batch(), *others()]:
+        qat, _ = small.draws(Added(), b, POLICY, [0])
+        gradients.append(qat["one"])
+    np.testing.assert_allclose(one["sampling_variance"], oracle.covariance_trace(np.stack(gradients)), rtol=1e-6)
+
+
 def test_no_sampling_variance_without_batches():
     table = fqtstats.measure(small.mlp(), small.batch(), small.loss, POLICY, 3).table
     assert table["sampling_variance"].isna().all()
