@@ -305,6 +305,23 @@ def test_noise_that_rows_share_is_found():
     assert "error: dependent rounding" in printed(result)
 
 
+def test_a_quantizer_that_does_not_round_is_found():
+    """No error comes from Q1: nothing that the closed form could stand in for."""
+
+    class Passing(type(POLICY.grad_weight)):
+        def __call__(self, x, stream):
+            return x.clone()
+
+    policy = fqtstats.Policy(grad_input=POLICY.grad_input, grad_weight=Passing(bits=3))
+    rows = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16))
+    plain = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16, method="montecarlo"))
+    for name, row in rows.items():
+        assert (row.own_ratio, row.variance_weight) == (0, 0)
+        assert row.own_ratio_p < 1e-6
+        assert math.isnan(row.variance_gain)
+        assert row.variance == plain[name].variance
+
+
 def test_a_bias_that_is_admitted_is_no_error():
     policy = policy_of(controls.few_random_bits(1, bits=2))
     rows = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16))
