@@ -127,18 +127,21 @@ def test_sampling_variance(measured):
 
 
 class Added(nn.Module):
-    """Two parameters of the output's shape are added up: autograd has one tensor for the gradients of both."""
+    """Two parameters of the output's shape are added up: autograd has one tensor for the gradients of both.
+
+    That of ``summed`` has one number for all of its elements.
+    """
 
     def __init__(self):
         super().__init__()
         self.one, self.other = (nn.Parameter(t) for t in torch.randn(2, 32, 12, generator=torch.manual_seed(0)))
-        self.body = small.mlp()
+        self.body, self.summed = small.mlp(), nn.Parameter(torch.ones(3))
 
     def forward(self, x):
-        return self.body(x + self.one + self.other)
+        return self.body(x + self.one + self.other) * self.summed.sum()
 
 
-def test_parameters_whose_gradients_are_one_tensor():
+def test_parameters_whose_gradients_share_memory():
     table = fqtstats.measure(Added(), small.batch(), small.loss, POLICY, 8, batches=others()).table
     one, other = (table[table["parameter"] == name].iloc[0] for name in ("one", "other"))
     assert one["bias_p"] > 1e-6
