@@ -67,9 +67,12 @@ def errors_of(
     sites: Sequence[Site] = SITES,
     observe_weight: WeightObserver | None = None,
 ) -> list[torch.Tensor]:
-    """FQT draw minus QAT gradient; the observer is as in :meth:`Session.draw`."""
-    drawn = session.draw(index, sites, observe_weight=observe_weight)
-    return [wide(draw).sub_(g) for draw, g in zip(drawn, gradient, strict=True)]
+    """FQT draw minus QAT gradient, fresh memory; the observer is as in :meth:`Session.draw`."""
+    found = session.draw(index, sites, observe_weight=observe_weight)
+    for place, g in enumerate(gradient):
+        # Not in place: where parameters are added up, autograd gives them one tensor.
+        found[place] = wide(found[place]) - g
+    return found
 
 
 def gradients(

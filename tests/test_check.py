@@ -135,6 +135,7 @@ def test_the_products_of_a_model(run: Run, tmp_path: Path) -> None:
         (("--batch-size", "8"), "--batch-size belongs to --products"),
         (("--products", "--quantizer", "minmax"), "--products takes gradient quantizers, got 'minmax'; known: ptq"),
         (("--products", "--draws", "1"), "--draws must be at least 2, got 1"),
+        (("--products", "--draws", "97", "--model", "no.such:model"), "--draws must be even"),  # before it is built
         (("--products", "--model", "own_quantizers:model", "--draws", "40"), "draws must be at least"),
     ],
 )

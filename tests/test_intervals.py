@@ -134,7 +134,11 @@ def test_ratio_of_means_where_there_is_none():
     ones, zeros = np.ones(8), np.zeros(8)
     assert math.isnan(intervals.mean_ratio(zeros, zeros).value)
     assert intervals.mean_ratio(zeros, ones).value == 0
-    assert math.isnan(intervals.mean_ratio(zeros, ones).p_value)
+    assert math.isnan(intervals.mean_ratio(zeros, ones).low)
+    assert intervals.mean_ratio(zeros, ones).p_value == 0
+    assert intervals.mean_ratio(zeros, ones + np.arange(8) / 10, extra=0.1).p_value < 1e-6
+    assert intervals.mean_ratio(zeros, ones, extra=1e3).p_value > 0.5  # nothing but rare outcomes that did not come
+    assert intervals.mean_ratio(zeros, ones, slack=1.0).p_value == 1
     assert intervals.mean_ratio(ones, ones).p_value == 1
     assert intervals.mean_ratio(1.02 * ones, ones).p_value == 0
     assert intervals.mean_ratio(1.02 * ones, ones, slack=0.02).p_value == 1

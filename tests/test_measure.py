@@ -126,6 +126,36 @@ def test_sampling_variance(measured):
         np.testing.assert_allclose(row.sampling_variance, oracle.covariance_trace(g), rtol=1e-6)
 
 
+class Added(nn.Module):
+    """Two parameters of the output's shape are added up: autograd has one tensor for the gradients of both.
+
+    That of ``summed`` has one number for all of its elements.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = (nn.Parameter(t) for t in torch.randn(2, 32, 12, generator=torch.manual_seed(0)))
+        self.body, self.summed = small.mlp(), nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.body(x + self.one + self.other) * self.summed.sum()
+
+
+def test_parameters_whose_gradients_share_memory():
+    table = fqtstats.measure(Added(), small.batch(), small.loss, POLICY, 8, batches=others()).table
+    one, other = (table[table["parameter"] == name].iloc[0] for name in ("one", "other"))
+    assert one["bias_p"] > 1e-6
+    assert abs(one["bias_norm_sq"]) < 0.1 * one["grad_norm_sq"]
+    for column in ("grad_norm_sq", "variance", "variance_input", "sampling_variance"):
+        assert one[column] == other[column]
+    # A minibatch's gradient is not twice the first one further away.
+    gradients = []
+    for b in [small.batch(), *others()]:
+        qat, _ = small.draws(Added(), b, POLICY, [0])
+        gradients.append(qat["one"])
+    np.testing.assert_allclose(one["sampling_variance"], oracle.covariance_trace(np.stack(gradients)), rtol=1e-6)
+
+
 def test_no_sampling_variance_without_batches():
     table = fqtstats.measure(small.mlp(), small.batch(), small.loss, POLICY, 3).table
     assert table["sampling_variance"].isna().all()
@@ -276,6 +306,23 @@ def test_noise_that_rows_share_is_found():
     plain = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 32, method="montecarlo")
     assert small.rows(plain)["total"].variance == total.variance
     assert "error: dependent rounding" in printed(result)
+
+
+def test_a_quantizer_that_does_not_round_is_found():
+    """No error comes from Q1: nothing that the closed form could stand in for."""
+
+    class Passing(type(POLICY.grad_weight)):
+        def __call__(self, x, stream):
+            return x.clone()
+
+    policy = fqtstats.Policy(grad_input=POLICY.grad_input, grad_weight=Passing(bits=3))
+    rows = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16))
+    plain = small.rows(fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, 16, method="montecarlo"))
+    for name, row in rows.items():
+        assert (row.own_ratio, row.variance_weight) == (0, 0)
+        assert row.own_ratio_p < 1e-6
+        assert math.isnan(row.variance_gain)
+        assert row.variance == plain[name].variance
 
 
 def test_a_bias_that_is_admitted_is_no_error():

@@ -161,6 +161,18 @@ def test_an_interrupted_add_leaves_whole_draws(monkeypatch):
     assert same_state(moments, filled(range(5)))
 
 
+def test_an_add_that_is_interrupted_at_its_end_leaves_nothing():
+    class Stopped(dict):
+        def __setitem__(self, draw, value):
+            raise KeyboardInterrupt
+
+    moments = accumulator()
+    moments.norms = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        moments.add(0, ERRORS[0], np.zeros((2, len(SHAPES))), np.zeros(len(SHAPES)))
+    assert same_state(moments, accumulator())
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

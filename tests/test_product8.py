@@ -19,6 +19,12 @@ ROWS = (0, 1, 2, 5, 6, 7, 23, 24, 25, 64, 97, 191, 192, 193, 211)
 COLUMNS = (0, 1, 3, 15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 128, 129, 131)
 DEPTHS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 31, 63, 64, 65, 127, 128, 129, 131, 257)
 ORIENTATIONS = ("linear", "linear_grad_input", "linear_grad_weight")
+# One scale per row and column; one for all rows, with one zero point for all columns: a path of its own.
+SCALES = (
+    {"grouped": (True, True), "zero": (True, True), "offset": (True, True)},
+    {"grouped": (False, False), "zero": (True, True), "offset": (True, False)},
+    {"grouped": (False, True), "zero": (True, False), "offset": (False, False)},
+)
 
 
 def random_codes(g, shape, bits, axis=None, zero=True, offset=True):
@@ -142,15 +148,17 @@ def test_affine_product_is_the_definition(variant, orientation, m, n, k, bits, g
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (1, 2)])
 @pytest.mark.parametrize("k", [2049, 4111])
 def test_several_chunks_of_k(variant, orientation, bits, k):
-    a, b = operands(torch.Generator().manual_seed(k), orientation, 13, 83, k, bits)
-    assert torch.equal(run(variant, orientation, a, b), fallback(orientation, a, b))
+    for scales in SCALES:
+        a, b = operands(torch.Generator().manual_seed(k), orientation, 13, 83, k, bits, **scales)
+        assert torch.equal(run(variant, orientation, a, b), fallback(orientation, a, b))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_panels_in_several_slabs(variant):
     # 4 MB of panels at a time: two chunks of 1536 k and 1408 columns.
-    a, b = operands(torch.Generator().manual_seed(0), "linear_grad_weight", 3, 1400, 6000, (8, 8))
-    assert torch.equal(run(variant, "linear_grad_weight", a, b), fallback("linear_grad_weight", a, b))
+    for scales in SCALES:
+        a, b = operands(torch.Generator().manual_seed(0), "linear_grad_weight", 3, 1400, 6000, (8, 8), **scales)
+        assert torch.equal(run(variant, "linear_grad_weight", a, b), fallback("linear_grad_weight", a, b))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -158,8 +166,8 @@ def test_panels_in_several_slabs(variant):
 def test_results_that_are_written_past_the_caches(variant, m, n):
     # From 2^21 of them on, in whole cache lines: not where a row, or the first one, begins within a line.
     g = torch.Generator().manual_seed(n)
-    for zero, offset in (((False, False), (False, False)), ((True, True), (True, True))):
-        a, b = operands(g, "linear", m, n, 9, (8, 8), zero=zero, offset=offset)
+    for scales in ({"zero": (False, False), "offset": (False, False)}, *SCALES):
+        a, b = operands(g, "linear", m, n, 9, (8, 8), **scales)
         bias = torch.randn(n, generator=g)
         expected = fallback("linear", a, b, bias)
         for threads in (1, 3):

@@ -153,6 +153,8 @@ def _check_products(
     assert isinstance(batch_size, int)
     assert isinstance(draws, int)
     check_counts(batch_size=(batch_size, 1), draws=(draws, 2))
+    if draws % 2:
+        raise InputError(f"--draws must be even, because they are compared in pairs; got {draws}")
     reports: dict[str, ProductsReport] = {}
     with progress() as bars:
         training = bars.add_task("preparing", total=None)

@@ -67,7 +67,7 @@ class MeanRatio:
 
     Attributes:
         value: the estimate.
-        low, high: ends of its interval.
+        low, high: ends of its interval; NaN for a ratio of zero.
         p_value: two-sided p-value of a ratio of one.
     """
 
@@ -94,12 +94,16 @@ def mean_ratio(x: Array, y: Array, level: float = 0.95, *, extra: float = 0.0, s
             root of ``mean y``; for the p-value only.
     """
     n, top, bottom = len(x), float(x.mean()), float(y.mean())
-    if n < 2 or not (top > 0 and bottom > 0):
-        return MeanRatio(math.nan if not bottom > 0 else top / bottom, math.nan, math.nan, math.nan)
-    ratio = top / bottom
-    deviation = math.sqrt(((x - ratio * y).var(ddof=1) / top**2 + extra) / n) / 3  # of the root, relative to it
-    reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation
-    low, high = ratio / (1 + reach) ** 3, ratio / (1 - reach) ** 3 if reach < 1 else math.inf
+    ratio = top / bottom if bottom > 0 else math.nan
+    if n < 2 or math.isnan(ratio):
+        return MeanRatio(ratio, math.nan, math.nan, math.nan)
+    # Where x is zero, the limit of an x that is in proportion to y.
+    spread = (x - ratio * y).var(ddof=1) / top**2 if top > 0 else y.var(ddof=1) / bottom**2
+    deviation = math.sqrt((spread + extra) / n) / 3  # of the root, relative to it
+    low = high = math.nan
+    if top > 0:
+        reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * deviation
+        low, high = ratio / (1 + reach) ** 3, ratio / (1 - reach) ** 3 if reach < 1 else math.inf
     nearest = max(abs(math.sqrt(ratio) - 1) - slack, 0.0)
     closest = (1 + math.copysign(nearest, ratio - 1)) ** 2
     distance = abs(closest ** (1 / 3) - 1)

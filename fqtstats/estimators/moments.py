@@ -125,7 +125,8 @@ class ErrorMoments:
             self.norms[draw] = norms
         except BaseException:
             # Interrupted half-way: take back what was added (exact), so that the state stays one of whole draws.
-            self.norms.pop(draw, None)
+            for record in _RECORDS:
+                getattr(self, record).pop(draw, None)
             for part, increment in itertools.islice(self._increments(errors), added):
                 part.sub_(increment)
             raise

@@ -19,22 +19,24 @@ __all__ = ["sampling_variance"]
 
 
 def sampling_variance(
-    names: Sequence[str], first: Sequence[torch.Tensor], others: Iterable[Sequence[torch.Tensor]]
+    names: Sequence[str], first: Sequence[torch.Tensor], others: Iterable[list[torch.Tensor]]
 ) -> npt.NDArray[np.float64]:
     """Trace of the covariance matrix of one minibatch's gradient, per parameter, ``[P]``.
 
     Args:
         names: names of the parameters.
         first: gradient of the first batch.
-        others: gradients of the further batches, made one at a time; their tensors are consumed.
+        others: gradients of the further batches, made one at a time; the lists are consumed.
 
     Raises:
         InputError: there is no further batch.
     """
     moments: ErrorMoments | None = None
-    for index, gradient in enumerate(others):
+    for index, deviation in enumerate(others):
         # Deviations from the first batch's gradient; its own, zero, is the last one added.
-        deviation = [g.sub_(g0) for g, g0 in zip(gradient, first, strict=True)]
+        for place, g0 in enumerate(first):
+            # Not in place: where parameters are added up, autograd gives them one tensor.
+            deviation[place] = deviation[place] - g0
         if moments is None:
             moments = ErrorMoments(names, first, deviation, sketch=None)
         moments.add(index, deviation)

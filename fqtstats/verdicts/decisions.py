@@ -151,7 +151,10 @@ def of_steps(f: StreamFunction, x: torch.Tensor, step: float | torch.Tensor, off
 
 def _beside(x: torch.Tensor, name: str, value: float | torch.Tensor) -> torch.Tensor:
     """float64, with as many axes as ``x``."""
-    found = torch.as_tensor(value, dtype=torch.float64)
+    try:
+        found = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"grid: its {name} must be a number or a tensor, got {value!r}") from error
     if found.dim() < x.dim():
         found = found.view(*[1] * (x.dim() - found.dim()), *found.shape)
     if found.dim() > x.dim() or any(n not in (1, m) for n, m in zip(found.shape, x.shape, strict=True)):

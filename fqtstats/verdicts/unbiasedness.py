@@ -108,7 +108,7 @@ def check_unbiased(
             Inf, points that the grid does not have, or raises (the message says with what it was called); or ``x`` has
             too few elements for a callable that only its draws can judge.
     """
-    _require_usable(x, false_alarm, draws)
+    _require_usable(x, false_alarm, draws, grid)
     with torch.no_grad(), single_thread():
         return _Judge(f, x.detach(), false_alarm, seed, draws, grid).verdict()
 
@@ -133,7 +133,7 @@ def assert_unbiased(
     return verdict
 
 
-def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None) -> None:
+def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None, grid: NamedGrid | None) -> None:
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
         got = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         raise InputError(f"x must be a non-empty floating-point tensor [N, ...], got {got}")
@@ -143,6 +143,8 @@ def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None) -> N
         raise InputError(f"false_alarm must be a probability between 0 and 1, got {false_alarm!r}")
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < LOOKS[0]):
         raise InputError(f"draws must be an integer of at least {LOOKS[0]}, got {draws!r}")
+    if grid is not None and not (isinstance(grid, tuple | list) and len(grid) == 2):
+        raise InputError(f"grid must be a step and an offset, got {grid!r}")
 
 
 class _Judge:

@@ -250,13 +250,14 @@ struct RowConstants {
   std::int32_t correction[kTileRows];  // zb Sa, for one zb
   float step[kTileRows], u[kTileRows], offset[kTileRows];
 
-  RowConstants(const Finish& f, std::int64_t first, int rows) {
+  // `shared`: steps, zero points and offsets of the first row only, which has those of all.
+  RowConstants(const Finish& f, std::int64_t first, int rows, bool shared) {
     for (int i = 0; i < rows; ++i) {
       const std::int64_t m = first + i, g = m * f.stride_a;
       sum[i] = static_cast<std::int32_t>(f.sum_a[m]);
       correction[i] =
           static_cast<std::int32_t>(static_cast<std::uint32_t>(sum[i]) * static_cast<std::uint32_t>(f.zero_b[0]));
-      if (f.uniform && i > 0) continue;
+      if (shared && i > 0) continue;
       zero[i] = (f.zero_a ? f.zero_a[g] : 0) + f.shift_a;
       step[i] = f.step_a ? f.step_a[g] : 0;
       offset[i] = f.offset_a ? f.offset_a[g] : 0;
@@ -380,7 +381,7 @@ static void tiles(const Block& block) {
     std::int32_t* const out = static_cast<std::int32_t*>(block.c) + i * block.ldc;
     std::int32_t* const c = apart ? tile : out;
     std::optional<RowConstants> constants;
-    if (b.finish) constants.emplace(*b.finish, b.row + i, rows);
+    if (b.finish) constants.emplace(*b.finish, b.row + i, rows, whole);
     const RowConstants* const row = whole ? &*constants : nullptr;
     switch (rows) {
       case 6:
