@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,8 +147,9 @@ def _check_products(
     junit: str | None,
 ) -> None:
     from fqtstats import experiment, policies
+    from fqtstats.quantizers import Quantizer
     from fqtstats.report.verdicts import show_products
-    from fqtstats.verdicts import products
+    from fqtstats.verdicts import probe, products
 
     model, data, batch_size, draws = (options[name] for name in ("model", "data", "batch_size", "draws"))
     assert isinstance(batch_size, int)
@@ -173,7 +175,9 @@ def _check_products(
                 setup.model,
                 setup.batch,
                 setup.loss,
-                policies.with_gradients(subject.f),
+                policies.with_gradients(
+                    subject.f if isinstance(subject.f, Quantizer) else partial(probe.attempt, subject.f)
+                ),
                 draws=draws,
                 false_alarm=alpha / len(subjects),
                 seed=seed,
