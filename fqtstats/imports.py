@@ -65,7 +65,10 @@ def call(spec: str) -> object:
     try:
         inspect.signature(function).bind()
     except TypeError as error:
-        raise InputError(f"{spec!r} must be callable without arguments, but: {error}; give them defaults") from error
+        raise InputError(
+            f"{spec!r} must be callable without arguments, but: {error}; give them defaults, or name a function that "
+            "takes none and returns it"
+        ) from error
     except ValueError:
         pass  # a builtin without a signature: the call itself decides
     return function()

@@ -54,10 +54,24 @@ def nothing():
 def rows_share():
     def f(x, s):
         low = x.amin(1, keepdim=True)
-        step = (x.amax(1, keepdim=True) - low) / 15
+        step = ((x.amax(1, keepdim=True) - low) / 15).clamp(min=1e-30)
         y = (x - low) / step
         return (y.floor() + (s.uniform((len(x), 1)) < y - y.floor())) * step + low
     return f
+
+
+def not_a_number():
+    return lambda x, s: x * float("nan")
+
+
+def raising():
+    def f(x, s):
+        raise KeyError("oops")
+    return f
+
+
+def takes_arguments(x, s):
+    return x
 
 
 def model():
@@ -121,9 +135,21 @@ def test_the_products_of_a_model(run: Run, tmp_path: Path) -> None:
     assert "the variance is" in str(failure.text)
 
 
+def test_the_users_own_defect_is_no_verdict_on_products(run: Run) -> None:
+    for name, told in (
+        ("not_a_number", "layer '1', grad_weight: the quantizer returned 512 NaN or Inf of 512 elements"),
+        ("raising", "raising.f raised KeyError: 'oops' (own_quantizers.py, line "),
+        ("wrong_shape", "layer '1', grad_weight: expected the quantizer to return"),
+    ):
+        done = run("check", "--products", "--model", "own_quantizers:model", "--module", f"own_quantizers:{name}")
+        assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
+        assert told in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--module", "own_quantizers:takes_arguments"), "name a function that takes none and returns it"),
         (("--quantizer", "nsq"), "unknown quantizer 'nsq'; known: ptq"),
         (("--bits", "x"), "expected --bits as whole numbers separated by commas, got 'x'"),
         (("--quantizer", "psq", "--bits", "9"), "bits"),

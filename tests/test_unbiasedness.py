@@ -5,6 +5,7 @@ their sizes where they show without sampling, and else with the probabilities th
 """
 
 import itertools
+import random
 
 import controls
 import numpy as np
@@ -283,7 +284,7 @@ def raising(out):
         (lambda out: out.double(), r"got torch.float64 \[32, 96\]"),
         (to_nan, "returned 1 NaN or Inf of 3072 elements for finite input"),
         (lambda out: out.tolist(), "must return a tensor, got list"),
-        (raising, "raised ZeroDivisionError: in the user's code"),
+        (raising, r"raised ZeroDivisionError: in the user's code \(test_unbiasedness.py, line \d+\)"),
     ],
     ids=["shape", "dtype", "nan", "type", "raises"],
 )
@@ -330,6 +331,33 @@ def test_too_small_an_input_is_said_so():
     # What is computed needs no number of elements.
     assert fqtstats.check_unbiased(dithered, x).independent is None
     assert not fqtstats.check_unbiased(lambda x, s: controls.unbroken(1)(x, s) + 0.01, x).unbiased
+
+
+def test_random_numbers_from_elsewhere_are_no_determinism():
+    x = torch.tensor([[0.5]])
+    for own in (torch.rand, lambda _: np.random.rand(), lambda _: random.random()):  # noqa: NPY002
+        # One element above the grid by next to nothing comes out alike in almost every call.
+        with pytest.raises(InputError, match=r"1 elements are too few .* takes random numbers from another place"):
+            fqtstats.check_unbiased(lambda x, s, own=own: (x + own(1) * 1e-9).floor() + 0.5, x)
+    # Where the library cannot see the generator, the repetitions tell.
+    generator = torch.Generator().manual_seed(1)
+    with pytest.raises(InputError, match="differs from call to call"):
+        fqtstats.check_unbiased(lambda x, s: (x + torch.rand(x.shape, generator=generator)).floor(), x)
+    # Negative control: what is deterministic stays so.
+    assert fqtstats.check_unbiased(lambda x, s: x.round() + 0.25, x).method == "deterministic"
+
+
+def test_evidence_of_no_bias_does_not_read_like_one():
+    verdict = fqtstats.check_unbiased(lambda x, s: (x * 8 + torch.rand_like(x)).floor() / 8, X)
+    assert verdict.ok
+    assert verdict.evidence == "the draws show nothing, and only they were looked at"
+
+
+def test_what_is_no_callable_or_no_grid_is_said_so():
+    with pytest.raises(InputError, match=r"something called as .*, got 'psq'; fqtstats.quantizer"):
+        fqtstats.check_unbiased("psq", X)
+    with pytest.raises(InputError, match=r"grid must be a pair .step, offset., got 0.125; give"):
+        fqtstats.check_unbiased(lambda x, s: x, X, grid=0.125)
 
 
 # --- callables whose grid is named ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,8 +37,8 @@ def check(
     ] = None,
     alpha: Annotated[float, typer.Option(help="False-alarm rate of the whole check.")] = 1e-6,
     seed: Annotated[int, typer.Option(help="Gives the same verdicts again.")] = 0,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the verdicts to this file.")] = None,
-    junit: Annotated[str | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the verdicts to this file.", metavar="FILE")] = None,
+    junit: Annotated[str | None, typer.Option(help="Also write JUnit XML to this file.", metavar="FILE")] = None,
     products: Annotated[
         bool,
         typer.Option(
@@ -146,8 +147,9 @@ def _check_products(
     junit: str | None,
 ) -> None:
     from fqtstats import experiment, policies
+    from fqtstats.quantizers import Quantizer
     from fqtstats.report.verdicts import show_products
-    from fqtstats.verdicts import products
+    from fqtstats.verdicts import probe, products
 
     model, data, batch_size, draws = (options[name] for name in ("model", "data", "batch_size", "draws"))
     assert isinstance(batch_size, int)
@@ -175,7 +177,9 @@ def _check_products(
                 setup.model,
                 setup.batch,
                 setup.loss,
-                policies.with_gradients(subject.f),
+                policies.with_gradients(
+                    subject.f if isinstance(subject.f, Quantizer) else partial(probe.attempt, subject.f)
+                ),
                 draws=draws,
                 false_alarm=alpha / len(subjects),
                 seed=seed,

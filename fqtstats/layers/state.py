@@ -16,6 +16,7 @@ from fqtstats.layers.operand import Operand, images
 from fqtstats.layers.product import Product, ProductName, compute, how
 from fqtstats.listening import LISTENERS, quantizing
 from fqtstats.policy import Policy, QuantizerLike
+from fqtstats.quantizers.base import Quantizer
 from fqtstats.quantizers.storage import Extremes, store
 from fqtstats.random import Stream, stream
 
@@ -355,7 +356,7 @@ class Call:
         """``q`` of ``x``, without autograd and in ``x``'s memory format.
 
         Raises:
-            NonFiniteError: ``x`` holds NaN or Inf; names layer and site.
+            NonFiniteError: ``x`` holds NaN or Inf, or what a callable returned does; names layer and site.
             InputError: the quantizer returned another shape or dtype, or changed ``x``.
         """
         version = None if x.is_inference() else x._version
@@ -372,6 +373,16 @@ class Call:
                 f"layer {self.layer.name!r}, {site}: expected the quantizer to return {list(x.shape)} {x.dtype}, "
                 f"got {got}"
             )
+        if not isinstance(q, Quantizer):
+            # The library's quantizers refuse such input and give no such output.
+            bad = int((~torch.isfinite(out)).sum())
+            if bad and bool(torch.isfinite(x).all()):
+                raise NonFiniteError(
+                    f"layer {self.layer.name!r}, {site}: the quantizer returned {bad} NaN or Inf of {out.numel()} "
+                    "elements for finite input; let it return finite numbers",
+                    count=bad,
+                    numel=out.numel(),
+                )
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
             out = out.contiguous(memory_format=torch.channels_last)
         return out

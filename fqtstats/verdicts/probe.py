@@ -8,15 +8,17 @@ asked for.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from fqtstats.errors import InputError, NotExact
 from fqtstats.random import Stream
 
-__all__ = ["Outlet", "Probe", "StreamFunction", "call", "replay"]
+__all__ = ["Outlet", "Probe", "StreamFunction", "attempt", "call", "replay"]
 
 StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
@@ -126,15 +128,7 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
     Raises:
         InputError: it is not, or ``f`` raises; the message says how to call it again.
     """
-    given = x.clone()
-    try:
-        out = f(given, stream)
-    except (NotExact, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{_name(f)} raised {type(error).__name__}: {error}; called with {replay(x, stream)}"
-        ) from error
+    out = attempt(f, x.clone(), stream)
     if not isinstance(out, torch.Tensor):
         raise InputError(f"{_name(f)} must return a tensor, got {type(out).__name__}; called with {replay(x, stream)}")
     if out.shape != x.shape or out.dtype != x.dtype:
@@ -151,6 +145,22 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
     return out.detach()
 
 
+def attempt(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+    """``f(x, stream)``, unchecked.
+
+    Raises:
+        InputError: ``f`` raises; the message says where, and how to call it again.
+    """
+    try:
+        return f(x, stream)
+    except (InputError, NotExact):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{_name(f)} raised {type(error).__name__}: {error}{_place(error)}; called with {replay(x, stream)}"
+        ) from error
+
+
 def replay(x: torch.Tensor, stream: Stream) -> str:
     """What reproduces one call, for error messages."""
     numbers = ", with numbers of the probe's choice" if isinstance(stream, Probe) else ""
@@ -158,4 +168,12 @@ def replay(x: torch.Tensor, stream: Stream) -> str:
 
 
 def _name(f: StreamFunction) -> str:
-    return getattr(f, "name", None) or getattr(f, "__name__", None) or type(f).__name__
+    # Of a function made in another, both: "<lambda>" alone would not tell which.
+    own = getattr(f, "__qualname__", "").replace(".<locals>", "")
+    return getattr(f, "name", None) or own or type(f).__name__
+
+
+def _place(error: Exception) -> str:
+    """Where in the callable's own code it was raised; nothing if it was not called at all."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

@@ -104,10 +104,12 @@ def check_unbiased(
         The verdict. A failure ends the sampling.
 
     Raises:
-        InputError: ``x``, ``false_alarm`` or ``grid`` cannot be used, or ``f`` returns another shape or dtype, NaN or
-            Inf, points that the grid does not have, or raises (the message says with what it was called); or ``x`` has
-            too few elements for a callable that only its draws can judge.
+        InputError: ``f``, ``x``, ``false_alarm`` or ``grid`` cannot be used; ``f`` returns another shape or dtype,
+            NaN or Inf, points that the grid does not have, or raises (the message says with what it was called); or
+            ``x`` has too few elements for a callable that only its draws can judge.
     """
+    if not callable(f):
+        raise InputError(f"expected something called as f(x, stream), got {f!r}; fqtstats.quantizer(name) makes one")
     _require_usable(x, false_alarm, draws, grid)
     with torch.no_grad(), single_thread():
         return _Judge(f, x.detach(), false_alarm, seed, draws, grid).verdict()
@@ -272,7 +274,7 @@ class _Judge:
             exact = law(self.f, design.x, stream(seed=self.seed, site=f"probe {design.name}"))
             self.deterministic = exact.n == 0
             step = self._steps(design, exact)
-            return self._off(design, "E", exact.mean, x, step, self._tolerance(design, step)) or exact
+            return self._off(design, "E", "x", exact.mean, x, step, self._tolerance(design, step)) or exact
         coupled = coupled_codes(self.f, design.x)
         assert coupled is not None
         codes, example = coupled
@@ -282,15 +284,18 @@ class _Judge:
         decisions = self._decisions(design, exact)
         mean = exact.mean.view_as(decisions.p)
         one = torch.ones_like(mean)
-        wrong = self._off(design, "the mean code", mean, decisions.coordinates, one, decisions.tolerance)
+        wrong = self._off(
+            design, "the mean code", "the coordinate", mean, decisions.coordinates, one, decisions.tolerance
+        )
         decoded = example.frame.decode(exact.mean.clone()).double()
         tolerance = torch.full_like(x, 16 * torch.finfo(torch.float32).eps * float(x.abs().amax()))
-        return wrong or self._off(design, "E", decoded, x, torch.zeros_like(x), tolerance) or exact
+        return wrong or self._off(design, "E", "x", decoded, x, torch.zeros_like(x), tolerance) or exact
 
     def _off(
         self,
         design: designs.Design,
         what: str,
+        aim: str,
         mean: torch.Tensor,
         expected: torch.Tensor,
         step: torch.Tensor,
@@ -307,8 +312,8 @@ class _Judge:
         i = int((error - tolerance).argmax())
         size = f"{float(in_steps[i]):.3g} steps" if float(step[i]) > 0 else f"{float(error[i]):.3g}"
         return (
-            f"{what} is {float(mean.reshape(-1)[i]):.6g} where it should be {float(expected.reshape(-1)[i]):.6g}: off "
-            f"by {size}; {int(beyond.sum())} of {len(error)} are off ({design.name} design, by probing)"
+            f"{what} is {float(mean.reshape(-1)[i]):.6g} where {aim} is {float(expected.reshape(-1)[i]):.6g}: off by "
+            f"{size}; {int(beyond.sum())} of {len(error)} elements are off ({design.name} design, by probing)"
         )
 
     def _decisions(self, design: designs.Design, exact: Law) -> Decisions:
@@ -377,6 +382,9 @@ class _Judge:
         assert smallest is not None
         adjusted = min(1.0, smallest.p_value * len(looks) * blackbox.FAMILIES)
         evidence = f"{smallest.evidence} (p = {adjusted:.3g} in {smallest.draws} draws)"
+        if smallest.p_value >= level:
+            known = f"E = x within {self.worst:.1g} steps, by probing; " if method == "exact" else ""
+            evidence = f"{known}the draws show nothing{'' if known else ', and only they were looked at'}"
         if not independent:
             evidence += f"; {reason}"
         return self._result(smallest.p_value >= level, independent, adjusted, evidence, method)
