@@ -133,12 +133,13 @@ def misfit(row):
 def test_predictions_hold(case, q):
     model, batch = case()
     found = fqtstats.plan(model, batch, small.loss, policy(q), mean_bits=4, precision=0.2, draws=DRAWS)
-    assert len(found.comparison) == 2
-    for index in range(2):
+    assert found.comparison["policy"].tolist()[:2] == ["plan", "uniform"]
+    for index in range(len(found.comparison)):
         row = found.comparison.iloc[index]
         assert misfit(row) < SIGMAS
         assert row["predicted_error"] < 0.05 * row["predicted"]
-        assert (row["mean_bits"], row["draws"]) == (4, DRAWS)
+        assert row["mean_bits"] <= 4
+        assert row["draws"] == DRAWS
     # Negative control: another policy's prediction is found out.
     assert misfit(found.total.to_dict() | {"predicted": 2 * found.total["predicted"]}) > SIGMAS
     assert found.table["variance"].sum() == pytest.approx(found.total["predicted"])
@@ -147,15 +148,15 @@ def test_predictions_hold(case, q):
     # The layers are unequal: dividing bits pays.
     assert found.table["bits"].nunique() > 1
     if case is unequal:
-        assert found.uniform["measured"] > 1.5 * found.total["measured"]
+        assert found.other("uniform")["measured"] > 1.5 * found.total["measured"]
 
 
 def test_a_budget_is_met_with_fewest_bits():
     found = rough(batches=others(), budget=1.05, precision=0.1)
     sampling = found.total["sampling_variance"]
-    assert found.total["predicted"] <= 0.05 * sampling < found.uniform["predicted"] * 16
-    assert found.mean_bits <= found.uniform["mean_bits"]
-    assert found.uniform["predicted"] <= 0.05 * sampling
+    assert found.total["predicted"] <= 0.05 * sampling < found.other("uniform")["predicted"] * 16
+    assert found.mean_bits <= found.other("uniform")["mean_bits"]
+    assert found.other("uniform")["predicted"] <= 0.05 * sampling
     assert math.isnan(found.total["measured"])
     # A looser one takes fewer bits.
     assert rough(batches=others(), budget=1.5, precision=0.1).mean_bits < found.mean_bits
@@ -294,7 +295,7 @@ def test_the_command(run: Run) -> None:
     lines = done.out.splitlines()
     assert lines[0].strip() == "plan for bhq, pcq: mean of 4 bits"
     assert [line.split()[0] for line in lines[3:5]] == ["1", "3"]
-    assert any(line.startswith("uniform") for line in lines)
+    assert any(line.startswith("4 bits everywhere") for line in lines)
     assert any(re.match(r"the plan has [\d.]+ times less variance than 4 bits everywhere", line) for line in lines)
     files = "policy.py, plan.parquet, comparison.parquet, the same as .csv, run.json, figures/bits.png"
     assert lines[-1] == f"saved in runs/plan-bhq-4-bits: {files}"
