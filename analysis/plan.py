@@ -1,9 +1,9 @@
 """What does it gain to divide bits among the layers, and do the predictions hold?
 
 ``python -m analysis.plan`` plans the bits of the default model on the default data, and of the small transformer on the
-sources of Python's standard library, each with BHQ and with PSQ for the input gradient and one grid per channel (the recipe's) for
-the weight gradient; once for a mean of 4 bits and once for a budget of 1.1 sampling variances. It saves the comparison
-of every plan with the simpler policies that meet the same target, the plans themselves, and a figure.
+sources of Python's standard library, each with BHQ and with PSQ for the input gradient and one grid per channel (the
+recipe's) for the weight gradient; once for a mean of 4 bits and once for a budget of 1.1 sampling variances. It saves
+the comparison of every plan with the simpler policies that meet the same target, the plans themselves, and a figure.
 
 ``factor`` is the measured variance over the plan's; ``saved`` the mean bits that the plan saves. Policies with the same
 target are: the plan, the same bits everywhere ("uniform"), and one width for all weight-gradient quantizers and one for
