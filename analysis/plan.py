@@ -4,6 +4,7 @@
 sources of Python's standard library, each with BHQ and with PSQ for the input gradient and one grid per channel (the
 recipe's) for the weight gradient; once for a mean of 4 bits and once for a budget of 1.1 sampling variances. It saves
 the comparison of every plan with the simpler policies that meet the same target, the plans themselves, and a figure.
+Plans that are in ``--runs`` already are not made again, so that it can be interrupted.
 
 ``factor`` is the measured variance over the plan's; ``saved`` the mean bits that the plan saves. Policies with the same
 target are: the plan, the same bits everywhere ("uniform"), and one width for all weight-gradient quantizers and one for
@@ -41,28 +42,26 @@ def main() -> None:
     parser.add_argument("--precision", type=float, default=0.05, help="of the profiles")
     parser.add_argument("--batches", type=int, default=16, help="further minibatches, for the sampling variance")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "plan", help="folder of the plans' runs")
     given = parser.parse_args()
-    plans = {
-        (model, quantizer, target): plan
-        for model in MODELS
-        for quantizer, target, plan in plans_of(model, given.draws, given.precision, given.batches)
-    }
+    plans = {}
+    for model, quantizer, target in itertools.product(MODELS, QUANTIZERS, TARGETS):
+        place = given.runs / f"{model}-{quantizer}-{target.replace(' ', '-')}"
+        if not place.exists():
+            make(model, quantizer, target, given.draws, given.precision, given.batches).save(place)
+        plans[model, quantizer, target] = plan = fqtstats.load_plan(place)
+        print(f"{model}, {quantizer}, {target}: {plan}", flush=True)
     save(plans, given.out)
 
 
-def plans_of(model: str, draws: int, precision: float, batches: int) -> list[tuple[str, str, Plan]]:
-    """Quantizer, target and plan, for all of them."""
+def make(model: str, quantizer: str, target: str, draws: int, precision: float, batches: int) -> Plan:
+    """One plan."""
     setup = experiment.prepare(model, MODELS[model], further=batches)
-    found = []
-    for quantizer, target in itertools.product(QUANTIZERS, TARGETS):
-        policy = fqtstats.policies.get(f"statquant-{quantizer}")
-        plan = fqtstats.plan(
-            setup.model, setup.batch, setup.loss, policy, batches=setup.further, draws=draws, precision=precision,
-            **TARGETS[target],
-        )  # fmt: skip
-        print(f"{model}, {quantizer}, {target}: {plan}", flush=True)
-        found.append((quantizer, target, plan))
-    return found
+    policy = fqtstats.policies.get(f"statquant-{quantizer}")
+    return fqtstats.plan(
+        setup.model, setup.batch, setup.loss, policy, batches=setup.further, draws=draws, precision=precision,
+        **TARGETS[target],
+    )  # fmt: skip
 
 
 def compare(plans: dict[tuple[str, str, str], Plan]) -> pd.DataFrame:

@@ -154,10 +154,10 @@ def plan(
 
 
 def _widths(bits: Collection[int]) -> tuple[int, ...]:
-    chosen = sorted(set(bits))
+    chosen = list(bits) if isinstance(bits, Collection) else []
     if not chosen or not all(isinstance(b, int) and not isinstance(b, bool) and b in BITS for b in chosen):
-        raise InputError(f"expected bits to be integers from {BITS[0]} to {BITS[-1]}, got {list(bits)!r}")
-    return tuple(chosen)
+        raise InputError(f"expected bits to be integers from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+    return tuple(sorted(set(chosen)))
 
 
 def _check_target(budget: float | None, mean_bits: float | None, further: Sequence[object]) -> None:

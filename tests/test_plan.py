@@ -267,6 +267,7 @@ def test_saved_and_loaded(tmp_path):
         ({"budget": 1.0, "batches": [0]}, "above 1"),
         ({"mean_bits": math.nan}, "mean_bits must be a number"),
         ({"mean_bits": 4, "bits": (0, 4)}, "integers from 1 to 8"),
+        ({"mean_bits": 4, "bits": 4}, "integers from 1 to 8"),
         ({"mean_bits": 4, "draws": 1}, "draws must be an integer of at least 2"),
         ({"mean_bits": 4, "skip": "*"}, "expected a model with"),
         ({"mean_bits": 4, "policy": fqtstats.policies.get("statquant-qat")}, "gradient quantizers"),
