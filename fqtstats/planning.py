@@ -55,7 +55,6 @@ DOUBTFUL = 1.5
 """A uniform policy is profiled as a candidate for the narrowest if up to so many times the limit is expected of it."""
 
 Key = tuple[str, Site]
-Bits = dict[Key, int]
 
 
 class PlanProgress(Protocol):
@@ -360,7 +359,7 @@ class _Bench:
 
             note((call.layer.name, "grad_weight"), weight.q, variance)
 
-        own: Bits = {}
+        own: dict[Key, int] = {}
         with (
             quantized(self.model, policy, self.skip, self.backend, self.seed) as handle,
             Session(self.model, handle, self.batch, self.loss_fn, self.seed) as session,

@@ -84,6 +84,16 @@ def test_allocation_against_brute_force(seed, convex):
             assert sum(chosen) == min(known)
 
 
+def test_convex_curves_take_bit_after_bit_where_it_gains_most():
+    scales = 10 ** np.random.default_rng(3).uniform(-3, 3, size=6)
+    allocation = Allocation([{b: scale * 4.0**-b for b in range(1, 9)} for scale in scales])
+    chosen = [1] * 6
+    while sum(chosen) < 40:
+        gains = [scale * 4.0**-b if b < 8 else 0 for scale, b in zip(scales, chosen, strict=True)]
+        chosen[int(np.argmax(gains))] += 1
+        assert list(allocation.within_bits(sum(chosen))) == chosen
+
+
 def test_curves():
     assert _curve({2: 16.0, 3: 4.0, 4: 1.0}, 3, 8.0, (2, 4)) == {2: 32.0, 4: 2.0}
     # No noise with its own bits: only those are taken that have none, either.
@@ -160,6 +170,17 @@ def test_a_budget_is_met_with_fewest_bits():
     assert math.isnan(found.total["measured"])
     # A looser one takes fewer bits.
     assert rough(batches=others(), budget=1.5, precision=0.1).mean_bits < found.mean_bits
+
+
+def test_a_budget_is_met_where_too_little_was_expected(monkeypatch):
+    monkeypatch.setattr(planning, "_curve", lambda *given: {b: v * 0.8**b for b, v in _curve(*given).items()})
+    found = rough(batches=others(1), budget=1.2)
+    limit = 0.2 * found.total["sampling_variance"]
+    assert found.total["predicted"] <= limit
+    assert found.metadata["rounds"][0]["variance"] > limit
+    # The last resort.
+    monkeypatch.setattr(planning, "MOST_ROUNDS", 0)
+    assert rough(batches=others(1), budget=1.2).table["bits"].eq(8).all()
 
 
 def test_an_infeasible_budget_says_what_is_feasible():
