@@ -416,6 +416,7 @@ def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
     if not sampling > 0:
         raise InputError("the sampling variance is zero, nothing is within a budget relative to it; use mean_bits")
     aim = limit = (budget - 1) * sampling
+    missed = False
     rounds: dict[tuple[int, ...], _Point] = {}
     while True:
         allocation = Allocation(point.curves(bench.widths))
@@ -436,7 +437,9 @@ def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
                     f"budget {budget:g} cannot be met: with the most bits everywhere the quantizers add {reachable} "
                     f"times the sampling variance; the smallest reachable budget is {1 + reachable:.12g}"
                 )
-            aim *= min(limit / point.variance, 0.99)  # what was expected was too little
+            if missed:  # also with what is expected from near by
+                aim *= min(limit / point.variance, 0.99)
+            missed = True
     best = min(met, key=lambda point: (point.total_bits, point.variance))
     others = {}
     for width in bench.widths:
