@@ -7,8 +7,9 @@ the comparison of every plan with the simpler policies that meet the same target
 Plans that are in ``--runs`` already are not made again, so that it can be interrupted.
 
 ``factor`` is the measured variance over the plan's; ``saved`` the mean bits that the plan saves. Policies with the same
-target are: the plan, the same bits everywhere ("uniform"), and one width for all weight-gradient quantizers and one for
-all input-gradient quantizers ("by site"), which tells the gain between the two sites from the gain between the layers.
+target are: the plan; the same bits everywhere ("uniform"); and, where that is better than uniform, one width for all
+weight-gradient quantizers and one for all input-gradient quantizers ("by site"), which tells the gain between the two
+sites from the gain between the layers.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def draw(comparison: pd.DataFrame) -> bytes:
         figure = style.new_figure(2 * style.COLUMN_WIDTH, 2.2)
         for ax, target, column, label in zip(
             figure.subplots(1, 2), TARGETS, ("factor", "mean_bits"),
-            ("variance at a mean of 4 bits, over the plan's", "mean bits for a budget of 1.1"), strict=True,
+            ("variance at a mean of 4 bits / plan's", "mean bits for a budget of 1.1"), strict=True,
         ):  # fmt: skip
             rows = comparison[comparison["target"] == target].set_index(["model", "quantizer", "policy"])[column]
             for place, policy in enumerate(COLORS):
@@ -117,7 +118,8 @@ def draw(comparison: pd.DataFrame) -> bytes:
                 x = np.arange(len(cases)) + 0.27 * (place - 1)
                 bars = ax.bar(x, values, 0.25, color=COLORS[policy])
                 ax.bar_label(bars, ["" if np.isnan(value) else f"{value:.3g}" for value in values], fontsize=5)
-            ax.set_xticks(range(len(cases)), [f"{model}\n{quantizer}" for model, quantizer in cases])
+            ax.set_xticks(range(len(cases)), ["\n".join([*model.split("_"), quantizer]) for model, quantizer in cases])
+            ax.set_xlim(-0.6, len(cases) - 0.4)
             ax.tick_params(axis="x", length=0)
             ax.set_ylabel(label)
         handles = [Patch(color=color, label=policy) for policy, color in COLORS.items()]

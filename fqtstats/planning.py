@@ -54,6 +54,9 @@ LAW_DRAWS = 4
 DOUBTFUL = 1.5
 """A uniform policy is profiled as a candidate for the narrowest if up to so many times the limit is expected of it."""
 
+SITE_TRIES = 2
+"""At most so many policies with one width for each site are profiled; what is expected of them is from far away."""
+
 Key = tuple[str, Site]
 
 
@@ -111,9 +114,9 @@ def plan(
 
     Returns:
         The plan; ``.policy`` is the planned policy, ``.table`` has one row per quantizer, ``.comparison`` the total
-        variance, predicted and measured, beside that of simpler policies that meet the same target as well as they can:
-        one with the same bits everywhere (with ``mean_bits`` only where these are a whole number), and one with the
-        same bits in all weight-gradient and the same in all input-gradient quantizers.
+        variance, predicted and measured, beside that of simpler policies that meet the same target: one with the same
+        bits everywhere (with ``mean_bits`` only where these are a whole number), and the best found with the same bits
+        in all weight-gradient and the same in all input-gradient quantizers, where it is better than the former.
 
     Raises:
         InputError: bad input (one line that says what to do).
@@ -261,6 +264,10 @@ class _Option:
     bits: int
     variance: float
 
+    def below(self, other: _Option) -> bool:
+        """Whether the other one has as many bits or more at both sites, and is not the same."""
+        return self.widths != other.widths and all(b <= other.widths[site] for site, b in self.widths.items())
+
     @property
     def same(self) -> bool:
         return len(set(self.widths.values())) == 1
@@ -402,9 +409,14 @@ def _with_mean_bits(bench: _Bench, policy: Policy, mean_bits: float) -> Found:
     if not rest and width in bench.widths:
         others["uniform"] = first if width == start else bench.point(_same(policy, width))
     options = [option for option in _by_site(best, bench.widths) if option.bits <= total + first.fixed_bits]
-    option = min(options, key=lambda option: option.variance, default=None)
-    if option is not None and not option.same:
-        others["by site"] = bench.point(uniform(policy, option.widths))
+    full = [option for option in options if not any(option.below(other) for other in options) and not option.same]
+    tried = [
+        bench.point(uniform(policy, option.widths))
+        for option in sorted(full, key=lambda option: option.variance)[:SITE_TRIES]
+    ]
+    quietest = min([*tried, *others.values()], key=lambda point: point.variance, default=None)
+    if quietest in tried:
+        others["by site"] = quietest
     return points, best, others
 
 
@@ -448,14 +460,14 @@ def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
             if point.variance <= limit:
                 others["uniform"] = point
                 break
-    for option in sorted(_by_site(best, bench.widths), key=lambda option: (option.bits, option.variance)):
-        if option.variance <= limit:
-            if option.same:
-                break
-            point = bench.point(uniform(policy, option.widths))
-            if point.variance <= limit:
-                others["by site"] = point
-                break
+    options = [option for option in _by_site(best, bench.widths) if option.variance <= limit and not option.same]
+    for option in sorted(options, key=lambda option: (option.bits, option.variance))[:SITE_TRIES]:
+        if "uniform" in others and option.bits >= others["uniform"].total_bits:
+            break
+        point = bench.point(uniform(policy, option.widths))
+        if point.variance <= limit:
+            others["by site"] = point
+            break
     return list(rounds.values()), best, others
 
 

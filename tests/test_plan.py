@@ -34,7 +34,7 @@ from fqtstats.plans import Plan, assigned
 __all__ = ["run"]  # the fixture
 
 SIGMAS = 8.0
-DRAWS = 40
+DRAWS = 32
 
 
 def others(n=3, **options):
