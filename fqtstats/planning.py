@@ -11,6 +11,7 @@ made anew from there.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from fqtstats.measurement import measure
 from fqtstats.measuring import Store
 from fqtstats.plans import Plan, assigned, plain_policy, uniform
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.profiles import Profile
+from fqtstats.profiles import SITES, Profile
 from fqtstats.profiling import profile
 from fqtstats.quantizers.base import StochasticQuantizer
 
@@ -53,8 +54,10 @@ LAW_DRAWS = 4
 DOUBTFUL = 1.5
 """A uniform policy is profiled as a candidate for the narrowest if up to so many times the limit is expected of it."""
 
+SITE_TRIES = 2
+"""At most so many policies with one width for each site are profiled; what is expected of them is from far away."""
+
 Key = tuple[str, Site]
-Bits = dict[Key, int]
 
 
 class PlanProgress(Protocol):
@@ -95,15 +98,15 @@ def plan(
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         policy: the quantizers. Those that are not stochastic quantizers of the package (or subclasses) stay as they
             are; the bits of the others matter with a budget only, where planning starts from them.
-        budget: sampling variance and quantization variance together are at most this many times the sampling variance;
-            above 1. It needs ``batches``.
+        budget: sampling variance and quantization variance together are at most this many times the sampling variance,
+            as far as predicted; above 1. It needs ``batches``.
         mean_bits: at most this mean over all gradient quantizers that have a number of bits.
         batches: further minibatches, for the sampling variance.
         bits: those that may be chosen.
         precision: of the profiles, see :func:`fqtstats.profile`.
         seed: seed of all random numbers.
         backend: how products are computed, see :func:`fqtstats.prepare_`.
-        draws: draws to measure the planned policy with, and the uniform one that it is compared with; 0 for none.
+        draws: draws to measure the planned policy with, and the simpler ones that it is compared with; 0 for none.
         most_probes: draws to end a profile at.
         skip: layers to leave in full precision: a name pattern, several, or a predicate.
         progress: called with (what, done, total).
@@ -111,8 +114,9 @@ def plan(
 
     Returns:
         The plan; ``.policy`` is the planned policy, ``.table`` has one row per quantizer, ``.comparison`` the total
-        variance, predicted and measured, beside that of a uniform policy: with ``mean_bits`` the one of as many bits
-        (where that is a whole number), with ``budget`` the narrowest one within it.
+        variance, predicted and measured, beside that of simpler policies that meet the same target: one with the same
+        bits everywhere (with ``mean_bits`` only where these are a whole number), and the best found with the same bits
+        in all weight-gradient and the same in all input-gradient quantizers, where it is better than the former.
 
     Raises:
         InputError: bad input (one line that says what to do).
@@ -130,13 +134,11 @@ def plan(
         model, batch, loss_fn, further, widths, precision, seed, backend, draws, most_probes, skip, progress, store
     )
     if mean_bits is not None:
-        rounds, best, other = _with_mean_bits(bench, policy, mean_bits)
+        rounds, best, others = _with_mean_bits(bench, policy, mean_bits)
     else:
         assert budget is not None
-        rounds, best, other = _within_budget(bench, policy, budget)
-    rows = [{"policy": "plan", **bench.row(best)}]
-    if other is not None:
-        rows.append({"policy": "uniform", **bench.row(other)})
+        rounds, best, others = _within_budget(bench, policy, budget)
+    rows = [bench.row("plan", best), *(bench.row(name, point) for name, point in others.items())]
     comparison = pd.DataFrame(rows).assign(sampling_variance=best.sampling)
     sources = best.profile.sources
     free = [key in best.laws for key in best.keys]
@@ -154,10 +156,10 @@ def plan(
 
 
 def _widths(bits: Collection[int]) -> tuple[int, ...]:
-    chosen = sorted(set(bits))
+    chosen = list(bits) if isinstance(bits, Collection) else []
     if not chosen or not all(isinstance(b, int) and not isinstance(b, bool) and b in BITS for b in chosen):
-        raise InputError(f"expected bits to be integers from {BITS[0]} to {BITS[-1]}, got {list(bits)!r}")
-    return tuple(chosen)
+        raise InputError(f"expected bits to be integers from {BITS[0]} to {BITS[-1]}, got {bits!r}")
+    return tuple(sorted(set(chosen)))
 
 
 def _check_target(budget: float | None, mean_bits: float | None, further: Sequence[object]) -> None:
@@ -238,10 +240,12 @@ class _Point:
         """``policy`` with these bits in the quantizers of ``laws``."""
         return assigned(policy, dict(zip(self.laws, chosen, strict=True)))
 
-    def expected(self, widths: Mapping[Key, int]) -> float:
-        """The variance that is expected with other bits."""
-        curves = zip(self.laws, self.curves(sorted(set(widths.values()))), strict=True)
-        return self.fixed_variance + math.fsum(curve.get(widths[key], math.inf) for key, curve in curves)
+    def option(self, widths: Mapping[str, int]) -> _Option:
+        """What is expected with one width for each site."""
+        chosen = [widths[site] for _, site in self.laws]
+        curves = zip(self.curves(sorted(set(chosen))), chosen, strict=True)
+        variance = self.fixed_variance + math.fsum(curve.get(width, math.inf) for curve, width in curves)
+        return _Option(widths, self.fixed_bits + sum(chosen), variance)
 
 
 def _curve(law: Mapping[int, float], own: int, variance: float, widths: Sequence[int]) -> dict[int, float]:
@@ -250,6 +254,23 @@ def _curve(law: Mapping[int, float], own: int, variance: float, widths: Sequence
         return {b: variance * (law[b] / law[own]) for b in widths}
     # There happens to be no noise with these bits. How much it is with others is not known: none with noise are taken.
     return {b: 0.0 for b in widths if law[b] == 0} or {widths[-1]: variance}
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A policy with one width for each site: how many bits it has in all, and what variance is expected of it."""
+
+    widths: Mapping[str, int]
+    bits: int
+    variance: float
+
+    def below(self, other: _Option) -> bool:
+        """Whether the other one has as many bits or more at both sites, and is not the same."""
+        return self.widths != other.widths and all(b <= other.widths[site] for site, b in self.widths.items())
+
+    @property
+    def same(self) -> bool:
+        return len(set(self.widths.values())) == 1
 
 
 @dataclass
@@ -289,7 +310,7 @@ class _Bench:
             self.sampling = float(found.total["sampling_variance"])
         return _Point(policy, found, self._laws(policy), self.sampling)
 
-    def row(self, point: _Point) -> dict[str, object]:
+    def row(self, name: str, point: _Point) -> dict[str, object]:
         """What :attr:`Plan.comparison` has of a point."""
         measured = [math.nan] * 3
         if self.draws:
@@ -298,7 +319,14 @@ class _Bench:
             result = measure(self.model, self.batch, self.loss_fn, point.policy, self.draws, **common)
             total = result.total(result.configurations[0])
             measured = [float(total[name]) for name in ("variance", "variance_low", "variance_high")]
+        widths = {
+            site: {width for key, width in point.bits.items() if key in point.laws and key[1] == site} for site in SITES
+        }
+        q1, q2 = (next(iter(found)) if name != "plan" and found else None for found in widths.values())
         return {
+            "policy": name,
+            "q1_bits": q1,
+            "q2_bits": q2,
             "mean_bits": point.mean_bits,
             "predicted": point.variance,
             "predicted_error": point.error,
@@ -338,7 +366,7 @@ class _Bench:
 
             note((call.layer.name, "grad_weight"), weight.q, variance)
 
-        own: Bits = {}
+        own: dict[Key, int] = {}
         with (
             quantized(self.model, policy, self.skip, self.backend, self.seed) as handle,
             Session(self.model, handle, self.batch, self.loss_fn, self.seed) as session,
@@ -350,14 +378,14 @@ class _Bench:
 
 # --- targets ----------------------------------------------------------------------------------------------------------
 
-Found = tuple[list[_Point], _Point, _Point | None]
-"""The plans that were profiled, the best of them, and the uniform policy to compare it with."""
+Found = tuple[list[_Point], _Point, dict[str, _Point]]
+"""The plans that were profiled, the best of them, and simpler policies that meet the same target, by name."""
 
 
 def _with_mean_bits(bench: _Bench, policy: Policy, mean_bits: float) -> Found:
     """The least variance with at most this mean."""
-    start = uniform(policy, min(bench.widths, key=lambda width: abs(width - mean_bits)))
-    first = bench.point(start)
+    start = min(bench.widths, key=lambda width: abs(width - mean_bits))
+    first = bench.point(_same(policy, start))
     _require_choice(first)
     total = math.floor(mean_bits * len(first.bits) + 1e-9) - first.fixed_bits
     rounds: dict[tuple[int, ...], _Point] = {}
@@ -376,11 +404,20 @@ def _with_mean_bits(bench: _Bench, policy: Policy, mean_bits: float) -> Found:
         point = rounds[chosen] = bench.point(point.assigned(policy, chosen))
     points = list(rounds.values())
     best = min(points, key=lambda point: (point.variance, point.total_bits))
+    others = {}
     width, rest = divmod(total, len(first.laws))
-    if rest or width not in bench.widths:
-        return points, best, None
-    same = uniform(policy, width)
-    return points, best, first if same == start else bench.point(same)
+    if not rest and width in bench.widths:
+        others["uniform"] = first if width == start else bench.point(_same(policy, width))
+    options = [option for option in _by_site(best, bench.widths) if option.bits <= total + first.fixed_bits]
+    full = [option for option in options if not any(option.below(other) for other in options) and not option.same]
+    tried = [
+        bench.point(uniform(policy, option.widths))
+        for option in sorted(full, key=lambda option: option.variance)[:SITE_TRIES]
+    ]
+    quietest = min([*tried, *others.values()], key=lambda point: point.variance, default=None)
+    if quietest in tried:
+        others["by site"] = quietest
+    return points, best, others
 
 
 def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
@@ -391,6 +428,7 @@ def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
     if not sampling > 0:
         raise InputError("the sampling variance is zero, nothing is within a budget relative to it; use mean_bits")
     aim = limit = (budget - 1) * sampling
+    missed = False
     rounds: dict[tuple[int, ...], _Point] = {}
     while True:
         allocation = Allocation(point.curves(bench.widths))
@@ -411,19 +449,37 @@ def _within_budget(bench: _Bench, policy: Policy, budget: float) -> Found:
                     f"budget {budget:g} cannot be met: with the most bits everywhere the quantizers add {reachable} "
                     f"times the sampling variance; the smallest reachable budget is {1 + reachable:.12g}"
                 )
-            aim *= min(limit / point.variance, 0.99)  # what was expected was too little
+            if missed:  # also with what is expected from near by
+                aim *= min(limit / point.variance, 0.99)
+            missed = True
     best = min(met, key=lambda point: (point.total_bits, point.variance))
-    return list(rounds.values()), best, _narrowest_uniform(bench, policy, best, limit)
-
-
-def _narrowest_uniform(bench: _Bench, policy: Policy, near: _Point, limit: float) -> _Point | None:
-    """The uniform policy of the fewest bits whose variance is within the limit; None if there is none."""
+    others = {}
     for width in bench.widths:
-        if near.expected(dict.fromkeys(near.laws, width)) <= DOUBTFUL * limit:
-            point = bench.point(uniform(policy, width))
+        if best.option(dict.fromkeys(SITES, width)).variance <= DOUBTFUL * limit:
+            point = bench.point(_same(policy, width))
             if point.variance <= limit:
-                return point
-    return None
+                others["uniform"] = point
+                break
+    options = [option for option in _by_site(best, bench.widths) if option.variance <= limit and not option.same]
+    for option in sorted(options, key=lambda option: (option.bits, option.variance))[:SITE_TRIES]:
+        if "uniform" in others and option.bits >= others["uniform"].total_bits:
+            break
+        point = bench.point(uniform(policy, option.widths))
+        if point.variance <= limit:
+            others["by site"] = point
+            break
+    return list(rounds.values()), best, others
+
+
+def _same(policy: Policy, width: int) -> Policy:
+    return uniform(policy, dict.fromkeys(SITES, width))
+
+
+def _by_site(point: _Point, widths: Sequence[int]) -> list[_Option]:
+    """All policies with one width for Q1 and one for Q2; none where only one of the two can be chosen."""
+    if {site for _, site in point.laws} != set(SITES):
+        return []
+    return [point.option(dict(zip(SITES, pair, strict=True))) for pair in itertools.product(widths, repeat=2)]
 
 
 def _require_choice(point: _Point) -> None:

@@ -53,7 +53,9 @@ TABLE: tuple[Column, ...] = (
 """Schema of :attr:`Plan.table`: one row per gradient quantizer, in forward order of the layers."""
 
 COMPARISON: tuple[Column, ...] = (
-    Column("policy", "str", "", '"plan", or "uniform" for the same number of bits everywhere'),
+    Column("policy", "str", "", '"plan"; "uniform": the same bits everywhere; "by site": one width for Q1, one for Q2'),
+    Column("q1_bits", "Int64", "bit", "bits of the weight-gradient quantizers, where all have the same"),
+    Column("q2_bits", "Int64", "bit", "bits of the input-gradient quantizers, where all have the same"),
     Column("mean_bits", "float64", "bit", "mean over all gradient quantizers that have a number of bits"),
     Column("predicted", "float64", _SQUARE, "predicted variance of the quantized gradient"),
     Column("predicted_error", "float64", _SQUARE, "standard error of predicted"),
@@ -63,7 +65,7 @@ COMPARISON: tuple[Column, ...] = (
     Column("draws", "int64", "1", "quantized gradients drawn to measure it"),
     Column("sampling_variance", "float64", _SQUARE, "trace of the covariance of one minibatch's gradient"),
 )
-"""Schema of :attr:`Plan.comparison`: the plan, and a uniform policy where there is one to compare with."""
+"""Schema of :attr:`Plan.comparison`: the plan, and simpler policies where there are any to compare with."""
 
 _TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     "table": ("plan", TABLE),
@@ -78,7 +80,7 @@ class Plan:
 
     Attributes:
         table: one row per gradient quantizer, with the columns of :data:`TABLE`.
-        comparison: the plan and, where there is one, a uniform policy, with the columns of :data:`COMPARISON`.
+        comparison: the plan and simpler policies that meet the same target, with the columns of :data:`COMPARISON`.
         metadata: plain JSON, whatever it takes to repeat the plan. Keys with a meaning here: ``policy`` (the one that
             bits were planned for), ``target`` (``{"budget": 1.1}`` or ``{"mean_bits": 5}``), ``rounds`` and
             ``unquantized``.
@@ -111,10 +113,10 @@ class Plan:
         """The comparison's row of the plan."""
         return self.comparison.iloc[0]
 
-    @property
-    def uniform(self) -> pd.Series | None:
-        """The comparison's row of the uniform policy, where there is one."""
-        return self.comparison.iloc[1] if len(self.comparison) > 1 else None
+    def other(self, policy: str) -> pd.Series | None:
+        """The comparison's row of a simpler policy, "uniform" or "by site", where there is one."""
+        rows = self.comparison[self.comparison["policy"] == policy]
+        return rows.iloc[0] if len(rows) else None
 
     @property
     def mean_bits(self) -> float:
@@ -215,14 +217,15 @@ def assigned(policy: Policy, bits: Mapping[tuple[str, str], int]) -> Policy:
     return replace(policy, overrides={**overrides, **others})
 
 
-def uniform(policy: Policy, bits: int) -> Policy:
-    """``policy`` with the same bits in all its stochastic gradient quantizers."""
+def uniform(policy: Policy, bits: Mapping[str, int]) -> Policy:
+    """``policy`` with the same bits in all its stochastic quantizers of a site, by site."""
 
-    def at(q: QuantizerLike | None) -> QuantizerLike | None:
-        return replace(q, bits=bits) if isinstance(q, StochasticQuantizer) else q
+    def at(site: str) -> QuantizerLike | None:
+        q = getattr(policy, site)
+        return replace(q, bits=bits[site]) if isinstance(q, StochasticQuantizer) else q
 
     overrides = {pattern: uniform(own, bits) for pattern, own in policy.overrides.items()}
-    return replace(policy, grad_input=at(policy.grad_input), grad_weight=at(policy.grad_weight), overrides=overrides)
+    return replace(policy, grad_weight=at("grad_weight"), grad_input=at("grad_input"), overrides=overrides)
 
 
 def _registered(q: object) -> bool:

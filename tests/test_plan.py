@@ -34,7 +34,7 @@ from fqtstats.plans import Plan, assigned
 __all__ = ["run"]  # the fixture
 
 SIGMAS = 8.0
-DRAWS = 40
+DRAWS = 32
 
 
 def others(n=3, **options):
@@ -82,6 +82,16 @@ def test_allocation_against_brute_force(seed, convex):
         if chosen is not None:
             assert variances[chosen] <= limit * (1 + 1e-12)
             assert sum(chosen) == min(known)
+
+
+def test_convex_curves_take_bit_after_bit_where_it_gains_most():
+    scales = 10 ** np.random.default_rng(3).uniform(-3, 3, size=6)
+    allocation = Allocation([{b: scale * 4.0**-b for b in range(1, 9)} for scale in scales])
+    chosen = [1] * 6
+    while sum(chosen) < 40:
+        gains = [scale * 4.0**-b if b < 8 else 0 for scale, b in zip(scales, chosen, strict=True)]
+        chosen[int(np.argmax(gains))] += 1
+        assert list(allocation.within_bits(sum(chosen))) == chosen
 
 
 def test_curves():
@@ -133,12 +143,13 @@ def misfit(row):
 def test_predictions_hold(case, q):
     model, batch = case()
     found = fqtstats.plan(model, batch, small.loss, policy(q), mean_bits=4, precision=0.2, draws=DRAWS)
-    assert len(found.comparison) == 2
-    for index in range(2):
+    assert found.comparison["policy"].tolist()[:2] == ["plan", "uniform"]
+    for index in range(len(found.comparison)):
         row = found.comparison.iloc[index]
         assert misfit(row) < SIGMAS
         assert row["predicted_error"] < 0.05 * row["predicted"]
-        assert (row["mean_bits"], row["draws"]) == (4, DRAWS)
+        assert row["mean_bits"] <= 4
+        assert row["draws"] == DRAWS
     # Negative control: another policy's prediction is found out.
     assert misfit(found.total.to_dict() | {"predicted": 2 * found.total["predicted"]}) > SIGMAS
     assert found.table["variance"].sum() == pytest.approx(found.total["predicted"])
@@ -147,18 +158,29 @@ def test_predictions_hold(case, q):
     # The layers are unequal: dividing bits pays.
     assert found.table["bits"].nunique() > 1
     if case is unequal:
-        assert found.uniform["measured"] > 1.5 * found.total["measured"]
+        assert found.other("uniform")["measured"] > 1.5 * found.total["measured"]
 
 
 def test_a_budget_is_met_with_fewest_bits():
     found = rough(batches=others(), budget=1.05, precision=0.1)
     sampling = found.total["sampling_variance"]
-    assert found.total["predicted"] <= 0.05 * sampling < found.uniform["predicted"] * 16
-    assert found.mean_bits <= found.uniform["mean_bits"]
-    assert found.uniform["predicted"] <= 0.05 * sampling
+    assert found.total["predicted"] <= 0.05 * sampling < found.other("uniform")["predicted"] * 16
+    assert found.mean_bits <= found.other("uniform")["mean_bits"]
+    assert found.other("uniform")["predicted"] <= 0.05 * sampling
     assert math.isnan(found.total["measured"])
     # A looser one takes fewer bits.
     assert rough(batches=others(), budget=1.5, precision=0.1).mean_bits < found.mean_bits
+
+
+def test_a_budget_is_met_where_too_little_was_expected(monkeypatch):
+    monkeypatch.setattr(planning, "_curve", lambda *given: {b: v * 0.8**b for b, v in _curve(*given).items()})
+    found = rough(batches=others(1), budget=1.2)
+    limit = 0.2 * found.total["sampling_variance"]
+    assert found.total["predicted"] <= limit
+    assert found.metadata["rounds"][0]["variance"] > limit
+    # The last resort.
+    monkeypatch.setattr(planning, "MOST_ROUNDS", 0)
+    assert rough(batches=others(1), budget=1.2).table["bits"].eq(8).all()
 
 
 def test_an_infeasible_budget_says_what_is_feasible():
@@ -266,6 +288,7 @@ def test_saved_and_loaded(tmp_path):
         ({"budget": 1.0, "batches": [0]}, "above 1"),
         ({"mean_bits": math.nan}, "mean_bits must be a number"),
         ({"mean_bits": 4, "bits": (0, 4)}, "integers from 1 to 8"),
+        ({"mean_bits": 4, "bits": 4}, "integers from 1 to 8"),
         ({"mean_bits": 4, "draws": 1}, "draws must be an integer of at least 2"),
         ({"mean_bits": 4, "skip": "*"}, "expected a model with"),
         ({"mean_bits": 4, "policy": fqtstats.policies.get("statquant-qat")}, "gradient quantizers"),
@@ -294,7 +317,7 @@ def test_the_command(run: Run) -> None:
     lines = done.out.splitlines()
     assert lines[0].strip() == "plan for bhq, pcq: mean of 4 bits"
     assert [line.split()[0] for line in lines[3:5]] == ["1", "3"]
-    assert any(line.startswith("uniform") for line in lines)
+    assert any(line.startswith("4 bits everywhere") for line in lines)
     assert any(re.match(r"the plan has [\d.]+ times less variance than 4 bits everywhere", line) for line in lines)
     files = "policy.py, plan.parquet, comparison.parquet, the same as .csv, run.json, figures/bits.png"
     assert lines[-1] == f"saved in runs/plan-bhq-4-bits: {files}"

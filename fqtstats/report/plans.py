@@ -107,12 +107,12 @@ def layer_table(plan: Plan) -> RenderableType:
 
 
 def total_table(plan: Plan) -> RenderableType:
-    """The plan and the uniform policy: predicted against measured variance."""
+    """The plan and the simpler policies: predicted against measured variance."""
     rows = [plan.comparison.iloc[index] for index in range(len(plan.comparison))]
     ratios = [_ratio(float(row["predicted"]), float(row["measured"])) for row in rows]
     sampled = [1 + _ratio(_found(row), float(row["sampling_variance"])) for row in rows]
     columns = [
-        FittedColumn("policy", [Text(row["policy"]) for row in rows], 100, names=True),
+        FittedColumn("policy", [Text(_policy(row)) for row in rows], 100, names=True),
         FittedColumn("bits", [Text(f"{row['mean_bits']:.2f}") for row in rows], 95),
         FittedColumn("predicted", [Text(scientific(float(row["predicted"]))) for row in rows], 90),
         FittedColumn("±", [Text(_percent(_ratio(row["predicted_error"], row["predicted"]))) for row in rows], 70),
@@ -150,17 +150,20 @@ def _title(plan: Plan) -> str:
 
 
 def _conclusions(plan: Plan) -> list[Text]:
-    """What the plan gains over the uniform policy."""
-    other = plan.uniform
-    if other is None:
-        return []
-    where = f"{other['mean_bits']:.3g} bits everywhere"
+    """What the plan gains over the simpler policies."""
+    others = [plan.comparison.iloc[index] for index in range(1, len(plan.comparison))]
     if "budget" in plan.metadata.get("target", {}):
-        saved = float(other["mean_bits"]) - plan.mean_bits
-        told = f"the plan saves {saved:.2f} bits on average: the narrowest uniform policy within the budget has {where}"
+        gains = [f"{float(other['mean_bits']) - plan.mean_bits:.2f} bits per quantizer fewer than" for other in others]
     else:
-        told = f"the plan has {plain(_ratio(_found(other), _found(plan.total)))} times less variance than {where}"
-    return [Text(told, "bold")]
+        gains = [f"{plain(_ratio(_found(other), _found(plan.total)))} times less variance than" for other in others]
+    told = [f"{gain} {_policy(other)}" for gain, other in zip(gains, others, strict=True)]
+    return [Text(f"the plan has {', '.join(told)}", "bold")] if told else []
+
+
+def _policy(row: pd.Series) -> str:
+    if row["policy"] == "uniform":
+        return f"{row['q1_bits'] if pd.isna(row['q2_bits']) else row['q2_bits']} bits everywhere"
+    return f"Q1 {row['q1_bits']}, Q2 {row['q2_bits']} bits" if row["policy"] == "by site" else "plan"
 
 
 def _found(row: pd.Series) -> float:
