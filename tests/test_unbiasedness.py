@@ -445,8 +445,8 @@ def test_results_that_are_not_the_named_grids():
         ((1.0, torch.nan), "its offset must be finite"),
         ((torch.ones(3), 0.0), r"its step \[1, 3\] does not broadcast against x \[32, 96\]"),
         ((1e-7, 0.0), "torch.float32 cannot resolve a step of 1e-07"),
-        (0.5, "grid must be a step and an offset, got 0.5"),
-        ((0.5,), r"grid must be a step and an offset, got \(0.5,\)"),
+        (0.5, "grid must be a pair .step, offset., got 0.5; give"),
+        ((0.5,), r"grid must be a pair .step, offset., got \(0.5,\); give"),
         (("wide", 0.0), "its step must be a number or a tensor, got 'wide'"),
     ],
 )

@@ -146,7 +146,7 @@ def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None, grid
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < LOOKS[0]):
         raise InputError(f"draws must be an integer of at least {LOOKS[0]}, got {draws!r}")
     if grid is not None and not (isinstance(grid, tuple | list) and len(grid) == 2):
-        raise InputError(f"grid must be a step and an offset, got {grid!r}")
+        raise InputError(f"grid must be a pair (step, offset), got {grid!r}; give grid=(step, 0.0) if 0 is a point")
 
 
 class _Judge:
