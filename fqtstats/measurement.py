@@ -259,7 +259,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the session knows beside the draws."""
+    """What the session knows beside the draws.
+
+    ``rounding`` is relative: that of gradients on their way from layer to layer, which is coarse under autocast.
+    """
 
     rows: list[_Row]
     incoming: IncomingGradients
@@ -268,6 +271,7 @@ class _Facts:
     policy: Policy
     method: str
     seed: int
+    rounding: float
 
     @staticmethod
     def of(
@@ -296,7 +300,8 @@ class _Facts:
             quantized = id(p) in holders
             rows.append(_Row(layer, parameter, quantized, p.numel(), squared_norm(g), held_as, laws_of, rounding))
         metadata = {**metadata_of(session, gradient), "kept": _kept(handle)}
-        return _Facts(rows, incoming, handle, metadata, policy, method, seed)
+        passed = max((torch.finfo(dtype).eps / 2 for dtype in handle.shared.dtypes), default=0.0)
+        return _Facts(rows, incoming, handle, metadata, policy, method, seed, passed)
 
     def law(self, layers: Sequence[str], site: Site, quantity: str) -> float:
         """Sum of an exact quantity over the calls of some layers; NaN where no quantizer acts."""
@@ -386,7 +391,9 @@ def _from_draws(facts: _Facts, moments: ErrorMoments) -> list[dict[str, float]]:
     sketch = moments.sketch
     assert sketch is not None
     # A mean error of an element up to this is the rounding of the arithmetic, not a bias.
-    floors = moments.largest * [row.rounding for row in facts.rows]
+    floors = moments.largest * [max(row.rounding, facts.rounding) for row in facts.rows]
+    # What arrives at a layer is the same with and without its Q1, whose part has the rounding of the product alone.
+    own_floors = moments.largest * [row.rounding for row in facts.rows]
     found = []
     gram_total = np.zeros((len(norms), len(norms)))
     for p, row in enumerate(facts.rows):
@@ -404,15 +411,19 @@ def _from_draws(facts: _Facts, moments: ErrorMoments) -> list[dict[str, float]]:
         ]
         floor_sq = row.numel * floors[p] ** 2
         test = bias.bias_test(directions, gram, floor_sq, facts.seed)
-        errors = _Errors(norms[:, p], parts[..., p : p + 1], own[:, p : p + 1], mean_norm_sq[p], gram, floor_sq)
+        own_floor_sq = row.numel * own_floors[p] ** 2
+        errors = _Errors(norms[:, p], parts[..., p : p + 1], own[:, p : p + 1], mean_norm_sq[p], gram, own_floor_sq)
         found.append(_estimates(facts, [row], errors, test))
-    floor_sq = math.fsum(row.numel * floor**2 for row, floor in zip(facts.rows, floors, strict=True))
+    floor_sq, own_floor_sq = (
+        math.fsum(row.numel * floor**2 for row, floor in zip(facts.rows, each, strict=True))
+        for each in (floors, own_floors)
+    )
     numel = sum(row.numel for row in facts.rows)
     components = np.sum([sketches[:, s.directions] for s in sketch.slots], axis=0)
     whole = math.fsum(row.grad_norm_sq for row in facts.rows)
     directions = [_directions(components, whole, numel, math.sqrt(floor_sq / numel))]
     test = bias.bias_test(directions, gram_total, floor_sq, facts.seed)
-    errors = _Errors(norms.sum(axis=1), parts, own, float(mean_norm_sq.sum()), gram_total, floor_sq)
+    errors = _Errors(norms.sum(axis=1), parts, own, float(mean_norm_sq.sum()), gram_total, own_floor_sq)
     found.append(_estimates(facts, facts.rows, errors, test))
     return found
 
@@ -432,7 +443,7 @@ class _Errors:
         own: of each parameter, the exact mean of the part from Q1, ``[n, p]``; NaN where it is not known.
         mean_norm_sq: squared norm of the mean error.
         gram: ``[n, n]``, of sketches.
-        floor_sq: squared norm of the rounding of the arithmetic.
+        floor_sq: squared norm of the rounding of the products.
     """
 
     norms: Array

@@ -340,6 +340,21 @@ def test_the_rounding_of_half_precision_is_no_error_and_not_left_out():
     assert all(row.own_ratio_p > 0.01 and math.isnan(row.variance_gain) for row in rows.values())
 
 
+def test_the_rounding_of_autocast_is_no_bias():
+    """As that of half-precision parameters; negative control: a biased quantizer is found there."""
+
+    def half(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return small.loss(model, batch)
+
+    policies = policy_of(fqtstats.quantizer("bhq", bits=8)), policy_of(controls.few_random_bits(1, bits=2))
+    fine, biased = (fqtstats.measure(small.mlp(), small.batch(), half, policy, 64).table for policy in policies)
+    assert fine["bias_p"].min() > 1e-6
+    assert fine["own_ratio_p"].min() > 1e-6
+    assert fine["variance_gain"].notna().all()  # Q1's part is not rounded on the way, and the closed form stands in
+    assert biased["bias_p"].min() < 1e-6
+
+
 def test_a_rare_outcome_that_no_draw_showed_is_no_error():
     """One decision that goes up with probability 0.003: most draws, and here all, are the same."""
     g = torch.tensor([[0.0], [1.0], [0.003]])

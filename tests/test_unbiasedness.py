@@ -422,6 +422,7 @@ def test_dependence_on_a_named_grid():
     assert verdict.unbiased
     assert verdict.independent is False
     assert "are correlated" in verdict.method or "times the variance" in verdict.method
+    assert verdict.minimum_detectable_bias == {}  # the battery has not judged its bias
 
 
 def test_results_that_are_not_the_named_grids():

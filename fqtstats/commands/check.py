@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fqtstats.commands import experiments
 from fqtstats.commands.console import check_counts, check_writable, out, progress, separated
 from fqtstats.errors import InputError
 
@@ -161,20 +162,15 @@ def _check_products(
         raise InputError(f"--draws must be even, because they are compared in pairs; got {draws}")
     reports: dict[str, ProductsReport] = {}
     with progress() as bars:
-        training = bars.add_task("preparing", total=None)
         setup = experiment.prepare(
             str(model),
             str(data),
             batch_size=batch_size,
             further=0,
             seed=seed,
-            progress=lambda epoch, epochs, step, steps, loss: bars.update(
-                training, completed=(epoch - 1) * steps + step, total=epochs * steps, description=f"training {model}"
-            ),
+            progress=experiments.TrainingBar(bars, f"training {model}"),
         )
-        bars.remove_task(training)
         for subject in subjects:
-            task = bars.add_task(subject.name, total=None)
             reports[subject.name] = products.check_products(
                 setup.model,
                 setup.batch,
@@ -185,7 +181,7 @@ def _check_products(
                 draws=draws,
                 false_alarm=alpha / len(subjects),
                 seed=seed,
-                progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),
+                progress=experiments.MeasuringBar(bars, f"checking {subject.name}"),
             )
     show_products(reports, alpha, out)
     if json_file is not None:

@@ -44,6 +44,7 @@ __all__ = [
     "Resume",
     "Seed",
     "Skip",
+    "TrainingBar",
     "check_arguments",
     "folder",
     "gradient_quantizer",

@@ -45,7 +45,9 @@ class _Quantized(nn.Module):
         device = x.device.type
         # Autocast leaves float64 alone.
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        return torch.get_autocast_dtype(device) if autocast else x.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        self.fqt_state.shared.dtypes.add(dtype)
+        return dtype
 
     def extra_repr(self) -> str:
         """The original's, and the quantizers."""

@@ -160,6 +160,7 @@ class Shared:
         arithmetic: by layer and product, how it was computed (all the ways, if there were several).
         kept: what the graphs that are alive keep.
         outputs: where the products of layers are noted by layer and call, as the graph has them; None: nowhere.
+        dtypes: those of the layers' outputs so far, and with them of the gradients that arrive.
     """
 
     seed: int = 0
@@ -169,6 +170,7 @@ class Shared:
     arithmetic: dict[tuple[str, ProductName], set[str]] = field(default_factory=dict)
     kept: WeakSet[Kept] = field(default_factory=WeakSet)
     outputs: dict[tuple[str, int], torch.Tensor] | None = None
+    dtypes: set[torch.dtype] = field(default_factory=set)
     _step: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _draw: Draw = field(default_factory=Draw)

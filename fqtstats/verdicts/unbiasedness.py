@@ -44,7 +44,7 @@ class Verdict:
         draws: how many were made, in all designs.
         seed: gives the same verdict again.
         false_alarm: the level.
-        method: how the expectation was judged: ``"exact"``, ``"codes"`` (exact on the codes, decoded linearly),
+        method: how the expectation was judged: ``"exact"``, ``"exact on the codes"`` (which are decoded linearly),
             ``"deterministic"``, ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do.
         minimum_detectable_bias: smallest bias, in steps, that the draws on the first design find with probability .99,
             by its shape; empty for a black box.
@@ -359,6 +359,7 @@ class _Judge:
                 f"x {list(self.x.shape)}: {self.x.numel()} elements are too few to be judged by draws alone, since "
                 f"{reason}; give at least {blackbox.FEWEST}"
             )
+        self.detectable = {}  # the battery's, had it been enough
         box = BlackBox(self.f, self.x, self.seed)
         streams = self._streams("black box")
         looks = [n for n in LOOKS if n <= (self.most or blackbox.DRAWS)]
