@@ -132,12 +132,18 @@ class Profile:
 
     @property
     def label(self) -> str:
-        """What is profiled: the input-gradient quantizer as "bhq@5", or the policy's name where layers differ."""
+        """What is profiled: the input-gradient quantizer as "bhq@5", or the policy's name where layers differ.
+
+        Where none was used, as in a model whose first layer alone is quantized, it is what the command line asked for.
+        """
         inputs = self.sources[self.sources["site"] == "grad_input"]
         kinds = list(inputs[["quantizer", "bits"]].drop_duplicates().itertuples(index=False))
         if len(kinds) == 1:
             name, bits = kinds[0]
             return str(Configuration(str(name), None if pd.isna(bits) else int(bits)))
+        asked = self.metadata.get("arguments")
+        if not kinds and isinstance(asked, dict) and "quantizer" in asked:
+            return str(asked["quantizer"])  # only the first layer is quantized, whose input has no gradient
         policy = self.metadata.get("policy")
         return str(policy.get("name", "custom")) if isinstance(policy, dict) else str(policy or "custom")
 

@@ -34,6 +34,7 @@ __all__ = ["READERS", "Recordable", "RunDirectory", "read_document", "read_finis
 READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile", "plan": "fqtstats.load_plan"}
 """What reads a run, by its kind."""
 
+_ANEW = "measure anew in another directory"
 _STATE_MAGIC = b"fqtstats-state-1\n"
 _DIGEST_SIZE = hashlib.sha256().digest_size
 
@@ -110,15 +111,15 @@ def read_document(directory: Path) -> dict[str, Json]:
     try:
         document = json.loads(read_bytes(path))
     except ValueError as error:
-        raise RunDirectoryError(f"{path} is corrupted: {reason(error)}") from error
+        raise RunDirectoryError(f"{path} is corrupted: {reason(error)}; {_ANEW}") from error
     if not isinstance(document, dict) or document.get("format") != "fqtstats-run":
-        raise RunDirectoryError(f"{path} was not written by fqtstats")
+        raise RunDirectoryError(f"{path} was not written by fqtstats; choose another directory")
     version = document.get("version")
     if not isinstance(version, int):
-        raise RunDirectoryError(f"{path} is corrupted: it has no version")
+        raise RunDirectoryError(f"{path} is corrupted: it has no version; {_ANEW}")
     check_version(version, path)
     if not isinstance(document.get("arguments"), dict) or not isinstance(document.get("finished"), bool):
-        raise RunDirectoryError(f'{path} is corrupted: it lacks "arguments" or "finished"')
+        raise RunDirectoryError(f'{path} is corrupted: it lacks "arguments" or "finished"; {_ANEW}')
     return document
 
 
@@ -140,7 +141,7 @@ def read_finished(place: Path, kind: str, names: Sequence[str]) -> tuple[dict[st
     for name in names:
         files[name] = read_bytes(place / name)
         if hashlib.sha256(files[name]).hexdigest() != document.get(_digest_key(name)):
-            raise RunDirectoryError(f"{place / name} is corrupted: its SHA-256 is not the one in run.json")
+            raise RunDirectoryError(f"{place / name} is corrupted: its SHA-256 is not the one in run.json; {_ANEW}")
     metadata = document.get("metadata")
     return files, metadata if isinstance(metadata, dict) else {}
 
@@ -249,6 +250,10 @@ class RunDirectory:
         document = read_document(place)
         stored = document["arguments"]
         assert isinstance(stored, dict)  # read_document has checked it
+        # Two commands differ in most arguments, which would only hide that they do.
+        before, now = (one.get("command") for one in (stored, arguments))
+        if before != now and before is not None and now is not None:
+            raise RunDirectoryError(f"{place} holds a run of {before!r}, expected one of {now!r}; choose another --out")
         names = sorted(
             name for name in stored.keys() | arguments.keys() if stored.get(name, ...) != arguments.get(name, ...)
         )

@@ -85,6 +85,12 @@ def test_options_reach_the_profile(run: Run, undrawn: None) -> None:
     assert profile.parameters["sampling_variance"].isna().all()
 
 
+def test_without_a_quantized_input_gradient_it_is_called_what_was_asked_for(run: Run, undrawn: None) -> None:
+    done = run(*ROUGH, "--skip", "3", "--quantizer", "psq,ptq", "--out", "r")
+    assert done.status == 0, done.err
+    assert [line.split()[0] for line in done.out.splitlines()[3:5]] == ["psq@5", "ptq@5"]
+
+
 def test_several_profiles_are_folders_in_one(run: Run, undrawn: None) -> None:
     done = run(*ROUGH, "--quantizer", "bhq,psq", "--json", "--out", "r")
     assert done.status == 0, done.err
@@ -246,4 +252,8 @@ def test_used_places(run: Run, undrawn: None) -> None:
     assert {folder: contents(folder) for folder in ("single", "several")} == before
     measured = run("measure", "--model", "mine:slow", "--out", "single", "--resume")
     assert measured.status == 2
-    assert "command was 'profile' and is now 'measure'" in measured.err
+    assert_one_line(measured.err, ["single holds a run of 'profile', expected one of 'measure'; choose another --out"])
+    Path("single/run.json").write_text("{")
+    damaged = run(*ROUGH, "--out", "single", "--resume")
+    assert damaged.status == 2
+    assert_one_line(damaged.err, ["single/run.json is corrupted", "measure anew in another directory"])

@@ -335,6 +335,10 @@ def assert_labels_apart(figure: Figure, axis: str) -> None:
     assert boxes[0][0] >= 0
 
 
+def legend(figure: Figure) -> str:
+    return " ".join(text.get_text() for text in figure.legends[0].get_texts())
+
+
 @pytest.mark.parametrize("layers", [1, 20, 60])
 def test_heat_map(layers: int) -> None:
     profile = make_profile(layers)
@@ -379,13 +383,17 @@ def test_bars_per_parameter_split_the_variance() -> None:
     assert sorted(len(line.get_xdata()) for line in dots.get_lines() if line.get_marker() in ("D", "o")) == [13, 13]
     assert bars.get_yticklabels()[-1].get_text() == "total"
     assert_labels_apart(figure, "y")
-    without = plot_parameters(make_profile(3, sampling=math.nan))
-    assert "sampling" not in " ".join(text.get_text() for text in without.legends[0].get_texts())
+    # The legend names only what there is.
+    assert "8 or more layers later" in legend(figure)
+    few = legend(plot_parameters(make_profile(3, sampling=math.nan)))
+    assert "2 or 3 layers later" in few
+    assert not any(name in few for name in ("4 to 7", "8 or more", "sampling"))
 
 
 def test_bars_per_source() -> None:
     profile = make_profile(5)
     (ax,) = plot_sources(profile).axes
+    assert ax.get_ylabel() == "layer"
     widths = [patch.get_width() for patch in ax.patches]
     np.testing.assert_allclose(widths[:5], 100 * profile.sources["share"][::2])
     np.testing.assert_allclose(widths[5:], 100 * profile.sources["share"][1::2])

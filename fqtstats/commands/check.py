@@ -37,8 +37,10 @@ def check(
     ] = None,
     alpha: Annotated[float, typer.Option(help="False-alarm rate of the whole check.")] = 1e-6,
     seed: Annotated[int, typer.Option(help="Gives the same verdicts again.")] = 0,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the verdicts to this file.")] = None,
-    junit: Annotated[str | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
+    json_file: Annotated[
+        str | None, typer.Option("--json", help="Also write the verdicts to this file.", metavar="FILE")
+    ] = None,
+    junit: Annotated[str | None, typer.Option(help="Also write JUnit XML to this file.", metavar="FILE")] = None,
     products: Annotated[
         bool,
         typer.Option(

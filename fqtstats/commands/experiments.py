@@ -65,15 +65,19 @@ GradWeight = Annotated[
 ]
 Model = Annotated[str, typer.Option(help="A built-in model or package.module:function.")]
 Data = Annotated[str, typer.Option(help="Built-in data or package.module:function.")]
-DataRoot = Annotated[str | None, typer.Option(help="Folder of data that are read from disk.")]
+DataRoot = Annotated[str | None, typer.Option(help="Folder of data that are read from disk.", metavar="FOLDER")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels of images that are read from a folder.")]
 BatchSize = Annotated[int, typer.Option(help="Samples in a minibatch.")]
 Batches = Annotated[int, typer.Option(help="Further minibatches, for the sampling variance; 0 for none.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
-Skip = Annotated[str | None, typer.Option(help="Layers to leave in full precision: name patterns.")]
-Checkpoint = Annotated[str | None, typer.Option(help="File with the model's state_dict.")]
+Skip = Annotated[
+    str | None, typer.Option(help="Layers to leave in full precision: name patterns, separated by commas.")
+]
+Checkpoint = Annotated[str | None, typer.Option(help="File with the model's state_dict.", metavar="FILE")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Output = Annotated[str | None, typer.Option("--out", help="Folder of the run.", show_default="a new one in runs/")]
+Output = Annotated[
+    str | None, typer.Option("--out", help="Folder of the run.", metavar="FOLDER", show_default="a new one in runs/")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted run in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -166,7 +166,8 @@ def prepare_(
     if not chosen:
         raise InputError(
             "expected a model with nn.Linear, nn.Conv1d or nn.Conv2d layers to quantize, got "
-            f"{type(model).__name__} with none (modules in full precision: {_listing(unquantized)})"
+            f"{type(model).__name__} with none (modules in full precision: {_listing(unquantized)}); "
+            "let skip and policy leave a layer to quantize, or give another model"
         )
     names = [*chosen, *(u.name for u in unquantized)]
     _require_matches("override", policy.overrides, names)
@@ -229,7 +230,9 @@ def _require_matches(what: str, patterns: Iterable[str], names: list[str]) -> No
 
 
 def _listing(unquantized: list[Unquantized]) -> str:
-    return ", ".join(f"{u.name or '(root)'}: {u.type}, {u.reason}" for u in unquantized[:5]) or "none with parameters"
+    first = [f"{u.name or '(root)'}: {u.type}, {u.reason}" for u in unquantized[:5]]
+    further = [f"and {len(unquantized) - len(first)} more"] if len(unquantized) > len(first) else []
+    return ", ".join([*first, *further]) or "none with parameters"
 
 
 def _rank() -> int:

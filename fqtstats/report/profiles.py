@@ -158,6 +158,7 @@ def plot_sources(profile: Profile, ax: Axes | None = None, *, width: float | Non
         ax.grid(axis="x")
         ax.set_xlim(left=0)
         ax.set_xlabel("share of the total variance, with standard error (%)")
+        ax.set_ylabel("layer")
         _label(ax, "y", [layer or "(model)" for layer in layers], pitch)
         ax.set_ylim(len(layers) - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
@@ -219,7 +220,7 @@ def _shares(profile: Profile) -> Floats:
 
 
 def _draw_shares(ax: Axes, shares: Floats) -> list[Artist]:
-    """Stacked bars; returns the handles of their legend."""
+    """Stacked bars; returns the handles of their legend, which names what there is."""
     strengths = np.linspace(1.0, 0.25, len(_DISTANCES))
     colors = [style.tint(_Q1, 1.0), *(style.tint(_Q2, strength) for strength in strengths)]
     labels = ["Q1, its own layer", *(f"Q2, {name}" for _, name in _DISTANCES)]
@@ -229,7 +230,8 @@ def _draw_shares(ax: Axes, shares: Floats) -> list[Artist]:
     for row, color, label in zip(shares, colors, labels, strict=True):
         ax.barh(y, row, 0.8, left=left, color=color)
         left = left + row
-        handles.append(Patch(color=color, label=label))
+        if row.any():
+            handles.append(Patch(color=color, label=label))
     ax.set_xlim(0, 100)
     ax.set_xlabel("share of the variance (%)")
     ax.tick_params(axis="y", length=0)
@@ -256,7 +258,7 @@ def _draw_variances(ax: Axes, profile: Profile) -> list[Artist]:
     ax.hlines(y[known], low[known], (variance + error)[known], color=style.INK, linewidth=0.8)
     handles += ax.plot(
         np.where(positive, variance, np.nan), y, linestyle="", marker="D", markersize=2.6, markeredgewidth=0,
-        color=style.INK, label="variance, standard error",
+        color=style.INK, label="variance with standard error",
     )  # fmt: skip
     decades(ax, "x")
     ax.grid(axis="both", which="major")
