@@ -1,7 +1,7 @@
 """The command line: ``fqtstats measure | profile | plan | check | bench | list``.
 
-Exit status: 0; 1 if a claim fails, a variance exceeds its bound, a benchmark misses its target or the backends
-disagree; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a claim fails, a variance exceeds its bound, roundings are dependent, a benchmark misses its target
+or the backends disagree; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
 """
 
 from __future__ import annotations

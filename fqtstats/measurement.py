@@ -32,6 +32,7 @@ from fqtstats.measuring import (
     describe,
     digest,
     errors_of,
+    further_batches,
     gradients,
     metadata_of,
     wide,
@@ -100,7 +101,7 @@ def measure(
         draws: number of draws of the quantized gradient, at least 2; the method "exact" makes none.
         seed: seed of all random numbers.
         backend: how products are computed, see :func:`fqtstats.prepare_`.
-        batches: further minibatches, for the sampling variance.
+        batches: further minibatches, each like ``batch``, for the sampling variance.
         skip: layers to leave in full precision: a name pattern, several, or a predicate.
         bounds: whether to compute the end-to-end bound of every parameter's variance (:mod:`fqtstats.bounds`): some
             twenty passes over a part of the network for every layer and parameter below it.
@@ -119,7 +120,7 @@ def measure(
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    further = [] if batches is None else list(batches)
+    further = further_batches(batches)
     drawn = method != "exact"
     if drawn and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise InputError(f"draws must be an integer of at least 2, got {draws!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "digest",
     "errors_of",
+    "further_batches",
     "gradients",
     "metadata_of",
     "wide",
@@ -58,6 +59,15 @@ class Store(Protocol):
 def wide(g: torch.Tensor) -> torch.Tensor:
     """Half-precision gradients as float32: differences and sums of them are not rounded again."""
     return g.float() if g.dtype in (torch.float16, torch.bfloat16) else g
+
+
+def further_batches(batches: Sequence[object] | None) -> list[object]:
+    """The further minibatches, as a list; InputError for what has none, such as their number."""
+    if batches is not None and not isinstance(batches, Iterable):
+        raise InputError(
+            f"batches must be a sequence of minibatches like batch, got {batches!r}; give the minibatches themselves"
+        )
+    return [] if batches is None else list(batches)
 
 
 def errors_of(

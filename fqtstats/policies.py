@@ -55,5 +55,14 @@ def get(name: str, bits: int = 5, grad_weight: QuantizerLike | None = None) -> P
 
 
 def with_gradients(q: QuantizerLike) -> Policy:
-    """The forward pass of the papers, and ``q`` on the incoming gradient in both backward products."""
+    """The forward pass of the papers, and ``q`` on the incoming gradient in both backward products.
+
+    Args:
+        q: a quantizer of the library or your own, called as ``f(x, stream)``: returns a finite tensor of ``x``'s shape
+            and dtype, leaves ``x`` as it is, and takes all its random numbers from the stream
+            (``stream.uniform(x.shape)``; of ``stream.child("name")`` for a second set).
+
+    Raises:
+        InputError: ``q`` cannot be called.
+    """
     return replace(_forward(), grad_input=q, grad_weight=q)

@@ -38,6 +38,7 @@ from fqtstats.measuring import (
     describe,
     digest,
     errors_of,
+    further_batches,
     gradients,
     metadata_of,
     wide,
@@ -84,7 +85,7 @@ def profile(
             the grand total for smaller sources), and the grand total's likewise; between 0 and 1.
         seed: seed of all random numbers.
         backend: how products are computed, see :func:`fqtstats.prepare_`.
-        batches: further minibatches, for the sampling variance.
+        batches: further minibatches, each like ``batch``, for the sampling variance.
         method: ``"probes"``: an error with the covariance of the quantizer's goes down from each layer;
             ``"one-at-a-time"``: draws in which the quantizers are switched on one after the other, much slower; it
             takes models with reentrant checkpoints, too.
@@ -107,7 +108,7 @@ def profile(
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
     if isinstance(most_probes, bool) or not isinstance(most_probes, int) or most_probes < FEWEST:
         raise InputError(f"most_probes must be an integer of at least {FEWEST}, got {most_probes!r}")
-    further = [] if batches is None else list(batches)
+    further = further_batches(batches)
     # One thread: the sums over large tensors made here depend on the thread count, too.
     with single_thread(), quantized(model, policy, skip, backend, seed) as handle:
         with Session(model, handle, batch, loss_fn, seed, injectable=method == "probes") as session:

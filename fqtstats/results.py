@@ -152,12 +152,20 @@ class Result:
         standard = Configuration("ptq", 8)
         return standard if standard in self.configurations else self.configurations[0]
 
-    def select(self, configuration: Configuration) -> pd.DataFrame:
+    def select(self, configuration: Configuration | None = None) -> pd.DataFrame:
         """All rows of one configuration, the total included.
 
+        Args:
+            configuration: may be left out where there is one only.
+
         Raises:
-            InputError: it was not measured.
+            InputError: it was not measured, or left out where there are several.
         """
+        if configuration is None:
+            configuration, *further = self.configurations
+            if further:
+                known = ", ".join(str(item) for item in self.configurations)
+                raise InputError(f"this result has several configurations, {known}; name one of .configurations")
         bits = self.table["bits"]
         same_bits = bits.isna() if configuration.bits is None else (bits == configuration.bits).fillna(False)
         rows = self.table[(self.table["quantizer"] == configuration.quantizer) & same_bits.astype(bool)]
@@ -166,13 +174,13 @@ class Result:
             raise InputError(f"no configuration {configuration} in this result; it has {known}")
         return rows
 
-    def rows(self, configuration: Configuration) -> pd.DataFrame:
+    def rows(self, configuration: Configuration | None = None) -> pd.DataFrame:
         """The rows of one configuration's parameters, in network order, without the total."""
         rows = self.select(configuration)
         return rows[(rows["layer"] != TOTAL) | (rows["parameter"] != "")]
 
-    def total(self, configuration: Configuration) -> pd.Series:
-        """The row of the whole model in one configuration."""
+    def total(self, configuration: Configuration | None = None) -> pd.Series:
+        """The row of the whole model in one configuration; as :meth:`select`."""
         rows = self.select(configuration)
         return rows[(rows["layer"] == TOTAL) & (rows["parameter"] == "")].iloc[0]
 

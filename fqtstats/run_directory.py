@@ -107,7 +107,9 @@ def read_document(directory: Path) -> dict[str, Json]:
     """
     path = directory / "run.json"
     if not path.is_file():
-        raise RunDirectoryError(f"{directory} is not a run directory: it has no run.json")
+        several = sorted(found.parent.name for found in directory.glob("*/run.json"))
+        hint = f"name one of the runs in it: {', '.join(several)}" if several else "name the folder of a run"
+        raise RunDirectoryError(f"{directory} is not a run directory: it has no run.json; {hint}")
     try:
         document = json.loads(read_bytes(path))
     except ValueError as error:

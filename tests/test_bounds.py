@@ -156,7 +156,7 @@ def test_variances_are_below_the_bounds_and_not_far(name, bits):
         assert own["weight"] + own["input"] == pytest.approx(row.bound)
         assert row.variance_weight <= own["weight"] * (1 + 1e-3)
         assert own["largest"]["bound"] <= row.bound
-    assert tables.bounds_ok(result)
+    assert tables.sound(result)
 
 
 def test_without_bounds_there_are_none():
@@ -202,7 +202,7 @@ def test_a_planted_violation_is_flagged_with_its_cause():
     text = shown(result)
     assert "ABOVE END-TO-END BOUND" in text
     assert "ERROR: 0.weight has a variance of at least" in text
-    assert not tables.bounds_ok(result)
+    assert not tables.sound(result)
     row = result.table.set_index(["layer", "parameter"]).loc[("0", "weight")]
     assert row["variance_low"] > row["bound"]
     json.dumps(tables.to_dict(result), allow_nan=False)
@@ -239,7 +239,7 @@ def test_a_quantizer_without_a_bound_is_named():
     assert math.isnan(known["0", "weight"])
     assert known["4", "weight"] > 0  # nothing but its own quantizer
     assert "not known: the bound of Q2 of 2 (function)" in shown(result)
-    assert tables.bounds_ok(result)
+    assert tables.sound(result)
 
 
 def test_norms_that_have_not_converged_are_named():

@@ -142,3 +142,9 @@ def test_probe_answers_like_a_stream():
     assert probe.layer == "a"
     assert torch.equal(probe.bits((16, 16), 8).view(-1), torch.arange(256))
     assert torch.equal(probe.bits(128, 8, start=128, dtype=torch.int32), torch.arange(128, 256, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("x", [[1.0], torch.arange(3), torch.zeros(0), torch.tensor([1.0, float("nan")])])
+def test_what_is_no_input_is_said_so(x):
+    with pytest.raises(InputError, match=r"^x must be (a non-empty floating-point tensor|finite)"):
+        fqtstats.exact_mean(lambda x, s: x, x)

@@ -732,3 +732,17 @@ def test_many_draws_keep_the_size_of_the_sign_flips():
     assert rejected <= 18
     shifted = e + 0.3
     assert bias.sign_flip_p(shifted @ shifted.T) == 1e-4
+
+
+def test_further_batches_are_no_number():
+    for run in (fqtstats.measure, fqtstats.profile):
+        with pytest.raises(InputError, match="batches must be a sequence of minibatches like batch, got 8; give"):
+            run(small.mlp(), small.batch(), small.loss, small.psq(), batches=8)
+
+
+def test_the_callers_grad_mode_does_not_matter():
+    with torch.no_grad():
+        off = fqtstats.measure(small.mlp(), small.batch(), small.loss, small.psq(), draws=4)
+        assert not torch.is_grad_enabled()
+    on = fqtstats.measure(small.mlp(), small.batch(), small.loss, small.psq(), draws=4)
+    assert off.files() == on.files()

@@ -297,6 +297,11 @@ def test_bad_preparations_say_what_to_do_and_change_nothing(options, message):
     assert snapshot(options["model"]) == before
 
 
+def test_what_is_no_model_is_said_so():
+    with pytest.raises(InputError, match=r"expected a model \(nn.Module\), got tuple; model comes first"):
+        fqtstats.prepare_((torch.zeros(2), torch.zeros(2)), POLICY)
+
+
 def test_a_prepared_model_cannot_be_prepared_again():
     model = network()
     handle = fqtstats.prepare_(model, POLICY)

@@ -247,6 +247,12 @@ def test_an_interval_needs_pairs():
     assert symmetric_interval(np.zeros(64), 1e-6) == (0.0, 0.0)
 
 
+def test_a_report_reads_as_a_line():
+    report = check_products(small.mlp(), small.batch(), small.loss, small.psq())
+    assert str(report).startswith("5 of 5 products ok: layer")
+    assert len(str(report).splitlines()) == 1
+
+
 def test_bad_input_is_told():
     model, batch = small.mlp(), small.batch()
     with pytest.raises(InputError, match="even integer"):

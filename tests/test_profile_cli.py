@@ -102,6 +102,8 @@ def test_several_profiles_are_folders_in_one(run: Run, undrawn: None) -> None:
         assert entry["parameters"][-1]["variance"] == profile.total["variance"]
         assert len(entry["table"]) == len(profile.table)
         assert entry["metadata"] == profile.metadata
+    with pytest.raises(InputError, match=r"r is not a run directory.*; name one of the runs in it: bhq@5, psq@5"):
+        fqtstats.load_profile("r")
     shown = run(*ROUGH, "--quantizer", "bhq,psq", "--out", "r", "--resume")
     assert shown.out.splitlines()[0].strip() == "gradient variance of the whole model"
     # Another one joins them; those that are there stay.

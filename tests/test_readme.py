@@ -87,6 +87,22 @@ def test_the_users_own_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "variance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_users_own_quantizer_is_a_policy() -> None:
+    import small
+
+    import fqtstats
+
+    assert "`fqtstats.policies.with_gradients(f)`" in README
+
+    def to_eighths(x, stream):
+        return (8 * x + stream.uniform(x.shape)).floor() / 8
+
+    policy = fqtstats.policies.with_gradients(to_eighths)
+    result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, draws=4)
+    assert result.total()["variance"] > 0
+    assert fqtstats.check_unbiased(to_eighths, small.batch()[0]).ok
+
+
 def test_the_job_checks_every_quantizer_and_runs_pytest() -> None:
     (job,) = blocks("yaml")
     runs = re.findall(r"- run: (.+)", job)

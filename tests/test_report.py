@@ -147,6 +147,7 @@ def test_dependent_rounding_is_an_error() -> None:
     assert "DEPENDENT" in row_of(printed(tables.layer_table(result), 120), "layer1.0.conv1")
     text = printed(tables.summary(result), 120)
     assert "DEPENDENT" in row_of(text, "bhq")
+    assert not tables.sound(result)
     assert "error: dependent rounding" in text
     assert "DEPENDENT" not in printed(tables.summary(changed(result, "layer1.0.conv1", own_ratio_p=1e-6)), 120)
 

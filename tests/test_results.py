@@ -19,7 +19,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import small
 
+import fqtstats
 from fqtstats import results
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.provenance import provenance
@@ -507,3 +509,13 @@ def test_provenance_is_json_and_names_what_matters() -> None:
     assert isinstance(versions, dict)
     assert {"python", "torch", "numpy", "fqtstats"} <= versions.keys()
     assert versions["numpy"] == np.__version__
+
+
+def test_the_only_configuration_need_not_be_named() -> None:
+    one = fqtstats.measure(small.mlp(), small.batch(), small.loss, small.psq(), draws=2)
+    (only,) = one.configurations
+    assert one.total().equals(one.total(only))
+    assert one.rows().equals(one.rows(only))
+    other = fqtstats.measure(small.mlp(), small.batch(), small.loss, small.psq(bits=5), draws=2)
+    with pytest.raises(InputError, match=r"several configurations, psq@4, psq@5; name one of \.configurations"):
+        results.merge([one, other]).total()

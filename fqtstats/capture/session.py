@@ -86,6 +86,7 @@ class Session:
             raise InputError("expected a model with trainable parameters, got none that requires a gradient")
         with self._stack:
             self._stack.enter_context(single_thread())
+            self._stack.enter_context(torch.enable_grad())  # the caller may be in a no_grad block
             self._stack.enter_context(
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
             )

@@ -108,7 +108,7 @@ def measure(
     else:
         out.print(tables.summary(result))
     experiments.say_where(path, ["results.parquet", "run.json"], err if as_json else out)
-    if not (tables.parity_ok(result) and tables.bounds_ok(result)):
+    if not (tables.parity_ok(result) and tables.sound(result)):
         raise typer.Exit(1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fqtstats.errors import UnsupportedError
+from fqtstats.errors import InputError, UnsupportedError
 
 __all__ = ["check", "check_model"]
 
@@ -42,7 +42,10 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         UnsupportedError: says what to do instead.
+        InputError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a model (nn.Module), got {type(model).__name__}; model comes first, then the batch")
     for module in model.modules():
         if hasattr(module, "_orig_mod"):
             raise UnsupportedError(_COMPILED)

@@ -24,12 +24,12 @@ from fqtstats.schema import Json
 __all__ = [
     "Flag",
     "bias_level",
-    "bounds_ok",
     "comparison_table",
     "flags",
     "layer_table",
     "parity_ok",
     "parity_table",
+    "sound",
     "summary",
     "to_dict",
 ]
@@ -331,9 +331,9 @@ def summary(result: Result) -> RenderableType:
     return Group(*parts, Text(""), parity_table(result)) if compared else Group(*parts)
 
 
-def bounds_ok(result: Result) -> bool:
-    """Whether no variance in the result exceeds its bound: neither a quantizer's own nor a gradient's."""
-    broken = {ABOVE_BOUND, ABOVE_END}
+def sound(result: Result) -> bool:
+    """Whether no variance exceeds its bound, a quantizer's own or a gradient's, and no rounding is dependent."""
+    broken = {ABOVE_BOUND, ABOVE_END, DEPENDENT}
     return not any(broken & set(_worst_flags(result, item)) for item in result.configurations)
 
 

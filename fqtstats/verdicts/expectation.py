@@ -19,7 +19,7 @@ import torch
 from fqtstats.errors import NotExact
 from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream, stream
-from fqtstats.verdicts.probe import Probe, StreamFunction, call
+from fqtstats.verdicts.probe import Probe, StreamFunction, call, require_input
 
 __all__ = ["Law", "coupled_codes", "exact_mean", "law"]
 
@@ -70,8 +70,10 @@ def exact_mean(f: StreamFunction, x: torch.Tensor) -> torch.Tensor:
 
     Raises:
         NotExact: ``f`` is neither; sample instead (:func:`fqtstats.check_unbiased` does).
-        InputError: ``f`` returns another shape or dtype, NaN or Inf, or raises.
+        InputError: ``x`` is no finite floating-point tensor; ``f`` returns another shape or dtype, NaN or Inf, or
+            raises.
     """
+    require_input(x)
     codes = coupled_codes(f, x)
     if codes is None:
         return law(f, x).mean

@@ -18,7 +18,7 @@ import torch
 from fqtstats.errors import InputError, NotExact
 from fqtstats.random import Stream
 
-__all__ = ["Outlet", "Probe", "StreamFunction", "attempt", "call", "replay"]
+__all__ = ["Outlet", "Probe", "StreamFunction", "attempt", "call", "replay", "require_input"]
 
 StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
@@ -143,6 +143,15 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
             f"{replay(x, stream)}"
         )
     return out.detach()
+
+
+def require_input(x: torch.Tensor) -> None:
+    """Raise InputError unless ``x`` is a tensor that a callable can be judged on: floating-point, not empty, finite."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
+        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise InputError(f"x must be a non-empty floating-point tensor [N, ...], got {got}")
+    if not bool(torch.isfinite(x).all()):
+        raise InputError(f"x must be finite, got {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} elements")
 
 
 def attempt(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:

@@ -115,7 +115,7 @@ class ProductVerdict:
     @property
     def evidence(self) -> str:
         """What was found, a sentence."""
-        where = f"{self.layer or '(root)'}, call {self.call}, {self.product}"
+        where = f"layer {self.layer or '(root)'}, call {self.call}, {self.product}"
         if math.isnan(self.ratio):
             variance = "no draw differs from another"
         else:
@@ -159,6 +159,10 @@ class ProductsReport:
         """A sentence on every product that failed; if none did, on the one that is closest to it."""
         failed = [row.evidence for row in self.rows if not row.ok]
         return failed or [min(self.rows, key=lambda row: row.bias_p).evidence]
+
+    def __str__(self) -> str:
+        good = sum(row.ok for row in self.rows)
+        return f"{good} of {len(self.rows)} products ok: {' | '.join(self.evidence)}"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

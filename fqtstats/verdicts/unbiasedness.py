@@ -22,7 +22,7 @@ from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detecta
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_law, of_steps
 from fqtstats.verdicts.expectation import Law, coupled_codes, law
-from fqtstats.verdicts.probe import StreamFunction
+from fqtstats.verdicts.probe import StreamFunction, require_input
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
@@ -136,11 +136,7 @@ def assert_unbiased(
 
 
 def _require_usable(x: torch.Tensor, false_alarm: float, draws: int | None, grid: NamedGrid | None) -> None:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
-        got = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise InputError(f"x must be a non-empty floating-point tensor [N, ...], got {got}")
-    if not bool(torch.isfinite(x).all()):
-        raise InputError(f"x must be finite, got {int((~torch.isfinite(x)).sum())} NaN or Inf of {x.numel()} elements")
+    require_input(x)
     if not isinstance(false_alarm, float) or not 0 < false_alarm < 1:
         raise InputError(f"false_alarm must be a probability between 0 and 1, got {false_alarm!r}")
     if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < LOOKS[0]):
