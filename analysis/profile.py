@@ -44,7 +44,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"which of {', '.join(PARTS)}; all of them")
-    parser.add_argument("--draws", type=int, default=400, help="draws of the whole gradient")
+    parser.add_argument("--draws", type=int, default=300, help="draws of the whole gradient")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def agreement(draws: int) -> pd.DataFrame:
     rows: list[dict[str, object]] = []
     cases = [(label, *names, name) for label, names in MODELS.items() for name in QUANTIZERS]
     for label, model, data, name in track(cases, "agreement"):
-        setup = experiment.prepare(model, data, batch_size=32, further=0)
+        setup = experiment.prepare(model, data, batch_size=16, further=0)
         policy = fqtstats.policies.get(f"statquant-{name}", BITS)
         for method, variance, error in _totals(setup.model, setup, policy, draws):
             rows.append(
@@ -140,7 +140,7 @@ def _totals(
         with warnings.catch_warnings():
             # One at a time, small models take more draws than are worth waiting for; the error says what is known.
             warnings.simplefilter("ignore", UserWarning)
-            found = fqtstats.profile(model, setup.batch, setup.loss, policy, PRECISION, method=method, most_probes=64)
+            found = fqtstats.profile(model, setup.batch, setup.loss, policy, PRECISION, method=method, most_probes=24)
         total = found.parameters.iloc[-1]
         yield method, float(total["variance"]), float(total["standard_error"])
     table = fqtstats.measure(model, setup.batch, setup.loss, policy, draws=draws, method="montecarlo").table
