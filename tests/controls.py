@@ -134,3 +134,44 @@ def noise_shared(over, bits=4):
         return (y.floor() + (u < y - y.floor())) * step + low
 
     return f
+
+
+def added_in_bfloat16(x, s):
+    """``floor(y + u)`` with the sum rounded to bfloat16."""
+    low, step = _grid(x, 8)
+    y = (x - low) / step
+    return (y.bfloat16() + s.uniform(x.shape).bfloat16()).float().floor().clamp(0, 255) * step + low
+
+
+def moved(rows, columns, by):
+    """Adds ``by`` steps to some elements."""
+
+    def f(x, s):
+        _, step = _grid(x, 4)
+        out = unbroken(4)(x, s)
+        out[rows, columns] += by * step.expand(x.shape)[rows, columns]
+        return out
+
+    return f
+
+
+def probability_off(x, s):
+    """P(up) too large by 1 / 256."""
+    low, step = _grid(x, 4)
+    y = (x - low) / step
+    return (y.floor() + (s.uniform(x.shape) < (y - y.floor() + 1 / 256).clamp(max=1))).clamp(0, 15) * step + low
+
+
+DEFECTS = {
+    "nearest": nearest(),
+    **{f"{r} random bits": few_random_bits(r) for r in (2, 4, 8, 12, 16)},
+    "p off by 1/256": probability_off,
+    "clipped": clipped(),
+    "rounded zero point": rounded_zero_point(),
+    "channel scaled by 1.01": scaled_channel(factor=1.01),
+    "row off": moved(3, slice(None), 0.1),
+    "element off": moved(3, 5, 0.1),
+    "pruned": pruned(),
+    "bfloat16 addition": added_in_bfloat16,
+}
+"""By name."""

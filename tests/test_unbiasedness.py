@@ -25,46 +25,6 @@ FORWARD = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "forward
 X = designs.natural((32, 96))
 
 
-def added_in_bfloat16(x, s):
-    """``floor(y + u)`` with the sum rounded to bfloat16."""
-    low, step = controls._grid(x, 8)
-    y = (x - low) / step
-    return (y.bfloat16() + s.uniform(x.shape).bfloat16()).float().floor().clamp(0, 255) * step + low
-
-
-def moved(rows, columns, by):
-    """Adds ``by`` steps to some elements."""
-
-    def f(x, s):
-        _, step = controls._grid(x, 4)
-        out = controls.unbroken(4)(x, s)
-        out[rows, columns] += by * step.expand(x.shape)[rows, columns]
-        return out
-
-    return f
-
-
-def probability_off(x, s):
-    """P(up) too large by 1 / 256."""
-    low, step = controls._grid(x, 4)
-    y = (x - low) / step
-    return (y.floor() + (s.uniform(x.shape) < (y - y.floor() + 1 / 256).clamp(max=1))).clamp(0, 15) * step + low
-
-
-DEFECTS = {
-    "nearest": controls.nearest(),
-    **{f"{r} random bits": controls.few_random_bits(r) for r in (2, 4, 8, 12, 16)},
-    "p off by 1/256": probability_off,
-    "clipped": controls.clipped(),
-    "rounded zero point": controls.rounded_zero_point(),
-    "channel scaled by 1.01": controls.scaled_channel(factor=1.01),
-    "row off": moved(3, slice(None), 0.1),
-    "element off": moved(3, 5, 0.1),
-    "pruned": controls.pruned(),
-    "bfloat16 addition": added_in_bfloat16,
-}
-
-
 @pytest.mark.parametrize("name", GRADIENT)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,9 +56,9 @@ def test_few_random_bits_are_a_bias_as_claimed(name, random_bits):
     assert not fqtstats.check_unbiased(q, X).unbiased
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", controls.DEFECTS)
 def test_defects_are_found_without_sampling(defect):
-    verdict = fqtstats.check_unbiased(DEFECTS[defect], X)
+    verdict = fqtstats.check_unbiased(controls.DEFECTS[defect], X)
     assert not verdict.unbiased
     assert verdict.draws == 0
     assert verdict.p_value == 0
