@@ -1,9 +1,8 @@
 """Which tests let the instruction set choose a kernel: a pytest plugin that lists them, or runs no others.
 
 ``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, or start another
-Python process, and what each calls. ``--only-dispatched=FILE`` runs those alone, and ``--fewest`` of them: of a test
-with many sets of parameters, those that call what the ones before them do not. A test that names a variant runs it
-whatever ``FQTSTATS_ISA`` is.
+Python process, and what each calls. ``--only-dispatched=FILE`` runs those alone, and ``--fewest`` of them: of a file,
+those that call what the ones before them do not. A test that names a variant runs it whatever ``FQTSTATS_ISA`` is.
 """
 
 from __future__ import annotations
@@ -86,11 +85,11 @@ class _Selector:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen, others = [], []
-        covered: defaultdict[str, set[str]] = defaultdict(set)  # by tests without their parameters
+        covered: defaultdict[str, set[str]] = defaultdict(set)  # by file
         for item in items:
             names = (item.nodeid, _file_of(item.nodeid), "")  # the last one stands for the session
             calls = set().union(*(self.calls.get(name, ()) for name in names))
-            before = covered[item.nodeid.partition("[")[0]]
+            before = covered[_file_of(item.nodeid)]
             (chosen if (calls - before if self.fewest else calls) else others).append(item)
             before |= calls
         config.hook.pytest_deselected(items=others)
