@@ -164,7 +164,7 @@ def _bounds(
 
 
 def _attach_result(error: BaseException, facts: _Facts, moments: ErrorMoments | None) -> None:
-    if moments is None or len(moments.norms) > 1:
+    if moments is None or len(moments) > 1:
         error.partial_result = _result(facts, moments, None)  # type: ignore[attr-defined]
 
 
@@ -184,12 +184,12 @@ def _moments(
     # The calibration errors depend on quantizers and seed, the gradient on all the rest.
     keeper = Keeper(store, digest([*gradient, *calibration]), moments)
     del calibration
-    if moments.norms and bool(moments.own) != (facts.method == "both"):
+    if len(moments) and bool(moments.own) != (facts.method == "both"):
         raise InputError(
             f"cannot resume with method {facts.method!r}: the saved draws were made with another one; give that one, "
             "or start anew in another folder"
         )
-    done = 2 + len(moments.norms)
+    done = 2 + len(moments)
     try:
         for index in range(draws):
             if index not in moments.norms:
@@ -363,7 +363,7 @@ def _result(facts: _Facts, moments: ErrorMoments | None, sampling: Array | None)
     )
     quantizer, bits = _label(facts.policy)
     found = [dict.fromkeys(_DRAWN, math.nan)] * len(rows) if moments is None else _from_draws(facts, moments)
-    draws = 0 if moments is None else len(moments.norms)
+    draws = 0 if moments is None else len(moments)
     table = pd.DataFrame([row | drawn for row, drawn in zip(rows, found, strict=True)])
     table = table.assign(quantizer=quantizer, bits=bits, draws=draws)
     about = dict(facts.metadata)

@@ -110,6 +110,9 @@ def digest(tensors: Sequence[torch.Tensor]) -> str:
 class Accumulator(Protocol):
     """What the draws of a measurement are collected in."""
 
+    def __len__(self) -> int:
+        """Number of draws."""
+
     def state(self) -> Arrays:
         """Everything, as arrays."""
 
@@ -132,8 +135,8 @@ class Keeper:
             accumulator.load(arrays)
 
     def save(self, *, force: bool = False) -> None:
-        """Keep the state; may skip it unless ``force``."""
-        if self._store is not None:
+        """Keep the state, if there is a draw in it; may skip it unless ``force``."""
+        if self._store is not None and len(self._accumulator):
             arrays = self._accumulator.state
             self._store.save(lambda: {"gradient_digest": np.array(self._digest), **arrays()}, force=force)
 

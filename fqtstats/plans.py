@@ -19,7 +19,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
@@ -30,7 +29,7 @@ from fqtstats.policy import PLACES, Policy, QuantizerLike
 from fqtstats.profiles import SITES
 from fqtstats.quantizers import QUANTIZERS, options_of, quantizer
 from fqtstats.quantizers.base import StochasticQuantizer
-from fqtstats.schema import Column, Json, json_dict, normalised, parquet_bytes, read_parquet
+from fqtstats.schema import Column, Json, json_dict, normalised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +66,7 @@ COMPARISON: tuple[Column, ...] = (
 )
 """Schema of :attr:`Plan.comparison`: the plan, and simpler policies where there are any to compare with."""
 
-_TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
+_TABLES: run_directory.Tables = {
     "table": ("plan", TABLE),
     "comparison": ("comparison", COMPARISON),
 }
@@ -145,12 +144,7 @@ class Plan:
 
     def files(self) -> dict[str, bytes]:
         """What a run directory holds of it beside the figures: see :class:`fqtstats.run_directory.Recordable`."""
-        tables = [(file, getattr(self, name), columns) for name, (file, columns) in _TABLES.items()]
-        return {
-            **{f"{file}.parquet": parquet_bytes(table, columns) for file, table, columns in tables},
-            **{f"{file}.csv": table.to_csv(index=False, lineterminator="\n").encode() for file, table, _ in tables},
-            "policy.py": self.code.encode(),
-        }
+        return {**run_directory.files_of(_TABLES, self), "policy.py": self.code.encode()}
 
     def figures(self) -> dict[str, bytes]:
         """The figures, as PNG files by name."""
@@ -187,20 +181,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     Raises:
         RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
     """
-    place = Path(path)
-    if not place.is_dir():
-        what = "a file" if place.exists() else "nothing"
-        raise RunDirectoryError(f"expected the run directory of a plan, found {what} at {place}")
-    names = {name: f"{file}.parquet" for name, (file, _) in _TABLES.items()}
-    files, metadata = run_directory.read_finished(place, Plan.kind, list(names.values()))
-    tables = {
-        name: read_parquet(files[file], place / file, f"table {_TABLES[name][0]!r} of a plan")
-        for name, file in names.items()
-    }
+    tables, metadata = run_directory.read_tables(path, Plan.kind, _TABLES)
     try:
         return Plan(tables["table"], tables["comparison"], metadata)
     except InputError as error:
-        raise RunDirectoryError(f"{place} holds no valid plan: {error}") from error
+        raise RunDirectoryError(f"{os.fspath(path)} holds no valid plan: {error}") from error
 
 
 # --- policies ---------------------------------------------------------------------------------------------------------

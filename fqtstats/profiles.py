@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -23,7 +22,7 @@ import pandas as pd
 from fqtstats import run_directory
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.results import TOTAL, Configuration
-from fqtstats.schema import Column, json_dict, normalised, parquet_bytes, read_parquet
+from fqtstats.schema import Column, json_dict, normalised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +68,7 @@ PARAMETERS: tuple[Column, ...] = (
 )
 """Schema of :attr:`Profile.parameters`: one row per trainable parameter, and the total last."""
 
-_TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
+_TABLES: run_directory.Tables = {
     "table": ("profile", TABLE),
     "sources": ("sources", SOURCES),
     "parameters": ("parameters", PARAMETERS),
@@ -163,11 +162,7 @@ class Profile:
 
     def files(self) -> dict[str, bytes]:
         """What a run directory holds of it beside the figures: see :class:`fqtstats.run_directory.Recordable`."""
-        tables = [(file, getattr(self, name), columns) for name, (file, columns) in _TABLES.items()]
-        return {
-            **{f"{file}.parquet": parquet_bytes(table, columns) for file, table, columns in tables},
-            **{f"{file}.csv": table.to_csv(index=False, lineterminator="\n").encode() for file, table, _ in tables},
-        }
+        return run_directory.files_of(_TABLES, self)
 
     def figures(self) -> dict[str, bytes]:
         """The figures, as PNG files by name."""
@@ -255,17 +250,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
     Raises:
         RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
     """
-    place = Path(path)
-    if not place.is_dir():
-        what = "a file" if place.exists() else "nothing"
-        raise RunDirectoryError(f"expected the run directory of a profile, found {what} at {place}")
-    names = {name: f"{file}.parquet" for name, (file, _) in _TABLES.items()}
-    files, metadata = run_directory.read_finished(place, Profile.kind, list(names.values()))
-    tables = {
-        name: read_parquet(files[file], place / file, f"table {_TABLES[name][0]!r} of a profile")
-        for name, file in names.items()
-    }
+    tables, metadata = run_directory.read_tables(path, Profile.kind, _TABLES)
     try:
         return Profile(**tables, metadata=metadata)
     except InputError as error:
-        raise RunDirectoryError(f"{place} holds no valid profile: {error}") from error
+        raise RunDirectoryError(f"{os.fspath(path)} holds no valid profile: {error}") from error

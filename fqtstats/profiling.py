@@ -127,7 +127,7 @@ def profile(
             # The calibration errors depend on quantizers and seed, the gradient on all the rest.
             keeper = Keeper(store, f"{method} {digest([*gradient, *calibration])}", found)
             del calibration
-            tally.done = 2 + found.passes(len(found.matrices))
+            tally.done = 2 + found.passes(len(found))
             norms = np.array([squared_norm(g) for g in gradient])
             facts = _Facts.of(session, sources, norms, policy, method, precision, seed, gradient)
             try:
@@ -143,7 +143,7 @@ def profile(
                         tally.probes = min(max(n + 1, needed), most_probes)
             except BaseException as error:
                 keeper.save(force=True)
-                _attach_result(error, facts, found, len(found.matrices))
+                _attach_result(error, facts, found, len(found))
                 raise
             keeper.save(force=True)
         sampling = None

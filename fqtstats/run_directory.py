@@ -19,20 +19,34 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.files import read_bytes, reason, write_atomically
-from fqtstats.schema import FORMAT_VERSION, Json, check_version, json_dict
+from fqtstats.schema import FORMAT_VERSION, Column, Json, check_version, json_dict, parquet_bytes, read_parquet
 
-__all__ = ["READERS", "Recordable", "RunDirectory", "read_document", "read_finished", "save"]
+__all__ = [
+    "READERS",
+    "Recordable",
+    "RunDirectory",
+    "Tables",
+    "files_of",
+    "read_document",
+    "read_finished",
+    "read_tables",
+    "save",
+]
 
 READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile", "plan": "fqtstats.load_plan"}
 """What reads a run, by its kind."""
+
+Tables: TypeAlias = Mapping[str, tuple[str, Sequence[Column]]]
+"""By attribute of what a run ends with: the table's file, without the suffix, and its schema."""
 
 _ANEW = "measure anew in another directory"
 _STATE_MAGIC = b"fqtstats-state-1\n"
@@ -146,6 +160,37 @@ def read_finished(place: Path, kind: str, names: Sequence[str]) -> tuple[dict[st
             raise RunDirectoryError(f"{place / name} is corrupted: its SHA-256 is not the one in run.json; {_ANEW}")
     metadata = document.get("metadata")
     return files, metadata if isinstance(metadata, dict) else {}
+
+
+def files_of(tables: Tables, owner: object) -> dict[str, bytes]:
+    """Every table of ``owner`` as Parquet and as CSV: what :meth:`Recordable.files` gives."""
+    files = {}
+    for name, (file, columns) in tables.items():
+        table = getattr(owner, name)
+        files[f"{file}.parquet"] = parquet_bytes(table, columns)
+        files[f"{file}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+    return files
+
+
+def read_tables(
+    path: str | os.PathLike[str], kind: str, tables: Tables
+) -> tuple[dict[str, pd.DataFrame], dict[str, Json]]:
+    """The tables of a finished run, by name, and its metadata.
+
+    Raises:
+        RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        what = "a file" if place.exists() else "nothing"
+        raise RunDirectoryError(f"expected the run directory of a {kind}, found {what} at {place}")
+    names = {name: f"{file}.parquet" for name, (file, _) in tables.items()}
+    files, metadata = read_finished(place, kind, list(names.values()))
+    found = {
+        name: read_parquet(files[file], place / file, f"table {tables[name][0]!r} of a {kind}")
+        for name, file in names.items()
+    }
+    return found, metadata
 
 
 def _digest_key(name: str) -> str:

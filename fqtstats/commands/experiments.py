@@ -151,11 +151,10 @@ class DirectoryStore:
     Args:
         run: the directory.
         key: of the measurement in it.
-        begun: whether a state has anything to keep.
     """
 
-    def __init__(self, run: RunDirectory, key: str, begun: Callable[[Arrays], bool]) -> None:
-        self._run, self._key, self._begun, self._saved = run, key, begun, time.monotonic()
+    def __init__(self, run: RunDirectory, key: str) -> None:
+        self._run, self._key, self._saved = run, key, time.monotonic()
 
     def load(self) -> Arrays | None:
         """The last saved state, or None."""
@@ -166,10 +165,8 @@ class DirectoryStore:
         """Keep the state, at most every :data:`SAVE_SECONDS` unless ``force``."""
         if not force and time.monotonic() - self._saved < SAVE_SECONDS:
             return
-        arrays = state()
-        if self._begun(arrays):
-            self._run.save_state(self._key, arrays, {})
-            self._saved = time.monotonic()
+        self._run.save_state(self._key, state(), {})
+        self._saved = time.monotonic()
 
 
 class TrainingBar:

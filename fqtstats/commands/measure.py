@@ -135,7 +135,7 @@ def _measure_all(run: RunDirectory, policies: dict[str, Policy], arguments: dict
                 method=arguments["method"],
                 bounds=arguments.get("bounds", False),
                 progress=experiments.MeasuringBar(bars, f"measuring {label}"),
-                store=experiments.DirectoryStore(run, label, lambda arrays: len(arrays["draws"]) > 0),
+                store=experiments.DirectoryStore(run, label),
             )
             if both:
                 report = backends.parity(setup.model, setup.batch, setup.loss, policy, arguments["seed"], skip=skip)

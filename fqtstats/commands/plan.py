@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,6 @@ from fqtstats.commands.console import check_counts, err, out, progress, separate
 from fqtstats.errors import InputError, UnreachableError
 
 if TYPE_CHECKING:
-    from fqtstats.measuring import Arrays, Store
     from fqtstats.plans import Plan
     from fqtstats.policy import Policy
     from fqtstats.run_directory import RunDirectory
@@ -137,13 +137,6 @@ def _plan(run: RunDirectory, policy: Policy, arguments: dict[str, Any]) -> Plan:
     from fqtstats import planning
     from fqtstats.plans import Plan
 
-    def begun(arrays: Arrays) -> bool:
-        # A profile's state has draws by name beside the digest, a measurement's one array of them.
-        return len(arrays["draws"]) > 0 if "draws" in arrays else len(arrays) > 1
-
-    def store(key: str) -> Store:
-        return experiments.DirectoryStore(run, key, begun)
-
     with progress() as bars:
         setup = experiments.prepare(arguments, {"plan": policy}, arguments["backend"], bars)
         found = planning.plan(
@@ -162,7 +155,7 @@ def _plan(run: RunDirectory, policy: Policy, arguments: dict[str, Any]) -> Plan:
             most_probes=arguments["most_probes"],
             skip=experiments.skipped(arguments),
             progress=_Bars(bars),
-            store=store,
+            store=partial(experiments.DirectoryStore, run),
         )
     about = {"arguments": run.arguments, **setup.about, **found.metadata}
     found = Plan(found.table, found.comparison, about, found.given)

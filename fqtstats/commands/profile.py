@@ -137,7 +137,7 @@ def _profile_all(runs: dict[str, RunDirectory], policies: dict[str, Policy], arg
                 most_probes=arguments["most_probes"],
                 skip=experiments.skipped(arguments),
                 progress=experiments.MeasuringBar(bars, f"profiling {label}"),
-                store=experiments.DirectoryStore(run, label, lambda arrays: len(arrays) > 1),
+                store=experiments.DirectoryStore(run, label),
             )
             about = {"arguments": run.arguments, **setup.about, **found.metadata}
             run.finish(Profile(found.table, found.sources, found.parameters, about))

@@ -240,6 +240,10 @@ class Decomposition:
         self.matrices: dict[int, Matrix] = {}
         self._sources, self._estimator, self._gradient = sources, estimator, gradient
 
+    def __len__(self) -> int:
+        """Number of draws."""
+        return len(self.matrices)
+
     def draw(self, index: int, tell: Callable[[], None]) -> None:
         """Make the draw with an index, if it is not there; those with lower ones are."""
         if index not in self.matrices:

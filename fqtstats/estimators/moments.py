@@ -74,6 +74,10 @@ class ErrorMoments:
         self.own: dict[int, npt.NDArray[np.float64]] = {}
         self.sketches: dict[int, npt.NDArray[np.float64]] = {}
 
+    def __len__(self) -> int:
+        """Number of draws."""
+        return len(self.norms)
+
     @property
     def largest(self) -> npt.NDArray[np.float64]:
         """Largest element of gradient and calibration error, rounded up to a power of two, ``[P]``."""
