@@ -38,23 +38,28 @@ ENDS = ("low", "high")
 POOL = 8192
 LEVELS = (0.01, 0.001)
 FALSE_ALARM = 1e-6
+PARTS = ["sums", "size", "power"]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"which of {', '.join(PARTS)}; all of them")
     parser.add_argument("--nulls", type=int, default=2000, help="null runs per quantizer")
     parser.add_argument("--seeds", type=int, default=100, help="runs per defect")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    sums_size(given.nulls).to_csv(given.out / "sums.csv", index=False)
-    size, wrong = null_runs(given.nulls)
-    size.to_csv(given.out / "size.csv", index=False)
-    wrong.to_csv(given.out / "wrong.csv", index=False)
-    (given.out / "wrong.png").write_bytes(draw(size, wrong))
-    power(given.seeds).to_csv(given.out / "power.csv", index=False)
+    if "sums" in given.parts:
+        sums_size(given.nulls).to_csv(given.out / "sums.csv", index=False)
+    if "size" in given.parts:
+        size, wrong = null_runs(given.nulls)
+        size.to_csv(given.out / "size.csv", index=False)
+        wrong.to_csv(given.out / "wrong.csv", index=False)
+        (given.out / "wrong.png").write_bytes(draw(size, wrong))
+    if "power" in given.parts:
+        power(given.seeds).to_csv(given.out / "power.csv", index=False)
 
 
 def null_runs(runs: int) -> tuple[pd.DataFrame, pd.DataFrame]:

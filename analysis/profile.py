@@ -1,11 +1,12 @@
 """Does the variance profile add up to what draws show, and what does it cost?
 
-``python -m analysis.profile`` (some twenty minutes) writes to ``analysis/results/profile/``:
+``python -m analysis.profile`` (some forty minutes) writes to ``analysis/results/profile/``:
 
 * ``agreement.csv``, ``agreement.png``: the total variance by probes, with the quantizers switched on one at a time, and
   from draws of the whole gradient, of an MLP, a ResNet with batch normalization and a transformer.
 * ``cost.csv``: what ResNet-20 takes to a precision of 5 %, by probes and one at a time, and what a plain loop around
-  the model would take for the same number of passes.
+  the model would take for the same number of passes. The draws that a precision takes are themselves estimated and
+  differ by seed: a row per seed, and one of medians.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=PARTS, help=f"which of {', '.join(PARTS)}; all of them")
     parser.add_argument("--draws", type=int, default=300, help="draws of the whole gradient")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of the costs")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    make = {"cost": costs, "agreement": lambda: agreement(given.draws)}
+    make = {"cost": lambda: costs(given.seeds), "agreement": lambda: agreement(given.draws)}
     for part in given.parts:
         table = make[part]()
         table.to_csv(given.out / f"{part}.csv", index=False, float_format="%.6g")
@@ -57,13 +59,13 @@ def main() -> None:
             (given.out / "agreement.png").write_bytes(draw(table))
 
 
-def costs() -> pd.DataFrame:
-    """Seconds and backward passes to the same precision, each on one thread."""
+def costs(seeds: int) -> pd.DataFrame:
+    """Seconds and backward passes to the same precision, each on one thread; per quantizer the medians come last."""
     setup = experiment.prepare(*MODELS["ResNet-20"], further=0)
     rows = []
-    for name in track(QUANTIZERS, "cost"):
+    for seed, name in track([(seed, name) for seed in range(seeds) for name in QUANTIZERS], "cost"):
         policy = fqtstats.policies.get(f"statquant-{name}", BITS)
-        found = {method: _timed(setup, policy, method) for method in ("probes", "one-at-a-time")}
+        found = {method: _timed(setup, policy, method, seed) for method in ("probes", "one-at-a-time")}
         replicate = _replicate_seconds(setup, per_sample=name != "ptq")
         (probes, fast), (single, slow) = found["probes"], found["one-at-a-time"]
         passes = int(str(single.metadata["backward_passes"]))
@@ -72,6 +74,7 @@ def costs() -> pd.DataFrame:
                 "quantizer": name,
                 "bits": BITS,
                 "precision": PRECISION,
+                "seed": str(seed),
                 "probes": probes.metadata["probes"],
                 "probes_reached": probes.metadata["precision_reached"],
                 "probes_passes": probes.metadata["backward_passes"],
@@ -85,12 +88,18 @@ def costs() -> pd.DataFrame:
                 "ratio_to_naive": passes * replicate / fast,
             }
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    medians = table.drop(columns="seed").groupby("quantizer", sort=False).median().reset_index().assign(seed="median")
+    return pd.concat([table, medians[table.columns]], ignore_index=True)
 
 
-def _timed(setup: experiment.Experiment, policy: fqtstats.Policy, method: str) -> tuple[fqtstats.Profile, float]:
+def _timed(
+    setup: experiment.Experiment, policy: fqtstats.Policy, method: str, seed: int
+) -> tuple[fqtstats.Profile, float]:
     began = time.perf_counter()
-    found = fqtstats.profile(setup.model, setup.batch, setup.loss, policy, PRECISION, method=method, most_probes=1000)
+    found = fqtstats.profile(
+        setup.model, setup.batch, setup.loss, policy, PRECISION, seed=seed, method=method, most_probes=1000
+    )
     return found, time.perf_counter() - began
 
 

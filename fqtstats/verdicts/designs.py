@@ -17,7 +17,7 @@ from fqtstats.determinism import seeded
 
 __all__ = ["DRAWS", "LADDER_SHAPE", "Design", "ladder", "natural"]
 
-DRAWS = {"natural": 64, "low ladder": 128, "high ladder": 256}
+DRAWS = {"natural": 64, "low ladder": 256, "high ladder": 256}
 """The most draws that each design takes."""
 
 LADDER_SHAPE = (64, 256)
