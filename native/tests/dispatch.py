@@ -1,8 +1,9 @@
 """Which tests let the instruction set choose a kernel: a pytest plugin that lists them, or runs no others.
 
 ``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, or start another
-Python process, and what each calls. ``--only-dispatched=FILE`` runs those alone, and ``--fewest`` of them: of a file,
-those that call what the ones before them do not. A test that names a variant runs it whatever ``FQTSTATS_ISA`` is.
+Python process, and what each calls. ``--only-dispatched=FILE`` runs the fewest of those that reach everything: of a
+file of tests, those that call what the ones before them do not. A test that names a variant runs it whatever
+``FQTSTATS_ISA`` is.
 """
 
 from __future__ import annotations
@@ -78,10 +79,9 @@ class _Recorder:
 class _Selector:
     """Deselects the other tests."""
 
-    def __init__(self, file: Path, fewest: bool) -> None:
+    def __init__(self, file: Path) -> None:
         lines = (line.split("\t") for line in file.read_text().splitlines())
         self.calls = {name: set(called) for name, *called in lines}
-        self.fewest = fewest
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen, others = [], []
@@ -90,7 +90,7 @@ class _Selector:
             names = (item.nodeid, _file_of(item.nodeid), "")  # the last one stands for the session
             calls = set().union(*(self.calls.get(name, ()) for name in names))
             before = covered[_file_of(item.nodeid)]
-            (chosen if (calls - before if self.fewest else calls) else others).append(item)
+            (chosen if calls - before else others).append(item)
             before |= calls
         config.hook.pytest_deselected(items=others)
         items[:] = chosen
@@ -101,10 +101,9 @@ def _file_of(test: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The three options."""
+    """The two options."""
     parser.addoption("--list-dispatched", type=Path)
     parser.addoption("--only-dispatched", type=Path)
-    parser.addoption("--fewest", action="store_true")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -112,4 +111,4 @@ def pytest_configure(config: pytest.Config) -> None:
     if (file := config.getoption("list_dispatched")) is not None:
         config.pluginmanager.register(_Recorder(file))
     if (file := config.getoption("only_dispatched")) is not None:
-        config.pluginmanager.register(_Selector(file, config.getoption("fewest")))
+        config.pluginmanager.register(_Selector(file))
