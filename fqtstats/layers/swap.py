@@ -16,19 +16,16 @@ from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.product import PRODUCTS, ProductName
 from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
-from fqtstats.policy import PLACES, Policy
+from fqtstats.policy import PLACES, PREFIX, Policy
 from fqtstats.random import stream
 
-__all__ = ["BACKENDS", "PREFIX", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
+__all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
-
-PREFIX = "fqt_"
-"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers to leave alone: a shell-style pattern of names, several, or a predicate ``(name, module) -> bool``."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fqtstats.errors import InputError
-from fqtstats.layers.swap import PREFIX
+from fqtstats.policy import PREFIX
 
 __all__ = ["Optimizer"]
 
