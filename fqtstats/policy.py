@@ -11,10 +11,13 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.random import Stream
 
-__all__ = ["PLACES", "Policy", "QuantizerLike"]
+__all__ = ["PLACES", "PREFIX", "Policy", "QuantizerLike"]
 
 PLACES = ("activation", "weight", "grad_input", "grad_weight")
 """Where a policy's quantizers act."""
+
+PREFIX = "fqt_"
+"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 QuantizerLike = Callable[[torch.Tensor, Stream], torch.Tensor]
 """Anything called as ``f(x, stream)`` that returns a tensor of ``x``'s shape and dtype."""
