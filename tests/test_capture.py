@@ -402,8 +402,8 @@ def test_the_record_holds_exact_variances_and_bounds_of_every_layer_and_site():
 
 def test_the_roundings_of_a_weight_gradient_are_looked_at_once(monkeypatch):
     looked = []
-    original = PSQ.rounding_variance
-    monkeypatch.setattr(PSQ, "rounding_variance", lambda q, x: looked.append(x) or original(q, x))
+    original = PSQ.noise
+    monkeypatch.setattr(PSQ, "noise", lambda q, x: looked.append(x) or original(q, x))
     policy = Policy(grad_weight=quantizer("psq", bits=3))
     with session_of(Net(), policy) as session:
         incoming, apart = IncomingGradients(), IncomingGradients()

@@ -11,7 +11,7 @@ import torch
 from fqtstats.estimators import exact
 from fqtstats.layers.state import Call, Site, WeightGradient
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.quantizers.base import Quantizer
 
 __all__ = ["IncomingGradients", "LayerLaw", "add_own_variance"]
 
@@ -51,7 +51,7 @@ class IncomingGradients:
         """Add one incoming gradient ``g`` (the layer's output shape) that ``q`` is meant for."""
         law = self.laws.setdefault((call.layer.name, site), LayerLaw())
         variance, bound = getattr(q, "variance", None), getattr(q, "bound", None)
-        if site == "grad_weight" and isinstance(q, UniformQuantizer):
+        if site == "grad_weight" and isinstance(q, Quantizer):
             # The weight gradient of the same tensor is told next: its roundings are looked at once.
             self._last = g, exact.Roundings.of(q, g)
             law.variance += self._last[1].total()
@@ -66,7 +66,7 @@ class IncomingGradients:
         known, self._last = self._last, None
         roundings = known[1] if known is not None and known[0] is gradient.g else None
         add_own_variance(self.own, call, gradient, parameters, roundings)
-        if isinstance(gradient.q, UniformQuantizer):
+        if isinstance(gradient.q, Quantizer):
             layer = call.layer.name
             few = exact.few_roundings(gradient, roundings or exact.Roundings.of(gradient.q, gradient.g))
             self.few[layer] = max(self.few.get(layer, 0.0), few)

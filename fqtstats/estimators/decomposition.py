@@ -40,7 +40,7 @@ from fqtstats.layers.operand import Operand
 from fqtstats.layers.product import compute
 from fqtstats.layers.state import Call, Site, Source, WeightGradient
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.quantizers.base import Quantizer
 from fqtstats.random import Stream
 
 __all__ = ["FEWEST", "Decomposition", "Key", "Sources", "one_at_a_time", "precision_reached", "probe"]
@@ -109,7 +109,7 @@ class Sources:
     def sampled(self) -> list[Key]:
         """The sources whose variance a probe samples, because it is not known in closed form."""
         derived = {(layer, "grad_weight") for layer, _ in self.derived}
-        return [key for key in self.keys if key in derived or not isinstance(self.quantizers[key], UniformQuantizer)]
+        return [key for key in self.keys if key in derived or not isinstance(self.quantizers[key], Quantizer)]
 
     def passes(self, estimator: Estimator, repeats: Repeats) -> int:
         """Backward passes of one draw."""
@@ -284,23 +284,31 @@ class Decomposition:
 def _errors(q: QuantizerLike, g: torch.Tensor, streams: Sequence[Stream]) -> Iterator[torch.Tensor]:
     """Independent errors with mean zero and the covariance matrix of ``q(g)``, in ``g``'s shape and dtype."""
     with torch.no_grad():
-        if not isinstance(q, UniformQuantizer):
+        if not isinstance(q, Quantizer):
             for s in streams:
                 # The difference of two draws has twice the variance, and mean zero whatever the mean of q.
                 yield (q(g, s.child("first")) - q(g, s.child("second"))).mul_(math.sqrt(0.5))
             return
-        variance, frame = q.rounding_variance(g)
-        deviation = variance.sqrt_().to(frame.grid.step.dtype)
+        noise = q.noise(g)
+        compute = torch.float64 if g.dtype == torch.float64 else torch.float32
+        deviation = noise.variance.sqrt().to(compute)
+        factors = noise.factors
         for s in streams:
-            signs = s.bits(deviation.shape, 1, dtype=torch.int32, device=g.device).mul_(2).sub_(1)
-            error = deviation * signs
-            error = error if frame.transform is None else frame.transform.inverse(error)
+            error = deviation * _signs(s, deviation)
+            error = error if noise.transform is None else noise.transform.inverse(error)
+            if factors is not None:
+                spread = factors.variance.sqrt()
+                error += (spread * _signs(s.child("factors"), spread) * factors.signal).to(compute)
             yield error.view(g.shape).to(g.dtype)
+
+
+def _signs(s: Stream, like: torch.Tensor) -> torch.Tensor:
+    return s.bits(like.shape, 1, dtype=torch.int32, device=like.device).mul_(2).sub_(1)
 
 
 def _own(weight: WeightGradient, parameters: Sequence[str], s: Stream) -> dict[str, float]:
     """The variance that Q1 puts into its layer's own gradients in one call; a sample of it, where it is not known."""
-    if isinstance(weight.q, UniformQuantizer):
+    if isinstance(weight.q, Quantizer):
         return exact.summed(weight, parameters)
     (error,), found = _errors(weight.q, weight.g, [s]), {}
     if "weight" in parameters:

@@ -22,6 +22,14 @@ gradient sums ``Q1(g)`` over samples and space: ``x`` is a column of ones.
 The input gradient ``dX = Q2(g) w`` never mixes samples, and ``T`` nothing else: the elements of one sample of ``Q2(g)``
 have independent errors with or without a transform, and ``Var[dX_rk] = sum_o Var[Q2(g)_ro] w_ok^2``.
 
+A quantizer that multiplies whole samples or channels by a random factor (AGP keeps them or drops them) has the error
+``c_i x_i`` on group ``i`` beside the roundings, uncorrelated with them. Of a channel it scales a row of the weight
+gradient; of a sample, what this sample adds to it::
+
+    channels: Var[dW_ok] = Var(c_o) (sum_r E Q1(g)_ro x_rk)^2,    samples: Var[dW] = sum_n Var(c_n) (E Q1(g)_n^T x_n)^2
+
+with the square elementwise, of a sum over positions in a convolution; bias and input gradient likewise.
+
 The rounding of floating-point arithmetic is left out. Calls of a layer draw from streams of their own: their variances
 add up. What the quantizers of later layers put into ``g`` is no part of this variance.
 """
@@ -30,7 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,11 +48,14 @@ from fqtstats.layers.operand import images
 from fqtstats.layers.product import ConvProduct, Product
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers.base import Frame, Transform, UniformQuantizer
+from fqtstats.quantizers.base import Quantizer
+from fqtstats.quantizers.noise import Factors, Noise
 
 __all__ = [
     "Roundings",
     "bias_variance",
+    "factors_input_total",
+    "factors_weight_total",
     "few_roundings",
     "input_total",
     "summed",
@@ -55,46 +66,53 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Roundings:
-    """The independent roundings of a quantizer on one gradient.
+    """The noise of a quantizer on one gradient.
 
     Attributes:
-        variance: ``v``, ``[R, O]`` or ``[N, O, H, W]`` float64; its rows are those of the transform.
-        frame: the quantizer's grid and transform.
+        variance: of the independent roundings, ``v``, ``[R, O]`` or ``[N, O, H, W]`` float64; its rows are those of the
+            transform.
+        noise: the whole of it.
     """
 
     variance: torch.Tensor
-    frame: Frame
+    noise: Noise
 
     @staticmethod
-    def of(q: UniformQuantizer, g: torch.Tensor) -> Roundings:
+    def of(q: Quantizer, g: torch.Tensor) -> Roundings:
         """Those of ``q`` on ``g``, ``[R, O]`` or ``[N, O, *space]``."""
         with torch.no_grad():
-            variance, frame = q.rounding_variance(g)
-        return Roundings(variance.view(images(g).shape), frame)
+            noise = q.noise(g)
+        return Roundings(noise.variance.view(images(g).shape), noise)
 
     @property
-    def transform(self) -> Transform | None:
-        """``T``, or None for the identity."""
-        return self.frame.transform
+    def factors(self) -> Factors | None:
+        """Random factors, or None; their signal in the shape of ``variance``."""
+        factors = self.noise.factors
+        return None if factors is None else replace(factors, signal=factors.signal.view(self.variance.shape))
 
     def total(self) -> float:
         """The summed variance of ``Q1(g)`` itself, its transform undone."""
-        if self.transform is None:
-            return float(self.variance.sum())
-        return float(self.transform.inverse_squared(self.variance.clone().view(self.frame.view)).sum())
+        return float(self.noise.elementwise.sum())
 
     def coefficients(self, x: torch.Tensor) -> torch.Tensor:
         """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
         x = x.double()
-        if self.transform is not None:
-            x = self.transform.inverse_adjoint(x.reshape(x.shape[0], 1, -1)).view(x.shape)
+        if self.noise.transform is not None:
+            x = self.noise.transform.inverse_adjoint(x.reshape(x.shape[0], 1, -1)).view(x.shape)
         return x.square()
 
     def of_bias(self) -> torch.Tensor:
         """``[O]``."""
         v = self.variance.flatten(2).sum(2) if self.variance.dim() > 2 else self.variance
         ones = v.new_ones(v.shape[0], 1)
-        return (v * self.coefficients(ones)).sum(0)
+        found = (v * self.coefficients(ones)).sum(0)
+        factors = self.noise.factors
+        if factors is None:
+            return found
+        signal = factors.signal.sum(2)
+        if factors.groups == "sample":
+            return found + (factors.variance.view(-1, 1) * signal.square()).sum(0)
+        return found + factors.variance.view(-1) * signal.sum(0).square()
 
 
 def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
@@ -129,7 +147,7 @@ def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings
         parameters: which take part in it.
         roundings: of ``call.q`` on ``call.g``, where they are known already.
     """
-    if not isinstance(call.q, UniformQuantizer):
+    if not isinstance(call.q, Quantizer):
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
         roundings = roundings or Roundings.of(call.q, call.g)
@@ -138,6 +156,8 @@ def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings
             shape = (*call.shape[:2], *_kernel(call.shape))
             coefficients = roundings.coefficients(images(call.x))
             found["weight"] = weight_total(call.product, roundings.variance, coefficients, shape)
+            if roundings.factors is not None:
+                found["weight"] += factors_weight_total(call.product, roundings.factors, images(call.x), shape)
         if "bias" in parameters:
             found["bias"] = float(roundings.of_bias().sum())
         return found
@@ -158,13 +178,28 @@ def weight_total(product: Product, variance: torch.Tensor, coefficients: torch.T
     return float(product.grad_weight(real, v, c, (groups, 1, *shape[2:])).sum())
 
 
+def factors_weight_total(product: Product, factors: Factors, x: torch.Tensor, shape: tuple[int, ...]) -> float:
+    """What random factors put into the summed variance of a weight's gradient.
+
+    Args:
+        product: the layer's operation.
+        factors: of samples or channels of the incoming gradient, their signal ``[R, O]`` or ``[N, O, H, W]``.
+        x: the layer's input, ``[R, I]`` or ``[N, I, H, W]``.
+        shape: the weight's, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
+    """
+    if factors.groups == "sample" and x.dim() == 2:  # a sample adds a matrix of rank one
+        norms = factors.signal.square().sum(1) * x.double().square().sum(1)
+        return float((factors.variance.view(-1) * norms).sum())
+    return float(_factors_weight_variance(product, factors, x, shape).sum())
+
+
 def input_total(product: Product, variance: torch.Tensor, w: torch.Tensor, shape: tuple[int, ...]) -> float:
     """The sum over all elements of the variance of an input's gradient.
 
     Args:
         product: the layer's operation.
         variance: of the elements of the quantized incoming gradient, which are independent within a sample: ``[R, O]``
-            or ``[N, O, H, W]`` float64.
+            or ``[N, O, H, W]`` float64. Random factors are left to :func:`factors_input_total`.
         w: the other operand, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
         shape: the input's, ``[R, I]`` or ``[N, I, H, W]``.
     """
@@ -172,6 +207,27 @@ def input_total(product: Product, variance: torch.Tensor, w: torch.Tensor, shape
         return _input_total_with_border(product, variance, w.double(), shape)
     summed_w = w.double().square().sum(1, keepdim=True)
     return float(product.grad_input(real, variance, summed_w, (shape[0], _groups(product), *shape[2:])).sum())
+
+
+def factors_input_total(product: Product, factors: Factors, w: torch.Tensor, shape: tuple[int, ...]) -> float:
+    """What random factors put into the summed variance of an input's gradient.
+
+    Args:
+        product: the layer's operation.
+        factors: of samples or channels of the incoming gradient, their signal ``[R, O]`` or ``[N, O, H, W]``.
+        w: the other operand, ``[O, I]`` or ``[O, I / groups, kh, kw]``.
+        shape: the input's, ``[R, I]`` or ``[N, I, H, W]``.
+    """
+    w, variance = w.double(), factors.variance.view(-1)
+    if factors.groups == "sample":
+        dx = product.grad_input(real, factors.signal, w, shape)
+        return float((variance * dx.square().flatten(1).sum(1)).sum())
+    total = 0.0
+    for channel in torch.nonzero(variance).view(-1).tolist():
+        alone = torch.zeros_like(factors.signal)
+        alone[:, channel] = factors.signal[:, channel]
+        total += float(variance[channel] * product.grad_input(real, alone, w, shape).square().sum())
+    return total
 
 
 def _input_total_with_border(
@@ -205,10 +261,18 @@ def few_roundings(call: WeightGradient, roundings: Roundings) -> float:
     are those of the rows.
     """
     with torch.no_grad():
-        v = roundings.variance.view(roundings.frame.view)
+        v = roundings.noise.variance
         weights = roundings.coefficients(images(call.x)).flatten(1).sum(1)
         noise = float((weights * v.sum((1, 2))).sum())
-        rare = float((weights.square() * (v * roundings.frame.grid.step.double().square()).sum((1, 2))).sum())
+        rare = float((weights.square() * (v * roundings.noise.gap.square()).sum((1, 2))).sum())
+        factors = roundings.noise.factors
+        if factors is not None:
+            # A factor is one decision for its whole group.
+            axes = [axis for axis in range(3) if axis != factors.axis]
+            own = (factors.elementwise * weights.view(-1, 1, 1)).sum(axes)
+            variance, gap = factors.variance.view(-1), factors.gap.view(-1)
+            noise += float(own.sum())
+            rare += float(torch.where(variance > 0, own.square() * gap.square() / variance, 0.0).sum())
     return rare / noise**2 if noise > 0 else 0.0
 
 
@@ -217,7 +281,27 @@ def _weight_variance(call: WeightGradient) -> torch.Tensor:
         roundings = Roundings.of(_known(call.q), call.g)
         shape = (*call.shape[:2], *_kernel(call.shape))
         coefficients = roundings.coefficients(images(call.x))
-        return call.product.grad_weight(real, roundings.variance, coefficients, shape).view(call.shape)
+        found = call.product.grad_weight(real, roundings.variance, coefficients, shape)
+        if roundings.factors is not None:
+            found = found + _factors_weight_variance(call.product, roundings.factors, images(call.x), shape)
+        return found.view(call.shape)
+
+
+def _factors_weight_variance(
+    product: Product, factors: Factors, x: torch.Tensor, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """``shape``, float64; as :func:`factors_weight_total`."""
+    x, signal, variance = x.double(), factors.signal, factors.variance.view(-1)
+    if factors.groups == "channel":
+        dw = product.grad_weight(real, signal, x, shape)
+        return dw.square_().mul_(variance.view(-1, *[1] * (len(shape) - 1)))
+    if x.dim() == 2:
+        return product.grad_weight(real, signal.square() * variance.view(-1, 1), x.square(), shape)
+    total = signal.new_zeros(shape)
+    for sample in torch.nonzero(variance).view(-1).tolist():
+        one = slice(sample, sample + 1)
+        total += variance[sample] * product.grad_weight(real, signal[one], x[one], shape).square()
+    return total
 
 
 def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -225,8 +309,8 @@ def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (1, shape[2]) if len(shape) == 3 else tuple(shape[2:])
 
 
-def _known(q: QuantizerLike) -> UniformQuantizer:
-    if not isinstance(q, UniformQuantizer):
+def _known(q: QuantizerLike) -> Quantizer:
+    if not isinstance(q, Quantizer):
         raise InputError(
             f"expected a quantizer of this package, got {q!r}: of others it is not known which errors are independent"
         )

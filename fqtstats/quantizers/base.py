@@ -19,6 +19,7 @@ from fqtstats.formats import IntFormat, pack, uint, unpack
 from fqtstats.ops import quantize as native
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.grid import RULES, Grid
+from fqtstats.quantizers.noise import Noise
 from fqtstats.random import Stream
 from fqtstats.rounding import nearest, stochastic, up_probability
 
@@ -60,6 +61,18 @@ class Quantizer(ABC):
     @abstractmethod
     def variance(self, x: torch.Tensor) -> torch.Tensor:
         """Exact elementwise Var[Q(x)]: float64, ``x``'s shape, units of ``x`` squared."""
+
+    def noise(self, x: torch.Tensor) -> Noise:
+        """What is independent in the error: exact, float64; variances of products follow from it.
+
+        Raises:
+            NotImplementedError: there is noise, and the class does not say what of it is independent.
+        """
+        variance = self.variance(x)
+        if bool(variance.any()):
+            raise NotImplementedError(f"{type(self).__name__} is random: it must define noise()")
+        n, c, s = rows(x).shape
+        return Noise(x.shape, variance.reshape(n, c, s), variance.new_zeros(1, 1, 1))
 
     def bound(self, x: torch.Tensor) -> float | None:
         """A valid upper bound on the summed variance, or None."""
@@ -230,19 +243,12 @@ class UniformQuantizer(Quantizer):
         return (mean if frame.transform is None else frame.transform.inverse(mean)).view(frame.shape)
 
     def variance(self, x: torch.Tensor) -> torch.Tensor:
-        variance, frame = self.rounding_variance(x)
-        return (variance if frame.transform is None else frame.transform.inverse_squared(variance)).view(frame.shape)
+        return self.noise(x).elementwise.view(x.shape)
 
-    def rounding_variance(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
-        """Exact variance of every decoded element before the transform is undone, and the frame that undoes it.
-
-        These elements are independent, those of :meth:`variance` only where there is no transform.
-
-        Returns:
-            float64, ``[N, C, S]`` (of the transformed rows, where there is a transform); and the frame of ``x``.
-        """
+    def noise(self, x: torch.Tensor) -> Noise:
         _, frame, low, high, up = self._outcomes(x)
-        return high.sub_(low).square_().mul_(up * (1 - up)), frame
+        variance = high.sub_(low).square_().mul_(up * (1 - up))
+        return Noise(frame.shape, variance, frame.grid.step.double(), frame.transform)
 
     def _outcomes(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame, torch.Tensor, torch.Tensor, torch.Tensor]:
         # The two decoded outcomes are those of the real decoder, rounded in its dtype, so mean and variance are the

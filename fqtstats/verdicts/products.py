@@ -12,7 +12,9 @@ errors of draw i, ``E_i = L e_i`` those of the product.
 independent, any of their signs may be changed without changing the law, so that ``X = ||L f||^2 / 2``, the product's
 variance, and ``Y = ||L (s f)||^2 / 2`` with random signs ``s``, what independent errors of the same sizes give, are
 exchangeable, and ``Z = X - Y`` is symmetric around 0. (A quantizer with a transform has its signs changed where it
-rounds.) For independent symmetric ``Z_1 .. Z_m``, whatever their laws and whatever m,
+rounds. One whose samples or channels share a random factor has those of each group changed together, which leaves the
+law of every group as it is: what is tested then is that groups are independent.) For independent symmetric ``Z_1 ..
+Z_m``, whatever their laws and whatever m,
 
     P(|sum Z_i| >= c sqrt(sum Z_i^2)) <= 2 K P(N(0, 1) >= c),    K = 1 / (4 P(N(0, 1) >= sqrt 2)) = 3.18
 
@@ -53,7 +55,13 @@ from torch import nn
 from fqtstats.capture import LossFunction, Session
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
-from fqtstats.estimators.exact import Roundings, input_total, weight_total
+from fqtstats.estimators.exact import (
+    Roundings,
+    factors_input_total,
+    factors_weight_total,
+    input_total,
+    weight_total,
+)
 from fqtstats.estimators.moments import squared_norm
 from fqtstats.layers import real
 from fqtstats.layers.operand import Operand, images
@@ -62,7 +70,8 @@ from fqtstats.layers.state import Call, Site
 from fqtstats.layers.swap import Skip, quantized
 from fqtstats.measurement import Progress
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.quantizers.base import Transform, UniformQuantizer
+from fqtstats.quantizers.base import Quantizer
+from fqtstats.quantizers.noise import Noise
 from fqtstats.random import stream
 from fqtstats.verdicts.battery import bernstein
 from fqtstats.verdicts.junit import Case, junit
@@ -277,6 +286,7 @@ class _BackwardProduct:
         other: the other operand.
         shape: the result's.
         reference: the product of ``g`` itself.
+        noise: of ``q`` on ``g``; None where it is not known.
     """
 
     call: Call
@@ -287,6 +297,7 @@ class _BackwardProduct:
     other: Operand
     shape: tuple[int, ...]
     reference: torch.Tensor
+    noise: Noise | None
 
     def apply(self, e: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """``L e``, with the other operand decoded."""
@@ -300,15 +311,23 @@ class _BackwardProduct:
 
     def predicted(self, other: torch.Tensor, sampled: torch.Tensor) -> float:
         """The product's variance where the roundings are independent; ``sampled`` are the variances of ``e``."""
-        q = self.q
-        if self.site == "grad_input":
-            v = q.variance(self.g) if isinstance(q, UniformQuantizer) else sampled
-            return input_total(self.product, images(v), other, self.shape)
-        v, coefficients = images(sampled), other.double().square()
-        if isinstance(q, UniformQuantizer):
-            roundings = Roundings.of(q, self.g)
-            v, coefficients = roundings.variance, roundings.coefficients(other)
-        return weight_total(self.product, v, coefficients, self.shape)
+        shape = images(self.g).shape
+        on_input = self.site == "grad_input"
+        if self.noise is None:
+            v, coefficients, factors = images(sampled), None if on_input else other.double().square(), None
+        else:
+            roundings = Roundings(self.noise.variance.view(shape), self.noise)
+            factors = roundings.factors
+            v = self.noise.roundings.view(shape) if on_input else roundings.variance
+            coefficients = None if on_input else roundings.coefficients(other)
+        if coefficients is None:
+            total = input_total(self.product, v, other, self.shape)
+        else:
+            total = weight_total(self.product, v, coefficients, self.shape)
+        if factors is None:
+            return total
+        of_factors = factors_input_total if on_input else factors_weight_total
+        return total + of_factors(self.product, factors, other, self.shape)
 
 
 @dataclass
@@ -330,7 +349,8 @@ class _Recorder:
         arrived = self._arrived.pop((call.key, name), None)
         if arrived is not None:
             site, q, g = arrived
-            self.products.append(_BackwardProduct(call, site, q, g, product, b, last, result))
+            noise = q.noise(g) if isinstance(q, Quantizer) else None
+            self.products.append(_BackwardProduct(call, site, q, g, product, b, last, result, noise))
 
 
 def _judge(one: _BackwardProduct, draws: int, level: float, seed: int) -> ProductVerdict:
@@ -359,29 +379,29 @@ def _judge(one: _BackwardProduct, draws: int, level: float, seed: int) -> Produc
     )
     p = bias.p_value()
     verdict: State = "biased" if p < level else "dependent rounding" if dependent else "ok"
-    exact: Literal["exact", "sampled"] = "exact" if isinstance(one.q, UniformQuantizer) else "sampled"
+    exact: Literal["exact", "sampled"] = "sampled" if one.noise is None else "exact"
     return ProductVerdict(call.layer.name, call.index, site, ratio, low, high, p, draws, exact, verdict)
 
 
 class _Signs:
-    """Changes signs at random where a quantizer rounds."""
+    """Changes signs at random: one where a quantizer rounds, or one for all that share a factor."""
 
     def __init__(self, one: _BackwardProduct, seed: int) -> None:
         self._stream = stream(seed=seed, layer=one.call.layer.name, site=f"{one.site} signs", call=one.call.index)
-        self._view: tuple[int, ...] = tuple(one.g.shape)
-        self._transform: Transform | None = None
-        if isinstance(one.q, UniformQuantizer):
-            self._view = one.q.view_shape(one.g.shape)
-            self._transform = one.q.transform(one.g)
+        self._noise = one.noise
 
     def change(self, f: torch.Tensor, pair: int) -> torch.Tensor:
         """``s f``; shape and dtype stay."""
-        y = f.reshape(self._view)
-        if self._transform is not None:
-            y = self._transform.forward(y.contiguous())
-        bits = replace(self._stream, draw=pair).bits(y.shape, 1, dtype=torch.int32, device=y.device)
+        noise = self._noise
+        y = f if noise is None else f.reshape(noise.variance.shape)
+        if noise is not None and noise.transform is not None:
+            y = noise.transform.forward(y.contiguous())
+        shape = y.shape if noise is None or noise.factors is None else noise.factors.variance.shape
+        bits = replace(self._stream, draw=pair).bits(shape, 1, dtype=torch.int32, device=y.device)
         y = y * bits.mul_(2).sub_(1)
-        return (y if self._transform is None else self._transform.inverse(y)).view(f.shape)
+        if noise is not None and noise.transform is not None:
+            y = noise.transform.inverse(y)
+        return y.view(f.shape)
 
 
 class _Bias:
@@ -389,8 +409,7 @@ class _Bias:
 
     def __init__(self, one: _BackwardProduct, other: torch.Tensor, draws: int, seed: int) -> None:
         self._one, self._other, self._draws = one, other, draws
-        reference, q = one.reference, one.q
-        self._law = q.rounding_variance(one.g) if isinstance(q, UniformQuantizer) else None
+        reference = one.reference
         own = stream(seed=seed, layer=one.call.layer.name, site=f"{one.site} directions", call=one.call.index)
         random = own.bits((_RANDOM_SIGNS, *reference.shape), 1, dtype=torch.int32, device=reference.device)
         signs = random.mul_(2).sub_(1).to(reference.dtype)
@@ -425,13 +444,19 @@ class _Bias:
             return 1.0
         deviation = float(values.std(ddof=1)) / math.sqrt(n)
         studentized = float(stats.t.sf(excess / deviation, n - 1)) if deviation > 0 else 0.0
-        if self._law is None:
+        noise = self._one.noise
+        if noise is None:
             return studentized
-        variance, frame = self._law
-        coefficients = self._one.adjoint(w, self._other).double().reshape(frame.view)
-        if frame.transform is not None:
-            coefficients = frame.transform.inverse_adjoint(coefficients)
-        ranges = torch.where(variance > 0, frame.grid.step.double(), 0.0)
-        total = torch.tensor(n * excess, dtype=torch.float64, device=variance.device)
-        bound = bernstein(total, n * (coefficients.square() * variance).sum(), (coefficients.abs() * ranges).max())
-        return max(studentized, float(bound))
+        coefficients = self._one.adjoint(w, self._other).double().reshape(noise.variance.shape)
+        if noise.transform is not None:
+            coefficients = noise.transform.inverse_adjoint(coefficients)
+        variance = (coefficients.square() * noise.variance).sum()
+        ranges = coefficients.abs() * torch.where(noise.variance > 0, noise.gap, 0.0)
+        if noise.factors is not None:
+            # The groups are independent, and what one adds is at most its factor's part and all of its roundings.
+            axes = [axis for axis in range(3) if axis != noise.factors.axis]
+            along = (coefficients * noise.factors.signal).sum(axes, keepdim=True)
+            variance = variance + (along.square() * noise.factors.variance).sum()
+            ranges = along.abs() * noise.factors.gap + ranges.sum(axes, keepdim=True)
+        total = torch.tensor(n * excess, dtype=torch.float64, device=noise.variance.device)
+        return max(studentized, float(bernstein(total, n * variance, ranges.max())))
