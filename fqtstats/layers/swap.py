@@ -16,7 +16,8 @@ from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.product import PRODUCTS, ProductName
 from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
-from fqtstats.policy import PLACES, Policy
+from fqtstats.policy import PLACES, PREFIX, Policy
+from fqtstats.quantizers.ranged import LearnedQuantizer
 from fqtstats.random import stream
 
 __all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
@@ -26,9 +27,6 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
-
-_PREFIX = "fqt_"
-"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers to leave alone: a shell-style pattern of names, several, or a predicate ``(name, module) -> bool``."""
@@ -111,7 +109,7 @@ class Handle:
             original = next(base for base, quantized in QUANTIZED_TYPES.items() if type(layer) is quantized)
             layer.__class__ = original
             del layer.fqt_state
-            for name in [name for name in layer._modules if name.startswith(_PREFIX)]:
+            for name in [name for name in layer._modules if name.startswith(PREFIX)]:
                 delattr(layer, name)
         for module in self.fused:
             module.__class__ = nn.Sequential
@@ -175,12 +173,14 @@ def prepare_(
     # Copies first: if one fails, the model has not been touched.
     own = {name: copy.deepcopy(replace(policy.for_layer(name), overrides={})) for name in chosen}
     for name, module in chosen.items():
+        _attach(name, module, own[name])
+    for name, module in chosen.items():
         module.__class__ = QUANTIZED_TYPES[type(module)]
         module.fqt_state = LayerState(name, own[name], shared)  # type: ignore[assignment]
         for place in PLACES:
             q = getattr(own[name], place)
             if isinstance(q, nn.Module):  # its state moves, saves and trains with the layer
-                module.add_module(_PREFIX + place, q)
+                module.add_module(PREFIX + place, q)
     return Handle(chosen, tuple(unquantized), policy, shared)
 
 
@@ -208,6 +208,17 @@ def _reason(name: str, module: nn.Module, policy: Policy, skipped: Callable[[str
     if skipped(name, module):
         return "skipped on request"
     return None if policy.for_layer(name).quantizes_anything else "its policy has no quantizer"
+
+
+def _attach(name: str, layer: nn.Module, policy: Policy) -> None:
+    """Tell quantizers with parameters of their own where they stand."""
+    for place in PLACES:
+        q = getattr(policy, place)
+        if isinstance(q, LearnedQuantizer):
+            try:
+                q.attach(place, layer)
+            except InputError as error:
+                raise InputError(f"layer {name!r}: {error}") from None
 
 
 def _patterns(skip: str | Iterable[str]) -> list[str]:
