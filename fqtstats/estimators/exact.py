@@ -30,6 +30,12 @@ gradient; of a sample, what this sample adds to it::
 
 with the square elementwise, of a sum over positions in a convolution; bias and input gradient likewise.
 
+A weight's quantizer may pass ``dW`` on by a linear map of its own (:mod:`fqtstats.quantizers.passage`), to the weight
+and to parameters of the quantizer. A linear functional of ``dW`` is one of the roundings as well: with coefficients
+``c`` in the place of the weight, ``sum_ok c_ok dW_ok = sum_jo R(T g)_jo y_jo`` with ``y = (T^-T x) c^T`` (in a
+convolution, that of ``T^-T x`` by ``c``), of variance ``sum_jo v_jo y_jo^2``; two have the covariance
+``sum v y y'``. Factors add ``sum_i Var(c_i) s_i^2`` with ``s_i`` the functional of group ``i``'s signal.
+
 The rounding of floating-point arithmetic is left out. Calls of a layer draw from streams of their own: their variances
 add up. What the quantizers of later layers put into ``g`` is no part of this variance.
 """
@@ -45,6 +51,7 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.layers import real
 from fqtstats.layers.operand import images
+from fqtstats.layers.passing import WEIGHT
 from fqtstats.layers.product import ConvProduct, Product
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
@@ -94,12 +101,16 @@ class Roundings:
         """The summed variance of ``Q1(g)`` itself, its transform undone."""
         return float(self.noise.elementwise.sum())
 
-    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
-        """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
+    def partner(self, x: torch.Tensor) -> torch.Tensor:
+        """``T^-T x``, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``: what the roundings are multiplied by."""
         x = x.double()
         if self.noise.transform is not None:
             x = self.noise.transform.inverse_adjoint(x.reshape(x.shape[0], 1, -1)).view(x.shape)
-        return x.square()
+        return x
+
+    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        """Its squares."""
+        return self.partner(x).square()
 
     def of_bias(self) -> torch.Tensor:
         """``[O]``."""
@@ -116,7 +127,7 @@ class Roundings:
 
 
 def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
-    """Exact variance of every element of a weight's gradient, from the layer's own Q1.
+    """Exact variance of every element of a weight's gradient, from the layer's own Q1; behind the weight's quantizer.
 
     Args:
         calls: the calls in which the weight takes part, at least one; those of several layers where it is shared.
@@ -125,7 +136,8 @@ def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
         float64, the weight's shape ``[O, I]`` or ``[O, I / groups, *kernel]``.
 
     Raises:
-        InputError: no calls, or a quantizer of which it is not known which of its errors are independent.
+        InputError: no calls, a quantizer of which it is not known which of its errors are independent, or one of the
+            weight of which it is not known how gradients pass it.
         NonFiniteError: a gradient holds NaN or Inf.
     """
     return _added(_weight_variance(call) for call in calls)
@@ -138,9 +150,10 @@ def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
 
 
 def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings | None = None) -> dict[str, float]:
-    """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
+    """The sum over all elements of the variance of each of ``parameters`` in one call.
 
-    NaN for a quantizer of which it is not known which of its errors are independent.
+    These are ``"weight"``, ``"bias"``, and parameters of the weight's quantizer. NaN for a quantizer of which it is not
+    known which of its errors are independent, or how gradients pass it.
 
     Args:
         call: the weight gradient.
@@ -151,15 +164,22 @@ def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
         roundings = roundings or Roundings.of(call.q, call.g)
-        found = {}
-        if "weight" in parameters:
+        found = dict.fromkeys(parameters, math.nan)
+        if "bias" in parameters:
+            found["bias"] = float(roundings.of_bias().sum())
+        if call.passage is None:
+            return found
+        if "weight" in parameters and call.passage.is_identity:
             shape = (*call.shape[:2], *_kernel(call.shape))
             coefficients = roundings.coefficients(images(call.x))
             found["weight"] = weight_total(call.product, roundings.variance, coefficients, shape)
             if roundings.factors is not None:
                 found["weight"] += factors_weight_total(call.product, roundings.factors, images(call.x), shape)
-        if "bias" in parameters:
-            found["bias"] = float(roundings.of_bias().sum())
+        elif "weight" in parameters:
+            found["weight"] = float(_weight_variance(call, roundings).sum())
+        for name, functional in call.passage.own.items():
+            if (own := f"{WEIGHT}{name}") in found:
+                found[own] = _functional_variance(call, roundings, functional.coefficients)
         return found
 
 
@@ -276,15 +296,61 @@ def few_roundings(call: WeightGradient, roundings: Roundings) -> float:
     return rare / noise**2 if noise > 0 else 0.0
 
 
-def _weight_variance(call: WeightGradient) -> torch.Tensor:
+def _weight_variance(call: WeightGradient, roundings: Roundings | None = None) -> torch.Tensor:
+    passage = call.passage
+    if passage is None:
+        raise InputError(
+            "it is not known how gradients pass the weight's quantizer: it has a surrogate, but no passage"
+        )
     with torch.no_grad():
-        roundings = Roundings.of(_known(call.q), call.g)
-        shape = (*call.shape[:2], *_kernel(call.shape))
-        coefficients = roundings.coefficients(images(call.x))
-        found = call.product.grad_weight(real, roundings.variance, coefficients, shape)
-        if roundings.factors is not None:
-            found = found + _factors_weight_variance(call.product, roundings.factors, images(call.x), shape)
-        return found.view(call.shape)
+        roundings = roundings or Roundings.of(_known(call.q), call.g)
+        factors, x = roundings.factors, images(call.x)
+        shape, partner = (*call.shape[:2], *_kernel(call.shape)), roundings.partner(x)
+        found = call.product.grad_weight(real, roundings.variance, partner.square(), shape)
+        if factors is not None:
+            found = found + _factors_weight_variance(call.product, factors, x, shape)
+        found = found.view(call.shape)
+        factor = 1.0 if passage.factor is None else passage.factor.double()
+        found = found * factor**2
+        if passage.rank_one is not None:
+            direction, coefficients = (t.double() for t in passage.rank_one)
+            # Of every element with the functional, and of the functional.
+            y = _paired(call, partner, coefficients).view_as(roundings.variance)
+            covariance = call.product.grad_weight(real, roundings.variance * y, partner, shape)
+            if factors is not None:
+                weighted = factors.signal * _along(factors) * _per_group(call, factors, coefficients)
+                covariance = covariance + call.product.grad_weight(real, weighted, x.double(), shape)
+            variance = _functional_variance(call, roundings, coefficients)
+            found = found + 2 * factor * direction * covariance.view(call.shape) + direction.square() * variance
+        return found
+
+
+def _functional_variance(call: WeightGradient, roundings: Roundings, coefficients: torch.Tensor) -> float:
+    """The variance of the sum of ``coefficients`` times ``dW``."""
+    y = _paired(call, roundings.partner(images(call.x)), coefficients).view_as(roundings.variance)
+    found = float((roundings.variance * y.square()).sum())
+    factors = roundings.factors
+    if factors is not None:
+        found += float((factors.variance.view(-1) * _per_group(call, factors, coefficients).view(-1).square()).sum())
+    return found
+
+
+def _paired(call: WeightGradient, x: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """What the incoming gradient is multiplied by in the sum of ``coefficients`` times ``dW``."""
+    shape = (*call.shape[:2], *_kernel(call.shape))
+    y: torch.Tensor = call.product.forward(real, x.double(), coefficients.double().view(shape), None)
+    return y
+
+
+def _along(factors: Factors) -> torch.Tensor:
+    """The factors' variances, to be broadcast against their signal."""
+    return factors.variance.view([-1 if axis == factors.axis else 1 for axis in range(factors.signal.dim())])
+
+
+def _per_group(call: WeightGradient, factors: Factors, coefficients: torch.Tensor) -> torch.Tensor:
+    """What the signal of each group adds to the sum of ``coefficients`` times ``dW``; broadcasts against the signal."""
+    terms = factors.signal * _paired(call, images(call.x), coefficients).view_as(factors.signal)
+    return terms.sum([axis for axis in range(terms.dim()) if axis != factors.axis], keepdim=True)
 
 
 def _factors_weight_variance(
