@@ -17,6 +17,7 @@ from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.product import PRODUCTS, ProductName
 from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
 from fqtstats.policy import PLACES, PREFIX, Policy
+from fqtstats.quantizers.ranged import LearnedQuantizer
 from fqtstats.random import stream
 
 __all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
@@ -192,6 +193,8 @@ def prepare_(
     # Copies first: if one fails, the model has not been touched.
     own = {name: copy.deepcopy(replace(policy.for_layer(name), overrides={})) for name in chosen}
     for name, module in chosen.items():
+        _attach(name, module, own[name])
+    for name, module in chosen.items():
         module.__class__ = QUANTIZED_TYPES[type(module)]
         module.fqt_state = LayerState(name, own[name], shared)  # type: ignore[assignment]
         for place in PLACES:
@@ -225,6 +228,17 @@ def _reason(name: str, module: nn.Module, policy: Policy, skipped: Callable[[str
     if skipped(name, module):
         return "skipped on request"
     return None if policy.for_layer(name).quantizes_anything else "its policy has no quantizer"
+
+
+def _attach(name: str, layer: nn.Module, policy: Policy) -> None:
+    """Tell quantizers with parameters of their own where they stand."""
+    for place in PLACES:
+        q = getattr(policy, place)
+        if isinstance(q, LearnedQuantizer):
+            try:
+                q.attach(place, layer)
+            except InputError as error:
+                raise InputError(f"layer {name!r}: {error}") from None
 
 
 def _patterns(skip: str | Iterable[str]) -> list[str]:

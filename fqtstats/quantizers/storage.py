@@ -15,9 +15,11 @@ from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
+from fqtstats.quantizers.lsq import Steps
+from fqtstats.quantizers.ranged import LearnedQuantizer, RangedQuantizer
 from fqtstats.random import Stream, key_words
 
-__all__ = ["Extremes", "Stored", "store"]
+__all__ = ["Extremes", "Stored", "has_codes", "store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ Extremes = tuple[torch.Tensor, torch.Tensor]
 """Minimum and maximum of every sample and channel of a tensor, float32 ``[N, C]``; NaN both where it holds NaN."""
 
 
+def has_codes(q: object) -> bool:
+    """Whether a quantizer encodes: products may then be on its codes."""
+    return callable(getattr(q, "encode", None))
+
+
 def store(
     q: QuantizerLike,
     x: torch.Tensor,
@@ -70,19 +77,22 @@ def store(
     Raises:
         NonFiniteError: ``x`` holds NaN or Inf.
     """
-    if not isinstance(q, UniformQuantizer) or x.dtype == torch.float64 or x.dim() not in (2, 4):
+    if not has_codes(q) or x.dtype == torch.float64 or x.dim() not in (2, 4):
         return None
-    if q.view_shape(x.shape)[1] != x.shape[1]:
-        return None
-    stored = _store_native(q, x, stream, pad, extremes)
-    if stored is not None:
-        return stored
-    quantized = q.encode(x, stream)
+    if isinstance(q, LearnedQuantizer):
+        q = q.fixed(x)
+    if isinstance(q, UniformQuantizer):
+        if q.view_shape(x.shape)[1] != x.shape[1]:
+            return None
+        stored = _store_native(q, x, stream, pad, extremes)
+        if stored is not None:
+            return stored
+    quantized: Quantized = q.encode(x, stream)  # type: ignore[attr-defined]
     affine = _affine(quantized)
-    if affine is None:
+    if affine is None or quantized.frame.view[1] != x.shape[1]:
         return None
     codes = quantized.codes().view(x.shape)
-    return Stored(Codes.pack(codes, q.format.storage_bits, affine, pad), quantized.frame.transform)
+    return Stored(Codes.pack(codes, quantized.format.storage_bits, affine, pad), quantized.frame.transform)
 
 
 def _store_native(
@@ -91,7 +101,11 @@ def _store_native(
     # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
     known = isinstance(q, BHQ) or type(q).transform is UniformQuantizer.transform
-    if not (ours and known) or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+    if native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    if isinstance(q, RangedQuantizer):
+        return _store_ranged(q, x, pad) if ours or isinstance(q, Steps) else None
+    if not (ours and known):
         return None
     groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
     if isinstance(q, BHQ):
@@ -102,6 +116,13 @@ def _store_native(
     if LISTENERS and stored is not None and q.recipe.random_bits is not None:
         asked(stream, 0, x.numel(), q.recipe.random_bits)
     return stored
+
+
+def _store_ranged(q: RangedQuantizer, x: torch.Tensor, pad: tuple[int, int]) -> Stored | None:
+    y, low, high = q.ranged(x.detach().float())
+    native.require_finite_ranges(low, high)
+    codes = native.encode(y, q.recipe, None, pad, extremes=(low, high))
+    return None if codes is None else Stored(codes, None)
 
 
 def _store_transformed(
