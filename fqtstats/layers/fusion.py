@@ -124,6 +124,8 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _on_codes(convolution: QuantConv2d) -> bool:
     state = convolution.fqt_state
+    if state.plain:
+        return False
     quantizers = (state.policy.activation, state.policy.weight)
     return state.shared.backend == "native" and all(isinstance(q, UniformQuantizer) for q in quantizers)
 

@@ -62,6 +62,8 @@ class QuantLinear(_Quantized, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[*, out_features]`` for ``x`` ``[*, in_features]``."""
         guards.check(self)
+        if self.fqt_state.plain:
+            return super().forward(x)
         call = self.fqt_state.call()
         y = self._multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, LinearProduct(), call)
         return y.view(*x.shape[:-1], self.out_features).to(self._output_dtype(x))
@@ -73,6 +75,9 @@ class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[N, out_channels, *space]`` for ``x`` ``[N, in_channels, *space]``; both without N if ``x`` has none."""
         guards.check(self)
+        if self.fqt_state.plain:
+            plain: torch.Tensor = super().forward(x)  # that of the convolution
+            return plain
         dim = len(self.kernel_size) + 2
         if x.dim() not in (dim - 1, dim):
             raise InputError(

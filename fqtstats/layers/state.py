@@ -161,6 +161,7 @@ class Shared:
         kept: what the graphs that are alive keep.
         outputs: where the products of layers are noted by layer and call, as the graph has them; None: nowhere.
         dtypes: those of the layers' outputs so far, and with them of the gradients that arrive.
+        full_precision: names of the layers that now act as the plain ones.
     """
 
     seed: int = 0
@@ -171,6 +172,7 @@ class Shared:
     kept: WeakSet[Kept] = field(default_factory=WeakSet)
     outputs: dict[tuple[str, int], torch.Tensor] | None = None
     dtypes: set[torch.dtype] = field(default_factory=set)
+    full_precision: frozenset[str] = frozenset()
     _step: int = 0
     _calls: dict[str, int] = field(default_factory=dict)
     _draw: Draw = field(default_factory=Draw)
@@ -252,6 +254,11 @@ class LayerState:
     name: str
     policy: Policy
     shared: Shared
+
+    @property
+    def plain(self) -> bool:
+        """Whether the layer now acts as the plain one; its calls are not counted then."""
+        return self.name in self.shared.full_precision
 
     def call(self) -> Call:
         """Open a call of the layer (in its forward pass)."""

@@ -19,7 +19,7 @@ from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
 from fqtstats.policy import PLACES, Policy
 from fqtstats.random import stream
 
-__all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
+__all__ = ["BACKENDS", "PREFIX", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
@@ -27,7 +27,7 @@ QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: QuantConv2d,
 }
 
-_PREFIX = "fqt_"
+PREFIX = "fqt_"
 """Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -73,6 +73,26 @@ class Handle:
         self.shared.step = value
 
     @property
+    def full_precision(self) -> frozenset[str]:
+        """Layers that act as the plain ones, forward and backward, though they are prepared; none at first.
+
+        Set it before a forward pass, to names of :attr:`layers`, and leave it until the backward pass is over: that of
+        a plain layer's output is the plain one whatever is set by then, but a checkpoint computes its layers again.
+        """
+        return self.shared.full_precision
+
+    @full_precision.setter
+    def full_precision(self, names: Iterable[str]) -> None:
+        chosen = frozenset([names] if isinstance(names, str) else names)
+        unknown = sorted(chosen - set(self.layers))
+        if unknown:
+            raise InputError(
+                f"expected names of quantized layers to run in full precision, got {unknown[0]!r}; "
+                f"layers: {', '.join([*self.layers][:20])}"
+            )
+        self.shared.full_precision = chosen
+
+    @property
     def backend(self) -> str:
         """How products are computed."""
         return self.shared.backend
@@ -111,7 +131,7 @@ class Handle:
             original = next(base for base, quantized in QUANTIZED_TYPES.items() if type(layer) is quantized)
             layer.__class__ = original
             del layer.fqt_state
-            for name in [name for name in layer._modules if name.startswith(_PREFIX)]:
+            for name in [name for name in layer._modules if name.startswith(PREFIX)]:
                 delattr(layer, name)
         for module in self.fused:
             module.__class__ = nn.Sequential
@@ -180,7 +200,7 @@ def prepare_(
         for place in PLACES:
             q = getattr(own[name], place)
             if isinstance(q, nn.Module):  # its state moves, saves and trains with the layer
-                module.add_module(_PREFIX + place, q)
+                module.add_module(PREFIX + place, q)
     return Handle(chosen, tuple(unquantized), policy, shared)
 
 

@@ -1,53 +1,167 @@
-"""Joint knowledge distillation: a full-precision teacher and students that learn from each other (arXiv 1908.04680)."""
+"""Joint distillation: a full-precision teacher and low-precision students learn together, from each other.
+
+Source: B. Zhuang et al. (arXiv 1908.04680), the guided training of section 3; notation: ``z_t`` and ``z_j`` are the
+logits of the teacher and of student j, CE is the cross entropy with the targets.
+"""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fqtstats import models
+from fqtstats.errors import InputError
 from fqtstats.policy import Policy
 
-__all__ = ["Distillation"]
+__all__ = ["Distillation", "Joint", "Losses"]
+
+
+class Losses(NamedTuple):
+    """Scalars of one batch.
+
+    Attributes:
+        teacher: what the teacher minimizes; its gradient reaches no student.
+        students: what each student minimizes; their gradients do not reach the teacher.
+    """
+
+    teacher: Tensor
+    students: tuple[Tensor, ...]
+
+    @property
+    def total(self) -> Tensor:
+        """The sum: its gradient gives every network its own loss's."""
+        return self.teacher + torch.stack(self.students).sum()
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Losses of a teacher and of students on the same batch.
+    """Who learns what from whom.
+
+    A student minimizes ``task CE + student D(z_t, z_j)`` with the teacher's logits as constants; the teacher ``CE +
+    teacher mean_j D(z_j, z_t)`` with the students' as constants.
 
     Attributes:
-        kind: ``"kl"``: of softened predictions; ``"logits"``: mean squared difference of the logits.
-        temperature: of the softmax.
-        student_ce, student_distance: weights of a student's cross entropy and of its distance from the teacher.
-        teacher_distance: weight of the teacher's mean distance from the students.
-        others: policies of further students, which are trained beside the one of the stage's policy.
+        kind: the distance D(from, to): ``"kl"``, ``T^2 KL(softmax(from / T) || softmax(to / T))``, mean over the
+            samples; or ``"logits"``, the mean squared difference of the logits.
+        task, student, teacher: the weights l_c, l_s and l_t.
+        temperature: T, of ``"kl"`` alone.
+        others: policies of further students that are trained beside the model.
+
+    Raises:
+        InputError: an attribute is out of range.
     """
 
     kind: Literal["kl", "logits"] = "kl"
+    task: float = 0.7
+    student: float = 0.7
+    teacher: float = 0.5
     temperature: float = 1.0
-    student_ce: float = 0.7
-    student_distance: float = 0.7
-    teacher_distance: float = 0.5
     others: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("kl", "logits"):
+            raise InputError(f"expected the distance of a distillation as kl or logits, got {self.kind!r}")
+        for name in ("task", "student", "teacher"):
+            weight = getattr(self, name)
+            if not 0 <= weight < math.inf:
+                raise InputError(f"expected the weight {name} of a distillation to be finite and >= 0, got {weight}")
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"expected a positive and finite temperature, got {self.temperature}")
 
     def losses(
         self, teacher: Tensor, students: Sequence[Tensor], targets: Tensor, label_smoothing: float = 0.0
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The teacher's loss, and each student's, from the logits of one batch."""
-        found = []
-        for z in students:
-            ce = models.cross_entropy(z, targets, label_smoothing)
-            found.append(self.student_ce * ce + self.student_distance * self._distance(teacher.detach(), z))
-        apart = torch.stack([self._distance(z.detach(), teacher) for z in students]).mean()
-        return models.cross_entropy(teacher, targets, label_smoothing) + self.teacher_distance * apart, found
+    ) -> Losses:
+        """The losses of one batch.
 
-    def _distance(self, fixed: Tensor, moving: Tensor) -> Tensor:
+        Args:
+            teacher: logits [N, classes] or [B, T, vocabulary].
+            students: of each student, the same shape.
+            targets: int64 [N] or [B, T].
+            label_smoothing: of the cross entropies.
+
+        Raises:
+            InputError: there is no student, or logits and targets do not match.
+        """
+        if not students:
+            raise InputError("expected at least one student to distil into, got none")
+        for logits in (teacher, *students):
+            if logits.shape != teacher.shape or logits.shape[:-1] != targets.shape or targets.is_floating_point():
+                raise InputError(
+                    f"expected teacher and students to give logits of one shape, {(*targets.shape, 'classes')}, got "
+                    f"{tuple(teacher.shape)} and {tuple(logits.shape)} for {targets.dtype} targets; "
+                    "let the teacher have the classes of the students"
+                )
+        z_t, *z = (logits.flatten(0, -2) for logits in (teacher, *students))
+        flat = targets.flatten()
+        own = [F.cross_entropy(logits, flat, label_smoothing=label_smoothing) for logits in (z_t, *z)]
+        back = torch.stack([self._distance(z_j.detach(), z_t) for z_j in z]).mean()
+        return Losses(
+            own[0] + self.teacher * back,
+            tuple(
+                self.task * ce + self.student * self._distance(z_t.detach(), z_j)
+                for ce, z_j in zip(own[1:], z, strict=True)
+            ),
+        )
+
+    def _distance(self, of: Tensor, to: Tensor) -> Tensor:
         if self.kind == "logits":
-            return F.mse_loss(moving, fixed)
-        p, q = ((z / self.temperature).flatten(0, -2).log_softmax(-1) for z in (fixed, moving))
-        return self.temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+            return F.mse_loss(to, of)
+        log_of, log_to = ((logits / self.temperature).log_softmax(-1) for logits in (of, to))
+        return self.temperature**2 * F.kl_div(log_to, log_of, reduction="batchmean", log_target=True)
+
+
+class Joint(nn.Module):
+    """The networks of a joint distillation as one module, so that one optimizer and one handle steer all of them.
+
+    Args:
+        model: the first student.
+        students: how many there are; the others start as copies of it.
+        teacher: the full-precision network; None: one more copy.
+
+    Raises:
+        InputError: no student, quantized layers in the teacher or the model, or a model that cannot be copied while
+            there is no teacher.
+    """
+
+    def __init__(self, model: nn.Module, students: int = 1, teacher: nn.Module | None = None) -> None:
+        super().__init__()
+        if students < 1:
+            raise InputError(f"expected at least one student to distil into, got {students}")
+        for who, network in (("student", model), ("teacher", teacher)):
+            if network is not None and any(hasattr(module, "fqt_state") for module in network.modules()):
+                raise InputError(
+                    f"expected the {who} of a distillation as a plain model, got one with quantized layers; "
+                    "call remove() of its handle first"
+                )
+        try:
+            self.students = nn.ModuleList([model, *(copy.deepcopy(model) for _ in range(students - 1))])
+            self.teacher = copy.deepcopy(model) if teacher is None else teacher
+        except (RuntimeError, TypeError) as error:  # what deepcopy raises of tensors in a graph and of locks, files, ..
+            raise InputError(
+                f"there is no teacher, and {type(model).__name__} cannot be copied to be one ({error}); give a teacher"
+            ) from error
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The logits of the teacher, and those of every student."""
+        return self.teacher(x), [student(x) for student in self.students]
+
+    def policy(self, policies: Sequence[Policy]) -> Policy:
+        """One policy for all networks: none for the teacher, ``policies[j]`` for student j.
+
+        Raises:
+            InputError: there is not one for each student.
+        """
+        if len(policies) != len(self.students):
+            raise InputError(f"expected a policy for each of {len(self.students)} students, got {len(policies)}")
+        overrides: dict[str, Policy] = {}
+        for j, policy in enumerate(policies):
+            for pattern, own in policy.overrides.items():
+                overrides[f"students.{j}.{pattern}"] = own
+            overrides[f"students.{j}.*"] = replace(policy, overrides={})
+        return Policy(overrides=overrides, name="+".join(policy.name for policy in policies))
