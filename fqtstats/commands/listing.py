@@ -16,7 +16,7 @@ __all__ = ["list_"]
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="quantizers, policies, models, data or kernels")] = "quantizers",
+    what: Annotated[str, typer.Argument(help="quantizers, policies, recipes, models, data or kernels")] = "quantizers",
 ) -> None:
     """List what there is."""
     from fqtstats import data, models, ops, policies, quantizers
@@ -34,6 +34,13 @@ def list_(
             places = (policy.activation, policy.weight, policy.grad_input, policy.grad_weight)
             shown = ("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places)
             _row(table, name, *shown)
+    elif what == "recipes":
+        from fqtstats.training.recipes import RECIPES
+
+        _columns(table, "name", "bits", "what it is", "source")
+        for name, recipe in RECIPES.items():
+            widths = ",".join(f"[{b}]" if b == recipe.default else str(b) for b in recipe.bits)
+            _row(table, name, widths, recipe.summary, recipe.source)
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
@@ -48,7 +55,7 @@ def list_(
             here = "in use" if kernel.selected else "available" if kernel.available else "not available"
             _row(table, kernel.op, kernel.variant, here)
     else:
-        raise InputError(f"unknown list {what!r}; known: quantizers, policies, models, data, kernels")
+        raise InputError(f"unknown list {what!r}; known: quantizers, policies, recipes, models, data, kernels")
     out.print(table)
 
 
