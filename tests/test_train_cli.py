@@ -183,7 +183,7 @@ def test_a_run(run: Run) -> None:
     done = run(*FAST, "--variance-every", "8", "--variance-draws", "2")
     assert done.status == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == "training of statquant-bhq@5, seed 0"
+    assert lines[0].rstrip() == "training of statquant-bhq@5, seed 0"
     assert max(map(len, lines[:-1])) <= 80
     place = "runs/train-statquant-bhq@5"
     figures = ", ".join(f"figures/{name}.png" for name in ("accuracy", "gradient_variance", "loss"))

@@ -9,6 +9,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -65,7 +66,7 @@ def plot_curves(
             ax.plot(epochs, table.mean(axis=1), color=color, label=f"{group} (n = {table.shape[1]})")
         if metric.endswith("loss"):
             ax.set_yscale("log")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y")
         ax.set(xlabel="epoch", ylabel=_LABELS[metric])
         ax.legend()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -92,7 +93,7 @@ def render_all(training: Training) -> dict[str, bytes]:
 
 def summary(training: Training) -> RenderableType:
     """One row per epoch; of a run that diverged, where it shows."""
-    parts: list[RenderableType] = [_table(training, network) for network in training.networks]
+    parts: list[RenderableType] = [_table(training, network) for network in training.networks or [MODEL]]
     if len(training.variance):
         spent = training.epochs["variance_seconds"].sum()
         rest = training.epochs["seconds"].sum() - spent
@@ -157,12 +158,13 @@ def _curves(
                     mark = "o" if len(rows) < 30 else ""
                     ax.plot(rows["epoch"], drawn, color=color, linestyle=dashes, marker=mark, markersize=2, label=told)
         rows = training.curve()
-        for before, after in zip(rows.itertuples(), rows.iloc[1:].itertuples(), strict=False):
-            if before.stage != after.stage:
-                ax.axvline(float(before.epoch) + 0.5, color=style.GREY, linewidth=0.5, linestyle=":")
+        stages = list(rows["stage"])
+        for epoch, before, after in zip(rows["epoch"], stages, stages[1:], strict=False):
+            if before != after:
+                ax.axvline(epoch + 0.5, color=style.GREY, linewidth=0.5, linestyle=":")
         if log:
             ax.set_yscale("log")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y")
         ax.set(xlabel="epoch", ylabel=label)
         ax.legend()

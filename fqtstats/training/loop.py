@@ -335,7 +335,7 @@ class _Run:
             "epoch": epoch + 1,
             "stage": self._stage.name,
             "steps": (epoch + 1) * self.steps,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "lr": self.optimizer.param_groups[0]["initial_lr"] * self._factor((epoch + 1) * self.steps - 1),
         }
         try:
             scores = {
@@ -379,10 +379,8 @@ class _Run:
         step = epoch * self.steps + index
         assert self.optimizer is not None
         optimizer = self.optimizer
-        done = (step - self._first_step) / (self.steps * self.lengths[self._stage_index])
-        factor = self.recipe.factor(self._stage_index, done)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = group["initial_lr"] * self._factor(step)
         optimizer.zero_grad()
         logits: dict[str, Tensor] = {}
 
@@ -440,8 +438,7 @@ class _Run:
         rule = self._stage.stochastic
         if rule is None or self.handle is None:
             return nullcontext()
-        length = self.steps * self.lengths[self._stage_index]
-        return rule.sampled(self.handle, self.units, step - self._first_step, length, self.seed)
+        return rule.sampled(self.handle, self.units, *self._within(step), self.seed)
 
     def _gradients_finite(self) -> bool:
         gradients = [p.grad for p in self.whole.parameters() if p.grad is not None]
@@ -486,17 +483,18 @@ class _Run:
     # --- stages ---
 
     @property
-    def _stage_index(self) -> int:
-        return self.position.stage
-
-    @property
     def _stage(self) -> Stage:
         return self.recipe.stages[self.position.stage]
 
-    @property
-    def _first_step(self) -> int:
-        """Of the stage."""
-        return self.steps * sum(self.lengths[: self.position.stage])
+    def _within(self, step: int) -> tuple[int, int]:
+        """Which step of the stage it is, and how many that has."""
+        index = self.position.stage
+        return step - self.steps * sum(self.lengths[:index]), self.steps * self.lengths[index]
+
+    def _factor(self, step: int) -> float:
+        """Of the learning rates."""
+        done, length = self._within(step)
+        return self.recipe.factor(self.position.stage, done / length)
 
     def _stage_of(self, epoch: int) -> int:
         ends = [sum(self.lengths[: index + 1]) for index in range(len(self.lengths))]
