@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fqtstats import policies
     from fqtstats.backends import Parity, parity
+    from fqtstats.comparison import Comparison, compare, load_comparison
     from fqtstats.layers import Handle, fuse_, prepare_, quantized
     from fqtstats.measurement import measure
     from fqtstats.planning import plan
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fqtstats.quantizers import QUANTIZERS, Quantized, Quantizer, quantizer
     from fqtstats.random import Stream, stream
     from fqtstats.results import Result, load
+    from fqtstats.training.loop import train
+    from fqtstats.trainings import Training, load_training
     from fqtstats.verdicts.expectation import exact_mean
     from fqtstats.verdicts.products import ProductsReport, check_products
     from fqtstats.verdicts.unbiasedness import Verdict, assert_unbiased, check_unbiased
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "QUANTIZERS",
+    "Comparison",
     "Handle",
     "Parity",
     "Plan",
@@ -36,15 +40,19 @@ __all__ = [
     "Quantizer",
     "Result",
     "Stream",
+    "Training",
     "Verdict",
     "assert_unbiased",
     "check_products",
     "check_unbiased",
+    "compare",
     "exact_mean",
     "fuse_",
     "load",
+    "load_comparison",
     "load_plan",
     "load_profile",
+    "load_training",
     "measure",
     "parity",
     "plan",
@@ -54,11 +62,13 @@ __all__ = [
     "quantized",
     "quantizer",
     "stream",
+    "train",
 ]
 
 # Imported when first asked for: torch takes seconds, which `fqtstats --help` and a mistyped option should not.
 _HOMES = {
     "fqtstats.backends": ("Parity", "parity"),
+    "fqtstats.comparison": ("Comparison", "compare", "load_comparison"),
     "fqtstats.layers": ("Handle", "fuse_", "prepare_", "quantized"),
     "fqtstats.measurement": ("measure",),
     "fqtstats.planning": ("plan",),
@@ -69,6 +79,8 @@ _HOMES = {
     "fqtstats.quantizers": ("QUANTIZERS", "Quantized", "Quantizer", "quantizer"),
     "fqtstats.random": ("Stream", "stream"),
     "fqtstats.results": ("Result", "load"),
+    "fqtstats.training.loop": ("train",),
+    "fqtstats.trainings": ("Training", "load_training"),
     "fqtstats.verdicts.expectation": ("exact_mean",),
     "fqtstats.verdicts.products": ("ProductsReport", "check_products"),
     "fqtstats.verdicts.unbiasedness": ("Verdict", "assert_unbiased", "check_unbiased"),

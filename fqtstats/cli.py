@@ -1,7 +1,8 @@
-"""The command line: ``fqtstats measure | profile | plan | check | bench | list``.
+"""The command line: ``fqtstats measure | profile | plan | train | compare | check | bench | list``.
 
-Exit status: 0; 1 if a claim fails, a variance exceeds its bound, roundings are dependent, a benchmark misses its target
-or the backends disagree; 2 for bad usage or input (one line that says what to do); 130 after Ctrl-C.
+Exit status: 0; 1 if a claim fails, a variance exceeds its bound, roundings are dependent, a training diverges, a
+benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that says what to do); 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import typer
 from fqtstats import __version__
 from fqtstats.commands.bench import bench
 from fqtstats.commands.check import check
+from fqtstats.commands.compare import compare
 from fqtstats.commands.console import err
 from fqtstats.commands.listing import list_
 from fqtstats.commands.measure import measure
 from fqtstats.commands.plan import plan
 from fqtstats.commands.profile import profile
+from fqtstats.commands.train import train
 from fqtstats.errors import InputError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -45,6 +48,8 @@ def _main(
 app.command()(measure)
 app.command()(profile)
 app.command()(plan)
+app.command()(train)
+app.command()(compare)
 app.command(name="list")(list_)
 app.command()(bench)
 app.command()(check)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["isolated", "seeded", "single_thread"]
+__all__ = ["isolated", "seeded", "single_thread", "threads"]
 
 T = TypeVar("T")
 
@@ -20,8 +20,15 @@ def single_thread() -> Iterator[None]:
     oneDNN splits the reduction of a convolution's weight gradient over the threads, so one and two threads round
     differently.
     """
+    with threads(1):
+        yield
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the body with ``count`` intra-op threads; the former number is restored on exit, also on errors."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

@@ -33,6 +33,20 @@ class RunDirectoryError(InputError):
     """A run directory cannot be written, is already used, or does not match the arguments."""
 
 
+class TrainingDiverged(RuntimeError):  # noqa: N818  (an outcome)
+    """A training run came to NaN, Inf, or a loss that stays far above its start.
+
+    Attributes:
+        diagnosis: where it showed, as JSON: see :func:`fqtstats.training.divergence.diagnose`.
+        partial_result: :class:`fqtstats.Training` of what was done before, with the last good weights.
+    """
+
+    def __init__(self, message: str, diagnosis: dict[str, object], partial_result: object) -> None:
+        super().__init__(message)
+        self.diagnosis = diagnosis
+        self.partial_result = partial_result
+
+
 class NotExact(Exception):  # noqa: N818  (a condition that callers handle)
     """An expectation cannot be computed by probing: the message says why. Sampling is the remedy.
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import fqtstats
 from fqtstats import models
 from fqtstats.data import Batch, Data, data
-from fqtstats.errors import InputError
+from fqtstats.errors import InputError, TrainingDiverged
 from fqtstats.training import pretrain
 
-__all__ = ["Experiment", "device", "prepare"]
+__all__ = ["Experiment", "Trainable", "blaming", "device", "prepare", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Experiment:
         Raises:
             InputError: the user's own model or data does not work.
         """
-        with _blaming(*self.own):
+        with blaming(*self.own):
             return models.loss(model, batch)
 
 
@@ -87,14 +87,14 @@ def prepare(
     """
     place = device(device_name)
     own = tuple(dict.fromkeys(name for name in (model_name, data_name) if ":" in name))
-    with _blaming(*(name for name in own if name == data_name)):
+    with blaming(*(name for name in own if name == data_name)):
         source = data(data_name, root, image_size=image_size)
         first, *others = _batches(source, batch_size, 1 + further, seed)
         about: dict[str, object] = {
             "model": model_name,
             "data": {"name": data_name, "sha256": source.fingerprint(), "samples": len(first[0])},
         }
-    with _blaming(*(name for name in own if name == model_name)):
+    with blaming(*(name for name in own if name == model_name)):
         model = models.build(model_name, source, seed)
     check(model)
     config = pretrain.default_config(model_name, data_name)
@@ -112,6 +112,55 @@ def prepare(
     about["training_mode"] = model.training
     model.to(place)
     return Experiment(model, _on(first, place), [_on(batch, place) for batch in others], about, own)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model and the data to train it on.
+
+    Attributes:
+        model: on its device, in training mode.
+        data: the data.
+        about: what they are, as JSON.
+        own: the functions of the user's that are in it, as they were named.
+    """
+
+    model: nn.Module
+    data: Data
+    about: dict[str, object]
+    own: tuple[str, ...]
+
+
+def trainable(
+    model_name: str,
+    data_name: str,
+    *,
+    root: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    checkpoint: str | None = None,
+    device_name: str = "cpu",
+) -> Trainable:
+    """Build a model with its first weights, or those of a checkpoint.
+
+    Args:
+        model_name, data_name, root, image_size, device_name: as in :func:`prepare`.
+        seed: of the initialization.
+        checkpoint: file with weights.
+
+    Raises:
+        InputError: anything that cannot be used; see the registries of models and data.
+    """
+    place = device(device_name)
+    own = tuple(dict.fromkeys(name for name in (model_name, data_name) if ":" in name))
+    with blaming(*(name for name in own if name == data_name)):
+        source = data(data_name, root, image_size=image_size)
+    with blaming(*(name for name in own if name == model_name)):
+        model = models.build(model_name, source, seed)
+    if checkpoint is not None:
+        pretrain.load_checkpoint(model, checkpoint)
+    weights = "as initialized" if checkpoint is None else f"checkpoint {checkpoint}"
+    return Trainable(model.train().to(place), source, {"model": model_name, "weights": weights}, own)
 
 
 def _batches(source: Data, batch_size: int, number: int, seed: int) -> list[Batch]:
@@ -144,11 +193,11 @@ def _on(batch: Batch, place: torch.device) -> Batch:
 
 
 @contextmanager
-def _blaming(*names: str) -> Iterator[None]:
+def blaming(*names: str) -> Iterator[None]:
     """Turn what the named functions of the user's raise into an InputError that says where; none named, none turned."""
     try:
         yield
-    except InputError:
+    except (InputError, TrainingDiverged):
         raise
     except Exception as error:
         if not names or isinstance(error, Warning | torch.OutOfMemoryError):

@@ -41,7 +41,7 @@ from fqtstats.policy import Policy
 from fqtstats.provenance import provenance
 from fqtstats.results import TOTAL, Result
 
-__all__ = ["METHODS", "Arrays", "Progress", "Store", "measure"]
+__all__ = ["METHODS", "Arrays", "Progress", "Store", "measure", "measure_prepared"]
 
 Array = npt.NDArray[np.float64]
 
@@ -118,41 +118,83 @@ def measure(
             ``partial_result`` holds what they show; the same for KeyboardInterrupt.
         UnsupportedError: a model that cannot be measured (compiled, data-parallel), or not bounded.
     """
+    _check(method, draws)
+    further = further_batches(batches)
+    # One thread: the sums over large tensors made here depend on the thread count, too.
+    with single_thread(), quantized(model, policy, skip, backend, seed) as handle:
+        return measure_prepared(
+            model,
+            handle,
+            batch,
+            loss_fn,
+            draws,
+            seed,
+            further,
+            bounds=bounds,
+            progress=progress,
+            store=store,
+            method=method,
+        )
+
+
+def _check(method: str, draws: int) -> None:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    further = further_batches(batches)
-    drawn = method != "exact"
-    if drawn and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
+    if method != "exact" and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
         raise InputError(f"draws must be an integer of at least 2, got {draws!r}")
+
+
+def measure_prepared(
+    model: nn.Module,
+    handle: Handle,
+    batch: object,
+    loss_fn: LossFunction,
+    draws: int,
+    seed: int,
+    further: list[object],
+    *,
+    bounds: bool = False,
+    progress: Progress | None = None,
+    store: Store | None = None,
+    method: str = "both",
+) -> Result:
+    """:func:`measure` on a model that is prepared already, at its handle's step; nothing of the model is changed.
+
+    Args:
+        model: the model.
+        handle: its handle.
+        batch, loss_fn, draws, bounds, progress, store, method: as in :func:`measure`.
+        seed: of the forward pass and of the tests; the quantizers draw from the handle's.
+        further: further minibatches.
+    """
+    drawn = method != "exact"
     before = 2 + draws if drawn else 1  # passes before the further batches
     total = before + len(further)
     tell = progress or (lambda done, total: None)
-    # One thread: the sums over large tensors made here depend on the thread count, too.
-    with single_thread(), quantized(model, policy, skip, backend, seed) as handle:
-        with Session(model, handle, batch, loss_fn, seed) as session:
-            names = list(session.parameters)
-            incoming = IncomingGradients()
-            gradient = [wide(g) for g in session.qat(incoming, incoming.weight_gradient)]
-            tell(1, total)
-            facts = _Facts.of(session, handle, incoming, gradient, policy, method, seed)
-            moments = _moments(session, facts, gradient, draws, store, tell, total) if drawn else None
-        sampling = None
-        if further:
-            try:
-                others = gradients(model, handle, further, loss_fn, seed, lambda i: tell(before + i, total))
-                sampling = sampling_variance(names, gradient, others)
-            except BaseException as error:
-                _attach_result(error, facts, moments)
-                raise
-        result = _result(facts, moments, sampling)
-        if bounds:
-            try:
-                found = _bounds(model, handle, batch, loss_fn, seed, lambda i, n: tell(total + i, total + n))
-            except BaseException as error:
-                error.partial_result = result  # type: ignore[attr-defined]
-                raise
-            result = with_bounds(result, found)
-        return result
+    with Session(model, handle, batch, loss_fn, seed) as session:
+        names = list(session.parameters)
+        incoming = IncomingGradients()
+        gradient = [wide(g) for g in session.qat(incoming, incoming.weight_gradient)]
+        tell(1, total)
+        facts = _Facts.of(session, handle, incoming, gradient, handle.policy, method, seed)
+        moments = _moments(session, facts, gradient, draws, store, tell, total) if drawn else None
+    sampling = None
+    if further:
+        try:
+            others = gradients(model, handle, further, loss_fn, seed, lambda i: tell(before + i, total))
+            sampling = sampling_variance(names, gradient, others)
+        except BaseException as error:
+            _attach_result(error, facts, moments)
+            raise
+    result = _result(facts, moments, sampling)
+    if bounds:
+        try:
+            found = _bounds(model, handle, batch, loss_fn, seed, lambda i, n: tell(total + i, total + n))
+        except BaseException as error:
+            error.partial_result = result  # type: ignore[attr-defined]
+            raise
+        result = with_bounds(result, found)
+    return result
 
 
 def _bounds(

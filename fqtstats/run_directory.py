@@ -42,7 +42,13 @@ __all__ = [
     "save",
 ]
 
-READERS = {"measurement": "fqtstats.load", "profile": "fqtstats.load_profile", "plan": "fqtstats.load_plan"}
+READERS = {
+    "measurement": "fqtstats.load",
+    "profile": "fqtstats.load_profile",
+    "plan": "fqtstats.load_plan",
+    "training": "fqtstats.load_training",
+    "comparison": "fqtstats.load_comparison",
+}
 """What reads a run, by its kind."""
 
 Tables: TypeAlias = Mapping[str, tuple[str, Sequence[Column]]]

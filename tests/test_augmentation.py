@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fqtstats.data import Data, data
 from fqtstats.data.augmentation import CROP_NUMBERS, CropAndFlip, crop_box, numbers
 from fqtstats.errors import InputError
+from fqtstats.training import loop as training
+from fqtstats.training import recipes
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,20 @@ def test_cifar_is_shifted_with_zeros_from_outside_and_mirrored(cifar: Data) -> N
         assert torch.equal(y[1].flip(1) if mirrored < 0.5 else y[1], expected)
     found = {(math.floor(9 * u), math.floor(9 * v)) for u, v, _ in drawn.tolist()}
     assert {i for i, _ in found} == {j for _, j in found} == set(range(9))
+
+
+def test_training_takes_augmented_batches_where_asked(cifar: Data) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    weights = []
+    for augment in (False, True, True):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        recipe = recipes.get("exact")
+        training.train(model, cifar, recipe, epochs=1, batch_size=50, seed=1, augment=augment)
+        weights.append(model[1].weight.detach().clone())
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
 
 
 def test_the_largest_number_stays_inside() -> None:

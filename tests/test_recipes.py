@@ -381,6 +381,8 @@ def test_optimizer_groups():
         (0.5, 0): every - {"3.weight"} | {"0.fqt_weight.step"},
         (0.25, 0): {"3.weight"},
     }
+    assert Optimizer(lr=0.5).with_lr(2.0) == Optimizer(lr=2.0)
+    assert Optimizer(lr=0.5, linear_lr=0.25).with_lr(2.0) == Optimizer(lr=2.0, linear_lr=1.0)
     sgd, adam = Optimizer(momentum=0.875).build(net), Optimizer("adam", betas=(0.8, 0.9)).build(net)
     assert isinstance(sgd, torch.optim.SGD)
     assert {group["momentum"] for group in sgd.param_groups} == {0.875}

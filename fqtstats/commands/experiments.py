@@ -45,6 +45,7 @@ __all__ = [
     "Seed",
     "Skip",
     "TrainingBar",
+    "arguments_of",
     "check_arguments",
     "folder",
     "gradient_quantizer",
@@ -58,6 +59,9 @@ __all__ = [
 
 SAVE_SECONDS = 2.0
 """An unfinished run is saved at most this often."""
+
+SAVE_SHARE = 0.05
+"""Of the time, saving takes at most about this share: a large state is saved less often."""
 
 Quantizers = Annotated[str, typer.Option(help="Input-gradient quantizers, separated by commas.")]
 Bits = Annotated[str, typer.Option(help="Their bits, separated by commas.")]
@@ -83,12 +87,25 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the interrupted
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+def arguments_of(context: typer.Context, leave_out: Sequence[str] = (), **changed: object) -> dict[str, Any]:
+    """What defines a run: the command and its options, without those of where it goes and how it is shown.
+
+    Args:
+        context: of the command.
+        leave_out: options that say what others say, too.
+        changed: options whose value is not the one that was given.
+    """
+    others = ("output", "resume", "as_json", *leave_out)
+    given = {name: value for name, value in context.params.items() if name not in others}
+    return {"command": context.info_name, **given, **changed}
+
+
 def check_arguments(arguments: Mapping[str, Any], backends: Sequence[str]) -> None:
     """Raise InputError for what can be told to be wrong before a folder is made and before anything is trained."""
     from fqtstats import experiment
     from fqtstats.random import stream
 
-    check_counts(batch_size=(arguments["batch_size"], 1), batches=(arguments["batches"], 0))
+    check_counts(batch_size=(arguments["batch_size"], 1), batches=(arguments.get("batches", 0), 0))
     if arguments["image_size"] is not None:
         check_counts(image_size=(arguments["image_size"], 1))
     stream(seed=arguments["seed"])
@@ -126,12 +143,22 @@ def prepare(arguments: Mapping[str, Any], policies: Mapping[str, Policy], backen
     )
 
 
-def say_what_is_kept(runs: Sequence[RunDirectory], path: Path, error: BaseException, arguments: Sequence[str]) -> None:
-    """What became of unfinished runs in ``path``: kept to be resumed, or removed because they hold nothing."""
+def say_what_is_kept(
+    runs: Sequence[RunDirectory], path: Path, error: BaseException, arguments: Sequence[str], done: str = "measured"
+) -> None:
+    """What became of unfinished runs in ``path``: kept to be resumed, or removed because they hold nothing.
+
+    Args:
+        runs: the runs.
+        path: the folder of them all.
+        error: what ended them.
+        arguments: of the command line.
+        done: what the command does, as a participle.
+    """
     kept = [run for run in reversed(runs) if not run.discard()]  # the first one made the folder of them all
     if not kept:
         if isinstance(error, KeyboardInterrupt):
-            err.print("fqtstats: interrupted before anything was measured; nothing is kept", highlight=False)
+            err.print(f"fqtstats: interrupted before anything was {done}; nothing is kept", highlight=False)
         return
     if len(kept) == len(runs) and all(run.finished for run in kept):
         return
@@ -141,7 +168,7 @@ def say_what_is_kept(runs: Sequence[RunDirectory], path: Path, error: BaseExcept
     if "--resume" not in arguments:
         command += ["--resume"]
     what = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
-    told = f"fqtstats: {what}; what was measured is in {path}, continue with: {shlex.join(command)}"
+    told = f"fqtstats: {what}; what was {done} is in {path}, continue with: {shlex.join(command)}"
     err.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -155,6 +182,7 @@ class DirectoryStore:
 
     def __init__(self, run: RunDirectory, key: str) -> None:
         self._run, self._key, self._saved = run, key, time.monotonic()
+        self._took = 0.0
 
     def load(self) -> Arrays | None:
         """The last saved state, or None."""
@@ -162,11 +190,13 @@ class DirectoryStore:
         return None if state is None else dict(state[0])
 
     def save(self, state: Callable[[], Arrays], *, force: bool = False) -> None:
-        """Keep the state, at most every :data:`SAVE_SECONDS` unless ``force``."""
-        if not force and time.monotonic() - self._saved < SAVE_SECONDS:
+        """Keep the state, at most every :data:`SAVE_SECONDS` and :data:`SAVE_SHARE` of the time unless ``force``."""
+        began = time.monotonic()
+        if not force and began - self._saved < max(SAVE_SECONDS, self._took / SAVE_SHARE):
             return
         self._run.save_state(self._key, state(), {})
         self._saved = time.monotonic()
+        self._took = self._saved - began
 
 
 class TrainingBar:

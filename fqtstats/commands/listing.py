@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from fqtstats.commands.console import out
 from fqtstats.errors import InputError
+
+if TYPE_CHECKING:
+    from fqtstats.training.recipes import Definition
 
 __all__ = ["list_"]
 
@@ -37,11 +40,11 @@ def list_(
     elif what == "recipes":
         from fqtstats.training import recipes, runs
 
-        _columns(table, "name", "bits", "what it is", "source", "runs (* a paper's)")
+        _columns(table, "name", "bits", "what it is", "paper", "its own runs")
         for name, definition in recipes.RECIPES.items():
-            bits = ", ".join(f"[{b}]" if b == definition.default else str(b) for b in definition.bits)
-            own = (f"{s.name}{'*' if s.published else ''}" for s in runs.SETTINGS if name in s.recipes)
-            _row(table, name, bits or "-", definition.summary, definition.source, ", ".join(own))
+            own = (setting.name for setting in runs.SETTINGS if name in setting.recipes and setting.published)
+            paper = definition.source.partition("(")[2].rstrip(")")
+            _row(table, name, _bits(definition), definition.summary, paper, " ".join(own) or "-")
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
@@ -58,6 +61,15 @@ def list_(
     else:
         raise InputError(f"unknown list {what!r}; known: quantizers, policies, recipes, models, data, kernels")
     out.print(table)
+
+
+def _bits(definition: Definition) -> str:
+    """The bits that a recipe is defined for, and its default: ``"1-8 (5)"``."""
+    known = definition.bits
+    if not known:
+        return "-"
+    several = f"{known[0]}-{known[-1]}" if known == tuple(range(known[0], known[-1] + 1)) else ",".join(map(str, known))
+    return f"{several} ({definition.default})"
 
 
 def _columns(table: Table, *names: str) -> None:

@@ -75,25 +75,13 @@ def measure(
         raise InputError(f"--method exact makes no draws, got --draws {draws}; leave it out or choose another --method")
     batches = (8 if drawn else 0) if batches is None else batches
     draws = (64 if drawn else 0) if draws is None else draws
-    arguments: dict[str, object] = {
-        "command": "measure",
-        "quantizers": list(policies),
-        "grad_weight": grad_weight,
-        "model": model,
-        "data": data,
-        "data_root": data_root,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "batches": batches,
-        "draws": draws,
-        "method": method,
-        "seed": seed,
-        "skip": skip,
-        "checkpoint": checkpoint,
-        "device": device,
-        "backend": backend,
-        **({"bounds": True} if bounds else {}),
-    }
+    arguments = experiments.arguments_of(
+        context,
+        leave_out=["quantizer", "bits"] if bounds else ["quantizer", "bits", "bounds"],
+        quantizers=list(policies),
+        batches=batches,
+        draws=draws,
+    )
     check_counts(draws=(draws, 2 if drawn else 0))
     experiments.check_arguments(arguments, (*BACKENDS, "both"))
     path = experiments.folder(output, "measure", list(policies))

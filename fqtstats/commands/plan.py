@@ -66,28 +66,8 @@ def plan(
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     _check_target(budget, mean_bits, batches)
     policy = _policy(quantizer, grad_weight)
-    arguments: dict[str, object] = {
-        "command": "plan",
-        "budget": budget,
-        "mean_bits": mean_bits,
-        "quantizer": quantizer,
-        "grad_weight": grad_weight,
-        "bits": sorted({experiments.width_of(text, "--bits") for text in separated(bits, "--bits")}),
-        "model": model,
-        "data": data,
-        "data_root": data_root,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "batches": batches,
-        "precision": precision,
-        "most_probes": most_probes,
-        "draws": draws,
-        "seed": seed,
-        "skip": skip,
-        "checkpoint": checkpoint,
-        "device": device,
-        "backend": backend,
-    }
+    widths = sorted({experiments.width_of(text, "--bits") for text in separated(bits, "--bits")})
+    arguments = experiments.arguments_of(context, bits=widths)
     if not 0 < precision < 1:
         raise InputError(f"--precision must be a number between 0 and 1, got {precision}")
     if draws < 0 or draws == 1:

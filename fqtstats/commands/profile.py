@@ -59,24 +59,7 @@ def profile(
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = experiments.policies_of(quantizer, bits, grad_weight)
-    arguments: dict[str, object] = {
-        "command": "profile",
-        "grad_weight": grad_weight,
-        "model": model,
-        "data": data,
-        "data_root": data_root,
-        "image_size": image_size,
-        "batch_size": batch_size,
-        "batches": batches,
-        "precision": precision,
-        "method": method,
-        "most_probes": most_probes,
-        "seed": seed,
-        "skip": skip,
-        "checkpoint": checkpoint,
-        "device": device,
-        "backend": backend,
-    }
+    arguments = experiments.arguments_of(context, leave_out=["quantizer", "bits"])
     if not 0 < precision < 1:
         raise InputError(f"--precision must be a number between 0 and 1, got {precision}")
     if method not in profiling.METHODS:

@@ -21,7 +21,7 @@ from fqtstats.models.resnet import BasicBlock, Bottleneck, ResNet
 from fqtstats.models.transformer import Transformer
 from fqtstats.models.vgg import vgg16
 
-__all__ = ["MODELS", "Model", "Shaped", "build", "loss"]
+__all__ = ["MODELS", "Model", "Shaped", "build", "cross_entropy", "loss"]
 
 
 class Shaped(Protocol):
@@ -124,11 +124,24 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         InputError: logits and targets do not match.
     """
     inputs, targets = batch
-    logits = model(inputs)
+    return cross_entropy(model(inputs), targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross entropy in nats (scalar).
+
+    Args:
+        logits: [N, classes] or [B, T, vocabulary].
+        targets: int64 [N] or [B, T].
+        label_smoothing: share of the target's probability that is spread over all classes.
+
+    Raises:
+        InputError: logits and targets do not match.
+    """
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape or targets.is_floating_point():
         got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(
             f"cross entropy expected logits of shape {(*targets.shape, 'classes')} for integer targets, got {got} and "
             f"{targets.dtype} targets; use fqtstats.measure with your own loss_fn"
         )
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), label_smoothing=label_smoothing)

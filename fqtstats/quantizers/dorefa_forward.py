@@ -90,7 +90,7 @@ def _derivative(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     m = t.abs().max()
     slope = 1 - t.square()
     largest = t.abs() == m
-    return slope / m, slope * t.sign() * largest / largest.sum(), -t / m.square()
+    return slope / m, slope * t.sign() * largest / largest.sum(), -(t / m) / m  # m^2 may underflow
 
 
 class _Normalized(torch.autograd.Function):
@@ -101,6 +101,6 @@ class _Normalized(torch.autograd.Function):
         return w.view_as(w)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         (w,) = ctx.saved_tensors
-        return ctx.passage(w.detach())(g), None
+        return None if g is None else ctx.passage(w.detach())(g), None

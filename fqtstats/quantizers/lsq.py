@@ -66,10 +66,7 @@ class Steps(RangedQuantizer):
     def ranged(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         require_finite(x)
         low, high = self._ends(x.dtype)
-        shape = [1] * x.dim()
-        if self.axis is not None:
-            shape[self.axis] = -1
-        return x.clamp(low.view(shape), high.view(shape)), low, high
+        return x.clamp(low.view(self._across(x)), high.view(self._across(x))), low, high
 
     def _ends(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         step = self.step.to(dtype)
@@ -83,13 +80,14 @@ class Steps(RangedQuantizer):
 
         Equations 3 and 5: 1 and ``round(v / s) - v / s`` strictly inside, 0 and ``-Qn`` or ``Qp`` outside.
         """
-        view = self._view(v)
-        _, low, high = self.ranged(view)
-        shape = [n if axis == self.axis else 1 for axis, n in enumerate(view.shape)]
-        y = self._grid(low.view(shape), high.view(shape)).coordinates(view)
+        low, high = (end.view(self._across(v)) for end in self._ends(v.dtype))
+        y = self._grid(low, high).coordinates(v)
         inside = (y > -self.negative) & (y < self.positive)
-        by_step = torch.where(inside, torch.round(y) - y, y.clamp(-self.negative, self.positive))
-        return inside.view(v.shape), by_step.view(v.shape)
+        return inside, torch.where(inside, torch.round(y).sub_(y), y.clamp(-self.negative, self.positive))
+
+    def _across(self, v: torch.Tensor) -> list[int]:
+        """The shape in which the steps broadcast against ``v``."""
+        return [-1 if axis == self.axis else 1 for axis in range(v.dim())]
 
     def sums(self, t: torch.Tensor) -> torch.Tensor:
         """Sum of ``t`` over what shares a step, ``[G]``."""
@@ -238,8 +236,10 @@ class _LearnedStep(torch.autograd.Function):
         return v.view_as(v)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         (kept,) = ctx.saved_tensors
+        if g is None:
+            return None, None, None, None
         if ctx.mask is not None:
             return g * ctx.mask.unpack(kept), None, None, None
         inside, by_step = ctx.fixed.slopes(kept.detach())

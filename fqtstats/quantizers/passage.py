@@ -111,6 +111,7 @@ class PackedMask:
 def keeps(ctx: Any, *tensors: torch.Tensor) -> None:
     """Save tensors for the backward pass of a surrogate, and note how many bytes they are."""
     ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)  # what is not needed is not computed from zeros
     ctx.fqt_nbytes = sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -145,9 +146,9 @@ class _Masked(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         (bits,) = ctx.saved_tensors
-        return g * ctx.layout.unpack(bits), None
+        return None if g is None else g * ctx.layout.unpack(bits), None
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

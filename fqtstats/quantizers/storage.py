@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fqtstats.listening import LISTENERS, asked
 from fqtstats.ops import native_module
 from fqtstats.ops import quantize as native
-from fqtstats.ops.codes import Affine, Codes
+from fqtstats.ops.codes import Affine, Codes, empty_codes
 from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
 from fqtstats.quantizers.lsq import Steps
-from fqtstats.quantizers.ranged import LearnedQuantizer, RangedQuantizer
+from fqtstats.quantizers.ranged import LearnedQuantizer, RangedQuantizer, require_finite
+from fqtstats.quantizers.sign import Sign
 from fqtstats.random import Stream, key_words
 
 __all__ = ["Extremes", "Stored", "has_codes", "store"]
@@ -119,10 +121,27 @@ def _store_native(
 
 
 def _store_ranged(q: RangedQuantizer, x: torch.Tensor, pad: tuple[int, int]) -> Stored | None:
+    if isinstance(q, Sign) and q.scale == "one":
+        return _store_signs(x.detach(), pad)
     y, low, high = q.ranged(x.detach().float())
     native.require_finite_ranges(low, high)
     codes = native.encode(y, q.recipe, None, pad, extremes=(low, high))
     return None if codes is None else Stored(codes, None)
+
+
+def _store_signs(x: torch.Tensor, pad: tuple[int, int]) -> Stored:
+    """Codes 1 where ``x >= 0`` and 0 elsewhere, for 1 and -1."""
+    require_finite(x)
+    shape, (ph, pw) = tuple(x.shape), pad
+    bits = torch.from_numpy(np.packbits((x >= 0).movedim(1, -1).numpy(), axis=-1, bitorder="little"))
+    data = empty_codes(shape, 1, pad).zero_()
+    if len(shape) == 4:
+        data[:, ph : ph + shape[2], pw : pw + shape[3], : bits.shape[-1]] = bits
+    else:
+        data = data.view(shape[0], -1)
+        data[:, : bits.shape[-1]] = bits
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    return Stored(Codes(data, 1, shape, pad, Affine(step=2 * one, offset=-one)), None)
 
 
 def _store_transformed(

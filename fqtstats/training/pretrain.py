@@ -24,6 +24,7 @@ from fqtstats.data.base import Data
 from fqtstats.determinism import seeded, single_thread
 from fqtstats.errors import InputError
 from fqtstats.hashing import tensor_digest
+from fqtstats.training.evaluation import evaluate
 
 __all__ = [
     "CacheWarning",
@@ -182,16 +183,7 @@ def pretrain(model: nn.Module, data: Data, config: PretrainConfig, progress: Pro
 
 def accuracy(model: nn.Module, data: Data, split: str = "test") -> float:
     """Share of targets (for tokens: of positions) at which the largest logit is right, in evaluation mode."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    was_training = model.training
-    model.eval()
-    right = count = 0
-    with torch.no_grad():
-        for inputs, targets in data.batches(256, seed=0, split=split):
-            right += int((model(inputs.to(device)).argmax(-1).cpu() == targets).sum())
-            count += targets.numel()
-    model.train(was_training)
-    return right / count
+    return evaluate(model, data, split).accuracy
 
 
 def cache_directory() -> Path:

@@ -13,7 +13,10 @@ from fqtstats.errors import InputError
 from fqtstats.training.optimizers import Optimizer
 from fqtstats.training.recipes import RECIPES, Recipe, get
 
-__all__ = ["RUNS", "SETTINGS", "Run", "Setting", "run"]
+__all__ = ["OPTIONS", "RUNS", "SETTINGS", "Run", "Setting", "run"]
+
+OPTIONS = ("model", "data", "epochs", "batch_size", "augment", "image_size")
+"""What a run says beside its recipe."""
 
 
 @dataclass(frozen=True)
