@@ -102,6 +102,11 @@ def test_the_step_of_lsq_starts_where_the_paper_says():
     channels(v, S)
     expected = [oracle.lsq_start(row, 7) for row in v]
     assert channels.step.tolist() == pytest.approx(expected, rel=1e-14)
+    v[3:] = 0
+    some = quantizer("lsq", bits=4, per="channel").double()
+    some(v, S)
+    expected = [oracle.lsq_start(row, 7) for row in v[:3]]
+    assert some.step.tolist() == pytest.approx([*expected, *[sum(expected) / 3] * 17], rel=1e-14)
 
 
 def test_the_step_of_lsq_waits_for_an_input_that_is_not_all_zeros():

@@ -94,6 +94,29 @@ def test_parity_on_a_training_batch(name, gradient, bits):
     assert (report.table["product"] == "forward").sum() == layers
 
 
+FORWARD = {
+    "lsq": (quantizer("lsq", bits=4, on="activation"), quantizer("lsq", bits=3), "integer 4x4"),
+    "lsq per channel": (quantizer("lsq", bits=8, on="activation"), quantizer("lsq", per="channel"), "integer 8x8"),
+    "sawb": (quantizer("sawb", on="activation"), quantizer("sawb"), "integer 4x4"),
+    "sign": (quantizer("sign"), quantizer("sign", scale="channel"), "integer 1x1"),
+    "scaled_sign": (quantizer("sign"), quantizer("scaled_sign"), "integer 1x1"),
+    "dorefa 1": (quantizer("dorefa_act", bits=1), quantizer("dorefa_weight", bits=1), "integer 1x1"),
+    "dorefa 3": (quantizer("dorefa_act", bits=3), quantizer("dorefa_weight", bits=3), "integer 4x4"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+@pytest.mark.parametrize("name", ["cnn", "transformer"])
+@pytest.mark.parametrize("pair", FORWARD)
+def test_parity_with_forward_quantizers_of_other_papers(pair, name):
+    model, batch, loss = case(name)
+    activation, weight, on_codes = FORWARD[pair]
+    gradient = quantizer("ptq", bits=4)
+    report = fqtstats.parity(model, batch, loss, Policy(activation, weight, gradient, gradient), seed=1)
+    assert report.ok, report.table[~report.table["ok"]].to_string()
+    assert set(report.table["arithmetic"][report.table["product"] == "forward"]) == {on_codes}
+
+
 def test_the_bound_holds_for_large_offsets():
     """An input far from zero and a gradient that sums to zero: the native formula's terms dwarf the product."""
     torch.manual_seed(0)

@@ -178,7 +178,7 @@ class LSQ(LearnedQuantizer):
         positive = Steps(self.bits, self.step, signed).positive
         mean = absolute_mean(x, self.axis)
         # A channel of zeros starts where the others do on average.
-        mean = torch.where(mean > 0, mean, mean.mean())
+        mean = torch.where(mean > 0, mean, mean[mean > 0].mean())
         with torch.no_grad():
             self.step.data = (2 * mean / math.sqrt(positive)).to(self.step.dtype)
         self._found_signed = signed

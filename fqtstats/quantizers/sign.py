@@ -48,6 +48,8 @@ def _passes(x: torch.Tensor) -> torch.Tensor:
 class Sign(RangedQuantizer):
     """``scale * sign(x)`` with the sign of zero positive; the gradient passes where ``|x| < 1``.
 
+    Behind a ReLU every sign is positive: binary networks quantize what comes before it, or have none.
+
     ``scale`` counts as a constant in the backward pass. With one per channel, the product that gives the input gradient
     is not on integers, because it contracts the weight's output channels; :class:`ScaledSign` keeps it there.
 
