@@ -432,18 +432,25 @@ def test_the_exact_variance_behind_a_weight_quantizer(pair, layer, gradient):
                 units = torch.eye(target.numel(), dtype=torch.float64).view(-1, *target.shape)
                 wanted = [own[name] for name in parameters]
                 columns = [torch.autograd.grad(out, wanted, unit, retain_graph=True) for unit in units]
-    variance, frame = q.rounding_variance(target)
+    noise = q.noise(target)
     inverse = torch.eye(len(target), dtype=torch.float64)
-    if frame.transform is not None:
-        inverse = frame.transform.inverse(inverse.view(len(target), -1, 1)).view(len(target), -1)
-    # Columns: from each independent rounding to the gradient.
+    if noise.transform is not None:
+        inverse = noise.transform.inverse(inverse.view(len(target), -1, 1)).view(len(target), -1)
+    # Columns: from each independent rounding to the gradient, and from each factor.
     spread = torch.kron(inverse.contiguous(), torch.eye(target[0].numel(), dtype=torch.float64))
+    variance = noise.variance.reshape(-1)
+    if noise.factors is not None:
+        n, c, _ = noise.factors.signal.shape
+        groups = torch.eye(n if noise.factors.groups == "sample" else c, dtype=torch.float64)
+        shape = (-1, n, 1, 1) if noise.factors.groups == "sample" else (-1, 1, c, 1)
+        spread = torch.cat([spread, (groups.view(shape) * noise.factors.signal).flatten(1).t()], 1)
+        variance = torch.cat([variance, noise.factors.variance.reshape(-1)])
     for place, name in enumerate(parameters):
         jacobian = torch.stack([column[place].reshape(-1) for column in columns], dim=1) @ spread
-        expected = float((jacobian.square() @ variance.reshape(-1)).sum())
+        expected = float((jacobian.square() @ variance).sum())
         assert observed.own[handle_name(observed), name] == pytest.approx(expected, rel=1e-9)
         if name == "weight":
-            elementwise = (jacobian.square() @ variance.reshape(-1)).view_as(module.weight)
+            elementwise = (jacobian.square() @ variance).view_as(module.weight)
             assert_close(exact.weight_variance([call]), elementwise, 1e-9)
     assert set(parameters) >= {"bias", "weight"}
     assert ("fqt_weight.step" in parameters) == pair.startswith("lsq")

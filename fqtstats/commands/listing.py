@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -40,11 +41,17 @@ def list_(
     elif what == "recipes":
         from fqtstats.training import recipes, runs
 
-        _columns(table, "name", "bits", "what it is", "paper", "its own runs")
+        _columns(table, "name", "bits", "what it is", "arXiv")
         for name, definition in recipes.RECIPES.items():
-            own = (setting.name for setting in runs.SETTINGS if name in setting.recipes and setting.published)
-            paper = definition.source.partition("(")[2].rstrip(")")
-            _row(table, name, _bits(definition), definition.summary, paper, " ".join(own) or "-")
+            paper = definition.source.partition("(arXiv ")[2].rstrip(")")
+            _row(table, name, _bits(definition), definition.summary, paper)
+        own = ["The papers' own runs, with --recipe RECIPE/RUN:"]
+        for setting in runs.SETTINGS:
+            if setting.published:
+                what_it_is = f"{setting.model} on {setting.data}, {setting.epochs} epochs"
+                own.append(f"{setting.name}: {what_it_is}; {', '.join(setting.recipes)}")
+        out.print(table, *(Padding(Text(line), (0, 0, 0, 2)) for line in own), sep="")
+        return
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
@@ -73,8 +80,8 @@ def _bits(definition: Definition) -> str:
 
 
 def _columns(table: Table, *names: str) -> None:
-    for name in names:
-        table.add_column(name, overflow="fold")
+    for place, name in enumerate(names):
+        table.add_column(name, overflow="fold", no_wrap=place == 0)  # the name is what one copies
 
 
 def _row(table: Table, *cells: str) -> None:
