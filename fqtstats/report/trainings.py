@@ -156,7 +156,14 @@ def _curves(
                     told = f"{network}, {what}" if several else what
                     drawn = _positive(values) if log else 100 * values
                     mark = "o" if len(rows) < 30 else ""
-                    ax.plot(rows["epoch"], drawn, color=color, linestyle=dashes, marker=mark, markersize=2, label=told)
+                    face = color if what == "training" else "white"
+                    options: dict[str, Any] = {
+                        "marker": mark,
+                        "markersize": 2.5,
+                        "markerfacecolor": face,
+                        "markeredgewidth": 0.6,
+                    }
+                    ax.plot(rows["epoch"], drawn, color=color, linestyle=dashes, label=told, **options)
         rows = training.curve()
         stages = list(rows["stage"])
         for epoch, before, after in zip(rows["epoch"], stages, stages[1:], strict=False):
@@ -192,7 +199,13 @@ def _table(training: Training, network: str) -> RenderableType:
         column("variance", "variance", scientific, 80, "of the quantized gradient"),
         column("snr", "SNR", plain, 75, "‖g‖² / variance"),
         column("overhead", "overhead", lambda v: _percent(v) if v > 0 else "", 70, "of measuring the variance"),
-        column("kept_bytes", "kept", lambda v: "" if pd.isna(v) else _bytes(int(v)), 65, "for the backward pass"),
+        column(
+            "kept_bytes",
+            "kept",
+            lambda v: "" if pd.isna(v) else _bytes(int(v)),
+            65,
+            "activations, for the backward pass",
+        ),
         column("seconds", "s", lambda v: f"{v:.2f}" if math.isfinite(v) else "", 40),
     ]
     seed = f"{training.label}, seed {training.seed}"

@@ -38,7 +38,7 @@ class Seen:
     numel: int
 
 
-def diagnose(networks: Mapping[str, nn.Module], objective: Callable[[], torch.Tensor]) -> dict[str, object]:
+def diagnose(networks: Mapping[str, nn.Module], objective: Callable[[], torch.Tensor] | None) -> dict[str, object]:
     """Make a step's forward and backward pass again and look at the tensors in the order in which they are computed.
 
     Parameters come first, then the layers' outputs, then the gradients of these from the last layer to the first, then
@@ -46,7 +46,7 @@ def diagnose(networks: Mapping[str, nn.Module], objective: Callable[[], torch.Te
 
     Args:
         networks: by the name that their layers' names are preceded by; "" for none.
-        objective: the loss of the step; the same every time.
+        objective: the loss of the step; the same every time. None: look at the parameters alone.
 
     Returns:
         JSON: ``"first"``, the first tensor with NaN or Inf (None if there is none), and ``"largest"``, the tensors with
@@ -70,8 +70,9 @@ def diagnose(networks: Mapping[str, nn.Module], objective: Callable[[], torch.Te
         look(layer, own, p.detach())
         p.grad = None
     # A quantizer refuses what is looked for, which has been seen on its way there.
-    with _watched(networks, look), suppress(NonFiniteError):
-        torch.autograd.backward(objective())
+    if objective is not None:
+        with _watched(networks, look), suppress(NonFiniteError):
+            torch.autograd.backward(objective())
     for layer, own, p in parameters():
         look(layer, f"{own} gradient", p.grad)
     first = next((one for one in seen if one.nonfinite), None)

@@ -110,6 +110,13 @@ def train(
         TrainingDiverged: the loss or a tensor became NaN or Inf, or the loss stayed far above its start for long. The
             model has the weights of the last good checkpoint; ``partial_result`` is the training so far.
     """
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"expected a recipe, got {recipe!r}; fqtstats.training.recipes.get(name) gives one")
+    if not isinstance(data, Data):
+        raise InputError(
+            f"expected a fqtstats.data.Data, got a {type(data).__name__}; fqtstats.data.wrap(function, name) makes one "
+            "of the tensors, dataset or loader that a function returns"
+        )
     _check(data, epochs, batch_size, variance_every, variance_draws, thread_count)
     run = _Run(
         model,
@@ -185,9 +192,13 @@ class _Sums:
 
 
 class _Diverged(Exception):  # noqa: N818  (it ends the steps)
-    """The run cannot go on: says why, and how to compute the step's loss again."""
+    """The run cannot go on.
 
-    def __init__(self, reason: str, objective: Callable[[], Tensor]) -> None:
+    Attributes:
+        objective: computes the step's loss again; None if it shows after the step that was made last.
+    """
+
+    def __init__(self, reason: str, objective: Callable[[], Tensor] | None = None) -> None:
         super().__init__(reason)
         self.objective = objective
 
@@ -286,7 +297,10 @@ class _Run:
         if arrays is not None:
             self._restore(Checkpoint.of_arrays(arrays, self.identity))
             self.resumed_at = self.position.epoch * self.steps + self.position.step
-        self.good = self._checkpoint()
+        try:
+            self.good = self._checkpoint()
+        except _Diverged as reason:
+            raise InputError(f"before the first step, {reason}; start from other weights") from None
         try:
             for epoch in range(self.position.epoch, self.epochs):
                 self._epoch(epoch)
@@ -348,7 +362,7 @@ class _Run:
                 for name, network in self.networks.items()
             }
         except NonFiniteError as error:
-            raise _Diverged(f"on the {split} data: {error}", self._on_nothing) from error
+            raise _Diverged(f"on the {split} data: {error}") from error
         seconds = time.monotonic() - began
         variance = sums.variances / sums.measured if sums.measured else math.nan
         rest = seconds - sums.variance_seconds
@@ -544,7 +558,7 @@ class _Run:
         tensors = tensors_of(self.whole)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise _Diverged(f"{name!r} became NaN or Inf", self._on_nothing)
+                raise _Diverged(f"{name!r} has NaN or Inf")
         moments, values = optimizer_state(self.optimizer)
         return Checkpoint(
             self.position,
@@ -560,10 +574,6 @@ class _Run:
                 "far": self.far,
             },
         )
-
-    def _on_nothing(self) -> Tensor:
-        """In place of a loss, where the weights alone tell."""
-        return torch.zeros((), requires_grad=True)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.position.stage != self.position.stage:
@@ -601,7 +611,7 @@ class _Run:
     def _diverged(self, reason: _Diverged) -> TrainingDiverged:
         """Where it shows, the last good checkpoint, and what was done until then."""
         networks = {"": self.whole} if self.joint is None else dict(self.networks)
-        step = self.position.epoch * self.steps + self.position.step
+        step = self.position.epoch * self.steps + self.position.step - (reason.objective is None)
         epoch, index = divmod(step, self.steps)
         with self._sampled(step):
             found = diagnose(networks, reason.objective)
@@ -658,7 +668,7 @@ def _learned(handle: Handle) -> dict[tuple[str, str], tuple[str, dict[str, Tenso
 
 def _kept(handle: Handle) -> list[int]:
     layers = handle.kept.values()
-    return [sum(one.activation + one.weight for one in layers), sum(one.activation_float32 for one in layers)]
+    return [sum(one.activation for one in layers), sum(one.activation_float32 for one in layers)]
 
 
 def _named(skip: Skip | None) -> list[str] | None:
