@@ -246,14 +246,14 @@ def _obstacle(product: Product, name: ProductName, a: Operand, b: Operand) -> st
             return f"{label} is on {stored.codes.data.device.type}"
         if not stored.codes.fits_bytes:
             return f"the magnitudes of {label} do not fit bytes"
-        axis = stored.codes.affine.axis
-        if axis is not None and axis != free:
-            return f"the scales of {label} vary along the {_axis(name, label, axis)}"
         kept = stored.kept
         if kept is not None and (label != "g" or kept.axis != free):
             return f"part of {label} is kept along the {_axis(name, label, kept.axis)}"
-        if kept is not None and product.grouped:
-            return f"part of {label} is kept, and its channels have groups"
+        if kept is not None and kept.axis == 1 and product.grouped:
+            return f"part of the channels of {label} is kept, and they have groups"
+        axis = stored.codes.affine.axis
+        if axis is not None and axis != free:
+            return f"the scales of {label} vary along the {_axis(name, label, axis)}"
         if stored.samples > 1 and (label, name) != ("g", "grad_weight"):
             return f"{label} is a mean of samples"
         # A transform mixes rows. On the rows of the result, those of the first operand, it is undone afterwards.
@@ -303,7 +303,8 @@ def compute(product: Product, name: ProductName, a: Operand, b: Operand, last: A
     if left.kept is not None:
         return _of_kept(on_codes, name, left.codes, right.codes, left.kept, last)
     if left.samples > 1:
-        return on_codes(products, _mean(left), _repeated(right.codes, left.samples), last)
+        mean: torch.Tensor = on_codes(products, _mean(left), _repeated(right.codes, left.samples), last)
+        return mean
     if left.transform is None or name != "forward":
         result = on_codes(products, left.codes, right.codes, last)
         return result if left.transform is None else _undone(result, left.transform)
@@ -320,7 +321,8 @@ def _of_kept(
         last = name == "grad_input" and len(shape) == 4
         zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
         return zeros.contiguous(memory_format=torch.channels_last) if last else zeros
-    return kept.scattered(on_codes(products, g, other, (count, *shape[1:])), axis=0)
+    result: torch.Tensor = on_codes(products, g, other, (count, *shape[1:]))
+    return kept.scattered(result, axis=0)
 
 
 def _mean(stored: Stored) -> Codes:
