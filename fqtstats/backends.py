@@ -169,8 +169,9 @@ def _bound(
     bias = last.double().abs() if name == "forward" and last is not None else None
     size: torch.Tensor = getattr(product, name)(real, left, right, None if name == "forward" else last)
     unit = torch.finfo(result.dtype).eps / 2
-    terms = product.terms(name, tuple(a.shape), tuple(b.shape))
-    roundings = (terms if on_codes else 2 * terms) + 16
+    samples = a.stored.samples if on_codes and a.stored is not None else 1
+    terms = product.terms(name, tuple(a.shape), tuple(b.shape)) * samples
+    roundings = (terms if on_codes else 2 * terms) + 16 + samples
     transform = a.stored.transform if on_codes and a.stored is not None else None
     if transform is not None:
         roundings += 2 * (math.ceil(math.log2(len(left))) + 8)
@@ -182,11 +183,16 @@ def _bound(
 
 def _magnitude(operand: Operand) -> torch.Tensor:
     """``|code - zero| step + |offset|``, float64."""
-    assert operand.stored is not None
-    codes = operand.stored.codes
+    stored = operand.stored
+    assert stored is not None
+    codes = stored.codes
     affine, dim = codes.affine, len(codes.shape)
     size = codes.centered().abs_() * affine.along(affine.step.double(), dim)
-    return size if affine.offset is None else size + affine.along(affine.offset.double().abs(), dim)
+    if affine.offset is not None:
+        size += affine.along(affine.offset.double().abs(), dim)
+    if stored.samples > 1:
+        size = size.unflatten(0, (stored.samples, -1)).mean(0)
+    return size if stored.kept is None else stored.kept.scattered(size)
 
 
 def _spread(size: torch.Tensor, transform: Transform) -> torch.Tensor:

@@ -275,6 +275,7 @@ def small(variant=None):
         return {
             name: data,
             f"{name}_bits": 8,
+            f"{name}_magnitudes": 0,
             f"{name}_step": step,
             f"{name}_zero": None,
             f"{name}_offset": None,
@@ -332,6 +333,8 @@ def spoiled():
         yield name, f"{first}_offset", torch.zeros(2), ValueError
         yield name, f"{first}_bits", 3, ValueError
         yield name, f"{first}_bits", 8.0, TypeError
+        yield name, f"{first}_magnitudes", 8, ValueError
+        yield name, f"{first}_magnitudes", 7, ValueError
         yield name, f"{first}_pad", (3, 0), ValueError
         yield name, f"{first}_pad", (-1, 0), ValueError
         yield name, "stride", (0, 1), ValueError

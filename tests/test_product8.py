@@ -68,7 +68,7 @@ def run(variant, orientation, a, b, bias=None, threads=1, out=None):
     p, q = a.affine, b.affine
     inner = (orientation != "linear_grad_weight", orientation == "linear")
     scales = (p.step, p.zero, p.offset, q.step, q.zero, q.offset)
-    native.product8_affine(a.data, b.data, k, a.bits, b.bits, *inner, *scales, bias, out, threads, variant)
+    native.product8_affine(a.data, b.data, k, a.bits, b.bits, 0, 0, *inner, *scales, bias, out, threads, variant)
     return out
 
 
@@ -334,6 +334,8 @@ AFFINE = {
     "k": 8,
     "a_bits": 8,
     "b_bits": 8,
+    "a_magnitudes": 0,
+    "b_magnitudes": 0,
     "a_inner": True,
     "b_inner": True,
     "a_step": STEP,
@@ -356,6 +358,9 @@ AFFINE = {
         ({"b": U8.t()}, ValueError, "b must be uint8"),
         ({"b_inner": False}, ValueError, "b must be uint8"),
         ({"a_bits": 5}, ValueError, "a_bits must be"),
+        ({"a_magnitudes": 8}, ValueError, "a_magnitudes must be 0 to 7, got 8"),
+        ({"b_magnitudes": -1}, ValueError, "b_magnitudes must be 0 to 7, got -1"),
+        ({"b_magnitudes": 7}, ValueError, "b_magnitudes must be 0, unless codes have 4 bits, got 7"),
         ({"a_step": STEP.double()}, TypeError, "a_step must be float32"),
         ({"b_step": torch.ones(3)}, ValueError, "b_step must be float32"),
         ({"a_zero": STEP}, TypeError, "a_zero must be int32"),

@@ -16,7 +16,7 @@ from words import Word
 from fqtstats import ops
 from fqtstats.errors import NonFiniteError
 from fqtstats.ops import quantize
-from fqtstats.ops.codes import Affine, Codes, row_bytes
+from fqtstats.ops.codes import Affine, Codes, Kept, row_bytes
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers import QUANTIZERS, quantizer, storage
 from fqtstats.quantizers.grid import RULES
@@ -252,6 +252,39 @@ def test_given_extremes():
             assert torch.equal(wider.affine.offset, low - 1)
 
 
+def part_of(codes, kept):
+    """The codes of the kept groups, and what they mean."""
+    affine = codes.affine
+    values = [None if t is None else t[kept.indices] for t in (affine.step, affine.zero, affine.offset)]
+    part = Affine(*values, kept.axis if len(kept.indices) > 1 else None, affine.magnitudes)
+    return Codes.pack(codes.unpack().index_select(kept.axis, kept.indices), codes.bits, part, codes.pad)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_codes_of_the_groups_that_are_kept(variant, axis):
+    """Short runs and long ones, channels far from each other and next to each other, one of them and all."""
+    random = np.random.default_rng(0)
+    shapes = [(9, 5), (7, 576), (3, 40_000), (1100, 3), (6, 7, 3, 3), (2, 70, 4, 4), (3, 5, 12, 11), (2, 130, 33, 32)]
+    for i, shape in enumerate(shapes):
+        x, size = gaussian(shape, seed=i), shape[axis]
+        for count in {1, max(1, size // 4), size}:
+            kept = Kept(axis, torch.from_numpy(np.sort(random.permutation(size)[:count])), size)
+            for recipe in (
+                Recipe(axis, "affine", 4, 24),
+                Recipe(axis, "affine", 8, 8),
+                Recipe(axis, "symmetric", 2, None),
+            ):
+                pad = (1, 2) if x.dim() == 4 else (0, 0)
+                for dtype in (torch.float32, torch.bfloat16):
+                    y = x.to(dtype)
+                    want = part_of(encode(y, recipe, pad), kept)
+                    ends = [t[kept.indices] for t in quantize.extremes(y, axis)]
+                    for form in forms(y.float()):
+                        got = encode(form.to(dtype), recipe, pad, extremes=ends, kept=kept, variant=variant)
+                        assert_same(got, want)
+
+
 @pytest.mark.parametrize("shape", [(300, 700), (2, 100_000), (40, 24, 14, 15), (1, 8, 150, 151), (3, 200, 4, 4)])
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_same_on_any_number_of_threads(shape, axis):
@@ -410,7 +443,7 @@ def arguments(**changes):
         "channels_last": False,
         "axis": 0,
         "rule": 0,
-        "bits": 3,
+        "levels": 7,
         "random_bits": 24,
         "words": (1, 2, 3, 4),
         "storage_bits": 4,
@@ -422,13 +455,23 @@ def arguments(**changes):
         "offset": np.zeros(2, np.float32),
         "low": None,
         "high": None,
+        "kept": None,
         "threads": 1,
     }
     return {**values, **changes}
 
 
+KEPT = {
+    "kept": np.array([1]),
+    "out": np.zeros((1, 5, 3, 4), np.uint8),
+    **{name: np.zeros(1, np.float32) for name in ("step", "offset", "low", "high")},
+    "zero": np.zeros(1, np.int32),
+}
+
+
 def test_the_arguments_of_the_next_test_are_otherwise_good():
     assert native.quantize_encode(**arguments()) == 1
+    assert native.quantize_encode(**arguments(**KEPT)) == 1
 
 
 @pytest.mark.parametrize(
@@ -441,10 +484,11 @@ def test_the_arguments_of_the_next_test_are_otherwise_good():
         ({"x": np.zeros((2, 6, 4), np.float32)}, ValueError, "x must be as many positions as size has"),
         ({"channels_last": True}, ValueError, "x must be as many positions as size has"),
         ({"axis": 2}, ValueError, "axis must be -1 to 1, got 2"),
-        ({"rule": 3}, ValueError, "rule must be 0 to 2, got 3"),
-        ({"bits": 9}, ValueError, "bits must be 1 to 8, got 9"),
-        ({"bits": 1, "rule": 2}, ValueError, "bits must be 2 to 8, got 1"),
-        ({"bits": 5}, ValueError, "storage_bits must be at least bits, got 4"),
+        ({"rule": 5}, ValueError, "rule must be 0 to 4, got 5"),
+        ({"levels": 256}, ValueError, "levels must be 1 to 255, got 256"),
+        ({"levels": 1, "rule": 2}, ValueError, "levels must be 3 to 255, got 1"),
+        ({"levels": 1, "rule": 3}, ValueError, "levels must be 2 to 255, got 1"),
+        ({"levels": 16}, ValueError, "storage_bits must be as many as levels have, got 4"),
         ({"storage_bits": 3}, ValueError, "storage_bits must be 1, 2, 4 or 8, got 3"),
         ({"random_bits": 25}, ValueError, "random_bits must be 0 to 24, got 25"),
         ({"size": (0, 5)}, ValueError, "size must be .* got 0"),
@@ -456,6 +500,13 @@ def test_the_arguments_of_the_next_test_are_otherwise_good():
         ({"offset": np.zeros(2, np.float64)}, TypeError, r"offset must be float32 \[2\]"),
         ({"low": np.zeros(2, np.float32)}, ValueError, "low and high must be given together"),
         ({"low": np.zeros(1, np.float32), "high": np.zeros(2, np.float32)}, ValueError, r"low must be float32 \[2\]"),
+        ({**KEPT, "low": None, "high": None}, ValueError, "low and high must be given with kept"),
+        ({**KEPT, "axis": -1}, ValueError, "kept needs an axis"),
+        ({**KEPT, "kept": np.zeros(0, np.int64)}, ValueError, "kept must be not empty"),
+        ({**KEPT, "kept": np.array([2])}, ValueError, "kept must be 0 to 1, got 2"),
+        ({**KEPT, "kept": np.array([1, 1])}, ValueError, "kept must be 2 to 1, got 1"),
+        ({**KEPT, "kept": np.zeros(1, np.int32)}, TypeError, r"kept must be int64 \[\*\]"),
+        ({**KEPT, "step": np.zeros(2, np.float32)}, ValueError, r"step must be float32 \[1\]"),
         ({"threads": 0}, ValueError, "threads must be"),
         ({"variant": "sse9"}, ValueError, r"variant must be one of .*scalar, got 'sse9'"),
     ],
@@ -479,7 +530,8 @@ def test_native_boundary_of_the_others_is_strict():
         ({"out": np.zeros((2, 6, 5))}, TypeError, r"out must be float32"),
     ):
         good = {"codes": codes, "storage_bits": 4, "channels": 6, "size": (5, 1), "pad": (0, 0), "axis": 0}
-        good |= {"step": two, "zero": None, "offset": None, "channels_last": False, "out": x, "threads": 1}
+        good |= {"log": False, "step": two, "zero": None, "offset": None}
+        good |= {"channels_last": False, "out": x, "threads": 1}
         native.quantize_decode(**good)
         with pytest.raises(error, match=message):
             native.quantize_decode(**{**good, **changes})
@@ -491,6 +543,9 @@ def test_arguments_of_encode():
         quantize.encode(x, Recipe(0, "affine", 8, 24))
     with pytest.raises(ValueError, match=r"x must be \[N, C\]"):
         encode(x[0], Recipe(None, "affine", 8, 24))
+    ends = torch.zeros(2), torch.zeros(2)
+    with pytest.raises(ValueError, match="kept must be 4 groups along axis 0, got 4 along 1"):
+        encode(x, Recipe(0, "affine", 8, 24), extremes=ends, kept=Kept(1, torch.arange(2), 4))
     assert encode(x.double(), Recipe(0, "affine", 8, 24)) is None
     assert encode(x, Recipe(0, "affine", 8, 32)) is None
     assert encode(x.to("meta"), Recipe(0, "affine", 8, 24)) is None

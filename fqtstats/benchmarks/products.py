@@ -11,15 +11,21 @@ from torch import Tensor
 from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
-from fqtstats.ops import product1, product8
-from fqtstats.ops.codes import Affine, Codes
+from fqtstats.layers.operand import Operand
+from fqtstats.layers.product import LinearProduct, compute
+from fqtstats.ops import product1, product8, products
+from fqtstats.ops.codes import Affine, Codes, Kept
+from fqtstats.quantizers.storage import Stored
 
 __all__ = ["gemm_cases"]
 
-INT_MM, MM = "torch._int_mm", "torch.mm float32"
+INT_MM, MM, WHOLE = "torch._int_mm", "torch.mm float32", "the same of all rows"
 
 SHAPES = ((4096, 512, 576), (4096, 1024, 1024), (1024, 1024, 4608))
 """M, N, K."""
+
+KEPT = 4
+"""Of so many rows, activation gradient pruning at 4 bits keeps one."""
 
 Operands = Callable[[int, int, int], Callable[[], Tensor]]
 
@@ -35,6 +41,10 @@ def gemm_cases() -> list[Case]:
         ("1 x 1 bit", lambda m, n, k: _codes(m, n, k, 1, 1), "bit", INT_MM, 4.5, 6.0),
         ("4 x 1 bit", lambda m, n, k: _codes(m, n, k, 4, 1), "bit_table", INT_MM, 1.3, 3.5),
         ("2 x 1 bit", lambda m, n, k: _codes(m, n, k, 2, 1), "bit", INT_MM, None, None),
+        ("log4 x int4", _logarithmic, "int8", INT_MM, None, None),
+        ("log4 x int4", _logarithmic, "int8", MM, None, None),
+        ("pruned 4 x 1 bit", _pruned, "bit_table", MM, None, None),
+        ("pruned 4 x 1 bit", _pruned, "bit_table", WHOLE, None, None),
     ]
     cases = []
     for threads in machine.thread_counts():
@@ -49,7 +59,7 @@ def gemm_cases() -> list[Case]:
                         pair=_pair(operands, baseline, m, n, k),
                         must=must if threads == 1 else None,
                         aim=aim if threads == 1 else None,
-                        work=2.0 * m * n * k,
+                        work=2.0 * (len(range(0, m, KEPT)) if operands is _pruned else m) * n * k,
                         peak=peak,
                     )
                 )
@@ -64,11 +74,34 @@ def _pair(operands: Operands, baseline: str, m: int, n: int, k: int) -> Callable
             if baseline == MM:
                 a, b, product = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
                 yield ours, lambda: torch.mm(a, b, out=product)
+            elif baseline == WHOLE:
+                yield ours, _input_gradient(m, n, k, None)
             else:
                 signed = [torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((m, k), (k, n))]
                 yield ours, lambda: torch._int_mm(*signed)
 
     return pair
+
+
+def _logarithmic(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    zero = torch.tensor([7], dtype=torch.int32)
+    g = Codes.pack(torch.randint(0, 15, (m, k), dtype=torch.uint8), 4, Affine(torch.ones(1), zero, magnitudes=7))
+    w = Codes.pack(torch.randint(0, 16, (k, n), dtype=torch.uint8), 4, Affine(torch.ones(1), zero))
+    return lambda: products.linear_grad_input(g, w)
+
+
+def _pruned(m: int, n: int, k: int) -> Callable[[], Tensor]:
+    return _input_gradient(m, n, k, Kept(0, torch.arange(0, m, KEPT), m))
+
+
+def _input_gradient(m: int, n: int, k: int, kept: Kept | None) -> Callable[[], Tensor]:
+    """Of the rows that are kept (None: all); the others of the result are zeros."""
+    rows = m if kept is None else len(kept.indices)
+    scales = Affine(torch.rand(rows), None, torch.randn(rows), 0)
+    g = Codes.pack(torch.randint(0, 16, (rows, k), dtype=torch.uint8), 4, scales)
+    w = Codes.pack(torch.randint(0, 2, (k, n), dtype=torch.uint8), 1, Affine(torch.ones(1), None, -torch.ones(1) / 2))
+    left, right = Operand(Stored(g, kept=kept)), Operand(Stored(w))
+    return lambda: compute(LinearProduct(), "grad_input", left, right, (m, n))
 
 
 def _bytes(m: int, n: int, k: int) -> Callable[[], Tensor]:

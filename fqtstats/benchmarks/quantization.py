@@ -12,7 +12,7 @@ from fqtstats.benchmarks import machine
 from fqtstats.benchmarks.pairs import Case, Pair
 from fqtstats.determinism import seeded
 from fqtstats.ops import products
-from fqtstats.ops.quantize import encode, extremes
+from fqtstats.ops.quantize import Recipe, encode, extremes
 from fqtstats.quantizers import quantizer
 from fqtstats.quantizers.bhq import BlockHouseholder, group_rows
 from fqtstats.quantizers.storage import store
@@ -21,6 +21,7 @@ from fqtstats.random import stream
 
 __all__ = ["quantize_cases"]
 
+LOGARITHMIC = "log2, floor, exp2 give the octave n; z / 2^n + n + rand, floor, sign: into buffers"
 EXPRESSION = "rand(out=r); mul(x, s, out=y).add_(b).add_(r).floor_().clamp_(0, 255); codes.copy_(y)"
 ROUNDING = ((4096, 4096), (128, 16384))
 """64 MB and 8 MB of float32."""
@@ -50,6 +51,18 @@ def quantize_cases() -> list[Case]:
                 )
                 for n, d in ROUNDING
             ]
+        cases += [
+            Case(
+                name="logarithmic codes (LUQ, 4 bits, 24 random bits)",
+                shape=f"{n}x{d}",
+                threads=threads,
+                baseline=LOGARITHMIC,
+                pair=_logarithmic(n, d),
+                work=4.5 * n * d,
+                peak="copy",
+            )
+            for n, d in ROUNDING
+        ]
         cases += [
             Case(
                 name="minimum and maximum of rows",
@@ -123,6 +136,31 @@ def _rounding(random_bits: int, n: int, d: int) -> Callable[[], AbstractContextM
             lambda: encode(x, recipe, words, extremes=known),
             lambda: expression(scale, -float(low) * scale),
         )
+
+    return pair
+
+
+def _logarithmic(n: int, d: int) -> Callable[[], AbstractContextManager[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x = _input(n, d)
+        recipe, words = Recipe(None, "logarithmic", 4, 24, magnitudes=7), stream().words()
+        low, high = torch.aminmax(x)
+        known = low.view(1), high.view(1)
+        scale = 64 / max(float(high), -float(low))
+        noise, z, octave, power, sign = (torch.empty_like(x) for _ in range(5))
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+
+        def expression() -> Tensor:
+            torch.rand(x.shape, out=noise)
+            torch.sign(x, out=sign)
+            torch.mul(x, scale, out=z).abs_()
+            torch.log2(z, out=octave).floor_().clamp_(min=0)
+            torch.exp2(octave, out=power)
+            z.div_(power).add_(octave).add_(noise).floor_().mul_(sign).add_(7).clamp_(0, 14)
+            return codes.copy_(z)
+
+        yield lambda: encode(x, recipe, words, extremes=known), expression
 
     return pair
 

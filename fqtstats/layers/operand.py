@@ -44,10 +44,11 @@ class Operand:
         return self.stored is None and self.why is None
 
     @property
-    def bits(self) -> int:
-        """Width of a code in memory."""
+    def width(self) -> str:
+        """That of a code in memory, and whether it is logarithmic: ``"4"``, ``"log4"``."""
         assert isinstance(self.content, Stored)
-        return self.content.codes.bits
+        codes = self.content.codes
+        return f"{'log' if codes.affine.magnitudes else ''}{codes.bits}"
 
     def decode(self) -> torch.Tensor:
         """The real numbers, in the dtype that products are computed in."""
@@ -68,12 +69,11 @@ class Operand:
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
-        return self.content.codes.shape if isinstance(self.content, Stored) else tuple(self.content.shape)
+        return tuple(self.content.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
         if isinstance(self.content, Stored):
-            transform = self.content.transform
-            return self.content.codes.nbytes + (0 if transform is None else transform.nbytes)
+            return self.content.nbytes
         return self.content.numel() * self.content.element_size()

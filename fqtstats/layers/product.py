@@ -26,8 +26,9 @@ import torch
 from fqtstats.layers import real
 from fqtstats.layers.operand import Operand
 from fqtstats.ops import products
-from fqtstats.ops.codes import Codes, Geometry
+from fqtstats.ops.codes import Codes, Geometry, Kept
 from fqtstats.quantizers.base import Transform
+from fqtstats.quantizers.storage import Stored
 
 __all__ = ["PRODUCTS", "Border", "ConvProduct", "LinearProduct", "Product", "ProductName", "compute", "how", "integer"]
 
@@ -55,6 +56,10 @@ class Product(Protocol):
     def free_axes(self) -> dict[ProductName, tuple[int | None, int | None]]:
         """The axis along which the scales of a product's two operands may vary."""
 
+    @property
+    def grouped(self) -> bool:
+        """Whether channels are multiplied in groups."""
+
     def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
         """Terms in the longest sum of a product, from the shapes of its operands."""
 
@@ -81,6 +86,10 @@ class LinearProduct:
     @property
     def free_axes(self) -> dict[ProductName, tuple[int | None, int | None]]:
         return {"forward": (0, 0), "grad_input": (0, 1), "grad_weight": (1, 1)}
+
+    @property
+    def grouped(self) -> bool:
+        return False
 
     def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
         return a[0] if name == "grad_weight" else a[1]
@@ -181,8 +190,11 @@ class ConvProduct:
     @property
     def free_axes(self) -> dict[ProductName, tuple[int | None, int | None]]:
         # Input channels of w are numbered anew in every group.
-        whole = 1 if self.geometry.groups == 1 else None
-        return {"forward": (0, 0), "grad_input": (0, None), "grad_weight": (1, whole)}
+        return {"forward": (0, 0), "grad_input": (0, None), "grad_weight": (1, None if self.grouped else 1)}
+
+    @property
+    def grouped(self) -> bool:
+        return self.geometry.groups > 1
 
     def terms(self, name: ProductName, a: tuple[int, ...], b: tuple[int, ...]) -> int:
         if name == "grad_weight":
@@ -232,9 +244,18 @@ def _obstacle(product: Product, name: ProductName, a: Operand, b: Operand) -> st
             return f"{label}: {operand.why}"
         if stored.codes.data.device.type != "cpu":
             return f"{label} is on {stored.codes.data.device.type}"
+        if not stored.codes.fits_bytes:
+            return f"the magnitudes of {label} do not fit bytes"
+        kept = stored.kept
+        if kept is not None and (label != "g" or kept.axis != free):
+            return f"part of {label} is kept along the {_axis(name, label, kept.axis)}"
+        if kept is not None and kept.axis == 1 and product.grouped:
+            return f"part of the channels of {label} is kept, and they have groups"
         axis = stored.codes.affine.axis
         if axis is not None and axis != free:
             return f"the scales of {label} vary along the {_axis(name, label, axis)}"
+        if stored.samples > 1 and (label, name) != ("g", "grad_weight"):
+            return f"{label} is a mean of samples"
         # A transform mixes rows. On the rows of the result, those of the first operand, it is undone afterwards.
         if stored.transform is not None and (label == "w" or name == "grad_weight"):
             return f"the transform of {label} mixes rows"
@@ -253,10 +274,13 @@ def integer(product: Product, name: ProductName, a: Operand, b: Operand) -> bool
 
 
 def how(product: Product, name: ProductName, a: Operand, b: Operand, dtype: torch.dtype) -> str:
-    """How a product is computed: ``"integer 8x4"``, or the dtype of its result and why it is not on codes."""
+    """How a product is computed: ``"integer 8x4"``, or the dtype of its result and why it is not on codes.
+
+    ``log4`` are logarithmic codes of 4 bits.
+    """
     obstacle = _obstacle(product, name, a, b)
     if obstacle is None:
-        return f"integer {a.bits}x{b.bits}"
+        return f"integer {a.width}x{b.width}"
     return f"{str(dtype).removeprefix('torch.')}: {obstacle}"
 
 
@@ -276,11 +300,41 @@ def compute(product: Product, name: ProductName, a: Operand, b: Operand, last: A
     assert left is not None
     assert right is not None
     on_codes = getattr(product, name)
+    if left.kept is not None:
+        return _of_kept(on_codes, name, left.codes, right.codes, left.kept, last)
+    if left.samples > 1:
+        mean: torch.Tensor = on_codes(products, _mean(left), _repeated(right.codes, left.samples), last)
+        return mean
     if left.transform is None or name != "forward":
         result = on_codes(products, left.codes, right.codes, last)
         return result if left.transform is None else _undone(result, left.transform)
     result = _undone(on_codes(products, left.codes, right.codes, None), left.transform)
     return result if last is None else result + last.view(1, -1, *[1] * (result.dim() - 2))
+
+
+def _of_kept(
+    on_codes: Any, name: ProductName, g: Codes, other: Codes, kept: Kept, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """A backward product of what is kept of ``g``: its rows of the result, and zeros."""
+    count = len(kept.indices)
+    if count == 0:
+        last = name == "grad_input" and len(shape) == 4
+        zeros = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        return zeros.contiguous(memory_format=torch.channels_last) if last else zeros
+    result: torch.Tensor = on_codes(products, g, other, (count, *shape[1:]))
+    return kept.scattered(result, axis=0)
+
+
+def _mean(stored: Stored) -> Codes:
+    """The codes of all samples, of which the weight gradient, a sum over all of them, is to be a mean."""
+    affine = stored.codes.affine
+    return replace(stored.codes, affine=replace(affine, step=affine.step / stored.samples))
+
+
+def _repeated(codes: Codes, times: int) -> Codes:
+    """The same rows or images so many times."""
+    data = codes.data.repeat(times, *[1] * (codes.data.dim() - 1))
+    return replace(codes, data=data, shape=(times * codes.shape[0], *codes.shape[1:]))
 
 
 def _undone(y: torch.Tensor, transform: Transform) -> torch.Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "Affine",
     "Codes",
     "Geometry",
+    "Kept",
     "array",
     "empty_codes",
     "empty_grids",
@@ -89,19 +90,23 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Affine:
-    """What codes mean: ``(code - zero) * step + offset``, one entry per group or one for the whole tensor.
+    """What codes mean: ``k * step + offset`` with ``k = code - zero``, one entry per group or one for the whole tensor.
+
+    Of logarithmic codes, ``sign(k) 2^(|k| - 1)`` takes the place of ``k``, and 0 that of 0.
 
     Attributes:
         step: ``[G]`` float32.
         zero: ``[G]`` int32, or None where it is 0 everywhere.
         offset: ``[G]`` float32, or None where it is 0 everywhere.
         axis: the axis of the logical shape that the G groups run along (0 or 1), or None for one group (G = 1).
+        magnitudes: of logarithmic codes, the largest ``|k|``, which is ``zero``; 0 where codes count steps.
     """
 
     step: torch.Tensor
     zero: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     axis: int | None = None
+    magnitudes: int = 0
 
     def along(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """``values [G]`` shaped to broadcast against a tensor of ``dim`` axes."""
@@ -111,8 +116,39 @@ class Affine:
         return values.view(shape)
 
     def arrays(self) -> tuple[Any, Any, Any]:
-        """``step, zero, offset`` as the extension takes them."""
-        return array(self.step), array(self.zero), array(self.offset)
+        """``step, zero, offset`` as the extension's products take them, which multiply logarithmic codes as bytes."""
+        zero = self.zero
+        if self.magnitudes:
+            zero = torch.full_like(self.step, 2 ** (self.magnitudes - 1), dtype=torch.int32)
+        return array(self.step), array(zero), array(self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The samples or channels of a tensor that there are codes of; all others are zeros.
+
+    Attributes:
+        axis: 0 (samples) or 1 (channels).
+        indices: ``[K]`` int64, ascending.
+        size: how many there are of both.
+    """
+
+    axis: int
+    indices: torch.Tensor
+    size: int
+
+    def scattered(self, kept: torch.Tensor, axis: int | None = None) -> torch.Tensor:
+        """A tensor with zeros beside those of ``kept``, along ``axis`` (by default its own), in the memory format."""
+        axis = self.axis if axis is None else axis
+        shape = (*kept.shape[:axis], self.size, *kept.shape[axis + 1 :])
+        last = kept.dim() == 4 and kept.is_contiguous(memory_format=torch.channels_last) and not kept.is_contiguous()
+        whole = torch.empty(
+            shape,
+            dtype=kept.dtype,
+            device=kept.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        ).zero_()
+        return whole.index_copy_(axis, self.indices.to(kept.device), kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +207,22 @@ class Codes:
         return inner.movedim(-1, 1).contiguous()
 
     def centered(self) -> torch.Tensor:
-        """``code - zero``, float64 (exact), logical shape."""
-        codes = self.unpack().double()
-        zero = self.affine.zero
-        return codes if zero is None else codes - self.affine.along(zero, len(self.shape))
+        """The numbers without step and offset, float64 (exact), logical shape."""
+        k, zero = self.unpack().double(), self.affine.zero
+        if zero is not None:
+            k -= self.affine.along(zero, len(self.shape))
+        return torch.where(k == 0, 0.0, torch.exp2(k.abs() - 1).copysign_(k)) if self.affine.magnitudes else k
 
     def decode(self) -> torch.Tensor:
         """The numbers they stand for, float32, logical shape: one multiplication and one addition, each rounded."""
         affine, dim = self.affine, len(self.shape)
         x = self.centered().float() * affine.along(affine.step, dim)
         return x if affine.offset is None else x + affine.along(affine.offset, dim)
+
+    @property
+    def fits_bytes(self) -> bool:
+        """Whether products can take them as bytes: not where logarithmic ones have magnitudes beyond 64."""
+        return self.affine.magnitudes == 0 or self.bits == 4
 
     @property
     def nbytes(self) -> int:

@@ -41,7 +41,7 @@ def convolution_grad_input(
     g: Codes, w: Codes, geometry: Geometry, size: tuple[int, int], variant: str | None = None
 ) -> torch.Tensor | None:
     """As ``products.convolution_grad_input``; `variant` names the instruction set to use."""
-    if g.bits not in GRADIENT_BITS or w.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *w.shape, *size):
+    if not _takes(g, w) or geometry.groups != 1 or 0 in (*g.shape, *w.shape, *size):
         return None
     out = empty_images(g.shape[0], w.shape[1], *size)
     done = native_module().convolution1_grad_input(
@@ -60,7 +60,7 @@ def convolution_grad_weight(
     g: Codes, x: Codes, geometry: Geometry, kernel: tuple[int, int], variant: str | None = None
 ) -> torch.Tensor | None:
     """As ``products.convolution_grad_weight``; `variant` names the instruction set to use."""
-    if g.bits not in GRADIENT_BITS or x.bits != 1 or geometry.groups != 1 or 0 in (*g.shape, *x.shape, *kernel):
+    if not _takes(g, x) or geometry.groups != 1 or 0 in (*g.shape, *x.shape, *kernel):
         return None
     out = torch.empty(g.shape[1], x.shape[1], *kernel, dtype=torch.float32, device="cpu")
     done = native_module().convolution1_grad_weight(
@@ -73,6 +73,11 @@ def convolution_grad_weight(
         variant,
     )
     return out if done else None
+
+
+def _takes(g: Codes, other: Codes) -> bool:
+    """Whether the backward kernels take such operands."""
+    return g.bits in GRADIENT_BITS and g.affine.magnitudes == 0 and other.bits == 1
 
 
 def _image(codes: Codes) -> tuple[object, ...]:

@@ -55,17 +55,18 @@ def convolution_grad_weight(
 
 
 def _fits(terms: int, *operands: Codes) -> bool:
-    """Whether a sum of so many terms can be had, and every zero point is a byte (quantizers make no others)."""
+    """Whether a sum of so many terms can be had, and codes and zero points are bytes (quantizers make no others)."""
     zeros = [c.affine.zero.numpy() for c in operands if c.affine.zero is not None]
-    return terms <= _MAX_TERMS and all(bool((zero >= 0).all() and (zero <= 255).all()) for zero in zeros)
+    small = all(bool((zero >= 0).all() and (zero <= 255).all()) for zero in zeros)
+    return terms <= _MAX_TERMS and small and all(c.fits_bytes for c in operands)
 
 
 def _images(c: Codes) -> tuple[object, ...]:
-    return c.data.numpy(), c.bits, c.pad, *c.affine.arrays()
+    return c.data.numpy(), c.bits, c.affine.magnitudes, c.pad, *c.affine.arrays()
 
 
 def _weights(c: Codes) -> tuple[object, ...]:
-    return c.data.numpy(), c.bits, *c.affine.arrays()
+    return c.data.numpy(), c.bits, c.affine.magnitudes, *c.affine.arrays()
 
 
 def _others(channels: int, geometry: Geometry, out: torch.Tensor, variant: str | None) -> tuple[object, ...]:

@@ -67,7 +67,7 @@ def _product(
     a: Codes, b: Codes, contract_a: bool, contract_b: bool, bias: torch.Tensor | None, variant: str | None = None
 ) -> torch.Tensor | None:
     """The product; ``contract_*`` says whether the contracted axis is axis 0 of the operand."""
-    if (a.bits, b.bits) not in PAIRS:
+    if (a.bits, b.bits) not in PAIRS or a.affine.magnitudes or b.affine.magnitudes:
         return None
     out = torch.empty(a.shape[int(contract_a)], b.shape[int(contract_b)], dtype=torch.float32, device="cpu")
     operands = *_codes(a, contract_a), *a.affine.arrays(), *_codes(b, contract_b), *b.affine.arrays()

@@ -16,18 +16,18 @@ __all__ = ["integer_product", "linear", "linear_grad_input", "linear_grad_weight
 _INT32_MAX = 2**31 - 1
 
 
-def linear(x: Codes, w: Codes, bias: torch.Tensor | None) -> torch.Tensor:
-    """:func:`fqtstats.ops.products.linear`, for checked arguments."""
+def linear(x: Codes, w: Codes, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`fqtstats.ops.products.linear`, for checked arguments; None where magnitudes do not fit bytes."""
     return _product(x, w, bias, x.shape[0], w.shape[0], x.shape[1], True, True)
 
 
-def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor:
-    """:func:`fqtstats.ops.products.linear_grad_input`, for checked arguments."""
+def linear_grad_input(g: Codes, w: Codes) -> torch.Tensor | None:
+    """:func:`fqtstats.ops.products.linear_grad_input`, likewise."""
     return _product(g, w, None, g.shape[0], w.shape[1], g.shape[1], True, False)
 
 
-def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor:
-    """:func:`fqtstats.ops.products.linear_grad_weight`, for checked arguments."""
+def linear_grad_weight(g: Codes, x: Codes) -> torch.Tensor | None:
+    """:func:`fqtstats.ops.products.linear_grad_weight`, likewise."""
     return _product(g, x, None, g.shape[1], x.shape[1], g.shape[0], False, False)
 
 
@@ -93,8 +93,10 @@ def _product(
     a_inner: bool,
     b_inner: bool,
     variant: str | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """``[m, n]``, of operands that the contracted index runs along in memory (inner), or across."""
+    if not (a.fits_bytes and b.fits_bytes):
+        return None
     out = torch.empty(m, n, dtype=torch.float32, device="cpu")
     native_module().product8_affine(
         a.data.numpy(),
@@ -102,6 +104,8 @@ def _product(
         k,
         a.bits,
         b.bits,
+        a.affine.magnitudes,
+        b.affine.magnitudes,
         a_inner,
         b_inner,
         *a.affine.arrays(),

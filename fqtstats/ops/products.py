@@ -1,7 +1,8 @@
 """Products of codes: linear layers and convolutions, forward and both backward ones, computed in integers.
 
 With both operands affine in their codes, ``a = (ca - za) sa + oa`` and ``b = (cb - zb) sb + ob``, a bilinear operation
-is a sum of three: its value on the centered codes, an exact integer, and one correction for each offset. Scales may
+is a sum of three: its value on the centered codes, an exact integer, and one correction for each offset. (Of
+logarithmic codes, the powers of two that they stand for take the place of ``ca - za``: integers, too.) Scales may
 vary along an axis that is not contracted: ``sa, za, oa`` along axis 0 of the result, ``sb, zb, ob`` along axis 1.
 Padding pixels are real zeros, whatever the grid.
 
@@ -234,7 +235,7 @@ def _native(name: str, a: Codes, b: Codes, *others: object) -> torch.Tensor | No
 def _counted_from_zero(codes: Codes) -> Codes:
     """The same numbers with an offset below one step, where the grid spans zero."""
     affine = codes.affine
-    if affine.offset is None or any(codes.pad):  # a pad's codes are those of `zero` as it is
+    if affine.offset is None or affine.magnitudes or any(codes.pad):  # a pad's codes are those of `zero` as it is
         return codes
     step, offset = affine.step.double(), affine.offset.double()
     zero = torch.zeros_like(affine.step, dtype=torch.int32) if affine.zero is None else affine.zero

@@ -16,7 +16,7 @@ import torch
 
 from fqtstats.errors import NonFiniteError
 from fqtstats.formats import uint
-from fqtstats.ops.codes import Affine, Codes, empty_codes, empty_grids
+from fqtstats.ops.codes import Affine, Codes, Kept, array, empty_codes, empty_grids
 from fqtstats.ops.extension import native_module
 
 __all__ = [
@@ -32,9 +32,9 @@ __all__ = [
     "view_of",
 ]
 
-Rule = Literal["affine", "zero_on_grid", "symmetric"]
+Rule = Literal["affine", "zero_on_grid", "symmetric", "mirrored", "logarithmic"]
 
-_RULES: dict[Rule, int] = {"affine": 0, "zero_on_grid": 1, "symmetric": 2}
+_RULES: dict[Rule, int] = {"affine": 0, "zero_on_grid": 1, "symmetric": 2, "logarithmic": 3, "mirrored": 4}
 OK_WITH_OFFSET, _NOT_FINITE, _RANGE_OVERFLOWS = 1, 2, 3
 MOST_RANDOM_BITS = 24
 
@@ -48,12 +48,19 @@ class Recipe:
         rule: how a grid follows from a group's extremes, a function of ``fqtstats.quantizers.grid``.
         bits: width of the codes, 1 to 8.
         random_bits: random bits per stochastic rounding, or None: to nearest.
+        magnitudes: of the rule ``"logarithmic"``, how many powers of two there are; else 0.
     """
 
     axis: int | None
     rule: Rule
     bits: int
     random_bits: int | None
+    magnitudes: int = 0
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return 2 * self.magnitudes or (1 << self.bits) - 1
 
     @property
     def shared(self) -> tuple[int, ...]:
@@ -68,6 +75,7 @@ def encode(
     pad: tuple[int, int] = (0, 0),
     *,
     extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    kept: Kept | None = None,
     variant: str | None = None,
 ) -> Codes | None:
     """Codes of ``x``; float32 arithmetic.
@@ -78,7 +86,9 @@ def encode(
         words: key words of the random stream (:meth:`fqtstats.random.Stream.words`); element ``i`` of the logical shape
             takes number ``i``.
         pad: pixels around every image.
-        extremes: minimum and maximum of each group, float32 ``[G]``, where they are known already.
+        extremes: minimum and maximum of each group (that is kept), float32 ``[G]``, where they are known already.
+        kept: which groups along the recipe's axis are quantized, as if there were no others; only the random numbers
+            are those of the whole tensor. Needs ``extremes``.
         variant: name of a kernel, by default the fastest.
 
     Returns:
@@ -98,6 +108,12 @@ def encode(
     shape = tuple(x.shape)
     if len(shape) not in (2, 4):
         raise ValueError(f"x must be [N, C] or [N, C, H, W], got {list(shape)}")
+    if kept is not None:
+        if (kept.axis, kept.size) != (recipe.axis, shape[kept.axis]):
+            raise ValueError(
+                f"kept must be {shape[kept.axis]} groups along axis {recipe.axis}, got {kept.size} along {kept.axis}"
+            )
+        shape = tuple(len(kept.indices) if axis == kept.axis else size for axis, size in enumerate(shape))
     n, _, *size = shape
     height, width = size or (1, 1)
     view, channels_last = view_of(x)
@@ -111,7 +127,7 @@ def encode(
         channels_last,
         -1 if recipe.axis is None else recipe.axis,
         _RULES[recipe.rule],
-        recipe.bits,
+        recipe.levels,
         random_bits,
         words or (0, 0, 0, 0),
         storage_bits,
@@ -123,6 +139,7 @@ def encode(
         offset.numpy(),
         low,
         high,
+        None if kept is None else kept.indices.numpy(),
         torch.get_num_threads(),
         variant,
     )
@@ -130,9 +147,10 @@ def encode(
         _fail(x, recipe, extremes)
     affine = Affine(
         step=step,
-        zero=None if recipe.rule == "affine" else zero,
+        zero=None if recipe.rule in ("affine", "mirrored") else zero,
         offset=offset if status == OK_WITH_OFFSET else None,
         axis=recipe.axis if groups > 1 else None,
+        magnitudes=recipe.magnitudes if recipe.magnitudes > 1 else 0,  # the points of one are evenly spaced
     )
     return Codes(out if size else out.view(n, -1), storage_bits, shape, pad, affine)
 
@@ -160,7 +178,10 @@ def decode(
         (height, width),
         codes.pad,
         -1 if affine.axis is None else affine.axis,
-        *affine.arrays(),
+        affine.magnitudes > 0,
+        array(affine.step),
+        array(affine.zero),
+        array(affine.offset),
         channels_last,
         view,
         torch.get_num_threads(),

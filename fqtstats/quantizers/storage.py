@@ -10,7 +10,7 @@ import torch
 from fqtstats.listening import LISTENERS, asked
 from fqtstats.ops import native_module
 from fqtstats.ops import quantize as native
-from fqtstats.ops.codes import Affine, Codes, empty_codes
+from fqtstats.ops.codes import Affine, Codes, Kept, empty_codes
 from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
@@ -29,18 +29,48 @@ class Stored:
     """A quantized matrix or batch of images, ready for a product.
 
     Attributes:
-        codes: of the transformed rows, where there is a transform.
+        codes: of the transformed rows, where there is a transform; of what is kept.
         transform: what was applied to the rows (axis 0) before rounding, or None.
+        kept: the samples or channels that there are codes of, where it is not all of them; the others are zeros.
+        samples: how many independent quantizations of the same tensor there are codes of, one after the other along
+            axis 0; their mean is meant.
     """
 
     codes: Codes
-    transform: Transform | None
+    transform: Transform | None = None
+    kept: Kept | None = None
+    samples: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the tensor."""
+        shape = list(self.codes.shape)
+        shape[0] //= self.samples
+        if self.kept is not None:
+            shape[self.kept.axis] = self.kept.size
+        return tuple(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and of all that decoding them needs."""
+        own = self.codes.nbytes + (0 if self.transform is None else self.transform.nbytes)
+        return own + (0 if self.kept is None else self.kept.indices.numel() * self.kept.indices.element_size())
 
     def decode(self) -> torch.Tensor:
         """The numbers that the codes stand for, float32: what the quantizer gives when it is called."""
+        if 0 in self.codes.shape:
+            return torch.zeros(self.shape, dtype=torch.float32, device="cpu")
         x = native.decode(self.codes)
         if x is None:
             x = self.codes.decode()
+        if self.samples > 1:
+            # In this order, as the quantizer itself adds them up.
+            total, *others = x.unflatten(0, (self.samples, -1)).unbind()
+            for one in others:
+                total = total + one
+            x = total / self.samples
+        if self.kept is not None:
+            x = self.kept.scattered(x)
         if self.transform is None:
             return x
         n, c = x.shape[:2]

@@ -15,6 +15,7 @@
 #include "bind/bind.h"
 #include "bind/variants.h"
 #include "kernels/codes.h"
+#include "kernels/log_codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -23,6 +24,7 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 using Floats = std::optional<Array>;
+using Values = std::array<std::uint8_t, 16>;
 
 // Windows of more terms would overflow the sums of codes alone.
 constexpr std::int64_t kMaxTerms = 1 << 23;
@@ -55,6 +57,15 @@ void affine(convolution8::Codes& c, const std::string& name, std::int64_t groups
     check_range((name + "_zero").c_str(), c.zero[i], 0, 255);
 }
 
+// Makes the codes logarithmic, unless magnitudes is 0.
+void logarithmic(convolution8::Codes& c, const std::string& name, int magnitudes, Values& values) {
+  check_range((name + "_magnitudes").c_str(), magnitudes, 0, 7);
+  if (magnitudes == 0) return;
+  if (c.bits != 4) bad_value((name + "_magnitudes").c_str(), "0, unless codes have 4 bits", magnitudes);
+  values = log_bytes(magnitudes);
+  c.values = values.data();
+}
+
 convolution8::Geometry geometry(const Pair& stride, const Pair& padding, const Pair& dilation, std::int64_t groups) {
   for (int i = 0; i < 2; ++i) {
     check_range("stride", stride[i], 1, kMaxSize);
@@ -79,10 +90,10 @@ void check_groups(const char* name, std::int64_t channels, std::int64_t groups) 
 
 void check_terms(std::int64_t terms) { check_range("terms of a sum", terms, 0, kMaxTerms); }
 
-void convolution8_forward(Array x, int x_bits, Pair x_pad, Array x_step, Floats x_zero, Floats x_offset, Array w,
-                          int w_bits, Array w_step, Floats w_zero, Floats w_offset, Floats bias, std::int64_t channels,
-                          Pair stride, Pair padding, Pair dilation, std::int64_t groups, Array out, int threads,
-                          const std::optional<std::string>& variant) {
+void convolution8_forward(Array x, int x_bits, int x_magnitudes, Pair x_pad, Array x_step, Floats x_zero,
+                          Floats x_offset, Array w, int w_bits, int w_magnitudes, Array w_step, Floats w_zero,
+                          Floats w_offset, Floats bias, std::int64_t channels, Pair stride, Pair padding, Pair dilation,
+                          std::int64_t groups, Array out, int threads, const std::optional<std::string>& variant) {
   const convolution8::Geometry g = geometry(stride, padding, dilation, groups);
   check_groups("channels", channels, groups);
   convolution8::Codes a = codes("x", x, x_bits, channels, x_pad);
@@ -90,6 +101,9 @@ void convolution8_forward(Array x, int x_bits, Pair x_pad, Array x_step, Floats 
   check_groups("output channels", b.n, groups);
   affine(a, "x", a.n, x_step, x_zero, x_offset);
   affine(b, "w", b.n, w_step, w_zero, w_offset);
+  Values x_values, w_values;
+  logarithmic(a, "x", x_magnitudes, x_values);
+  logarithmic(b, "w", w_magnitudes, w_values);
   auto* y = data<float>("out", out, {a.n, kAny, kAny, b.n});
   const auto height = static_cast<std::int64_t>(out.shape(1)), width = static_cast<std::int64_t>(out.shape(2));
   check_size(g, 0, a.height, b.height, height);
@@ -102,10 +116,10 @@ void convolution8_forward(Array x, int x_bits, Pair x_pad, Array x_step, Floats 
   convolution8::forward(kernel, a, b, g, bias_data, height, width, threads, y);
 }
 
-void convolution8_grad_input(Array g, int g_bits, Pair g_pad, Array g_step, Floats g_zero, Floats g_offset, Array w,
-                             int w_bits, Array w_step, Floats w_zero, Floats w_offset, std::int64_t channels,
-                             Pair stride, Pair padding, Pair dilation, std::int64_t groups, Array out, int threads,
-                             const std::optional<std::string>& variant) {
+void convolution8_grad_input(Array g, int g_bits, int g_magnitudes, Pair g_pad, Array g_step, Floats g_zero,
+                             Floats g_offset, Array w, int w_bits, int w_magnitudes, Array w_step, Floats w_zero,
+                             Floats w_offset, std::int64_t channels, Pair stride, Pair padding, Pair dilation,
+                             std::int64_t groups, Array out, int threads, const std::optional<std::string>& variant) {
   const convolution8::Geometry geo = geometry(stride, padding, dilation, groups);
   check_groups("channels", channels, groups);
   convolution8::Codes b = codes("w", w, w_bits, channels / groups, {0, 0});
@@ -113,6 +127,9 @@ void convolution8_grad_input(Array g, int g_bits, Pair g_pad, Array g_step, Floa
   convolution8::Codes a = codes("g", g, g_bits, b.n, g_pad);
   affine(a, "g", a.n, g_step, g_zero, g_offset);
   affine(b, "w", 1, w_step, w_zero, w_offset);
+  Values g_values, w_values;
+  logarithmic(a, "g", g_magnitudes, g_values);
+  logarithmic(b, "w", w_magnitudes, w_values);
   auto* dx = data<float>("out", out, {a.n, kAny, kAny, channels});
   const auto height = static_cast<std::int64_t>(out.shape(1)), width = static_cast<std::int64_t>(out.shape(2));
   check_size(geo, 0, height, b.height, a.height);
@@ -124,10 +141,11 @@ void convolution8_grad_input(Array g, int g_bits, Pair g_pad, Array g_step, Floa
   convolution8::grad_input(kernel, a, b, geo, height, width, threads, dx);
 }
 
-void convolution8_grad_weight(Array g, int g_bits, Pair g_pad, Array g_step, Floats g_zero, Floats g_offset, Array x,
-                              int x_bits, Pair x_pad, Array x_step, Floats x_zero, Floats x_offset,
-                              std::int64_t channels, Pair stride, Pair padding, Pair dilation, std::int64_t groups,
-                              Array out, int threads, const std::optional<std::string>& variant) {
+void convolution8_grad_weight(Array g, int g_bits, int g_magnitudes, Pair g_pad, Array g_step, Floats g_zero,
+                              Floats g_offset, Array x, int x_bits, int x_magnitudes, Pair x_pad, Array x_step,
+                              Floats x_zero, Floats x_offset, std::int64_t channels, Pair stride, Pair padding,
+                              Pair dilation, std::int64_t groups, Array out, int threads,
+                              const std::optional<std::string>& variant) {
   const convolution8::Geometry geo = geometry(stride, padding, dilation, groups);
   check_groups("channels", channels, groups);
   auto* dw = data<float>("out", out, {kAny, channels / groups, kAny, kAny});
@@ -141,6 +159,9 @@ void convolution8_grad_weight(Array g, int g_bits, Pair g_pad, Array g_step, Flo
   if (a.n != b.n) bad_value("x", "of as many images as g: " + std::to_string(a.n), x);
   affine(a, "g", outputs, g_step, g_zero, g_offset);
   affine(b, "x", channels, x_step, x_zero, x_offset);
+  Values g_values, x_values;
+  logarithmic(a, "g", g_magnitudes, g_values);
+  logarithmic(b, "x", x_magnitudes, x_values);
   check_size(geo, 0, b.height, kh, a.height);
   check_size(geo, 1, b.width, kw, a.width);
   check_terms(a.n * a.height * a.width);
@@ -153,26 +174,27 @@ void convolution8_grad_weight(Array g, int g_bits, Pair g_pad, Array g_step, Flo
 }  // namespace
 
 void convolution8(nb::module_& m) {
-  m.def("convolution8", convolution8_forward, "x"_a.noconvert(), "x_bits"_a.noconvert(), "x_pad"_a.noconvert(),
-        "x_step"_a.noconvert(), "x_zero"_a.noconvert().none(), "x_offset"_a.noconvert().none(), "w"_a.noconvert(),
-        "w_bits"_a.noconvert(), "w_step"_a.noconvert(), "w_zero"_a.noconvert().none(), "w_offset"_a.noconvert().none(),
-        "bias"_a.noconvert().none(), "channels"_a.noconvert(), "stride"_a.noconvert(), "padding"_a.noconvert(),
-        "dilation"_a.noconvert(), "groups"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(),
-        "variant"_a = nb::none(),
-        "out [N, OH, OW, O] float32 = convolution of codes x of `channels` channels with codes w.");
+  m.def("convolution8", convolution8_forward, "x"_a.noconvert(), "x_bits"_a.noconvert(), "x_magnitudes"_a.noconvert(),
+        "x_pad"_a.noconvert(), "x_step"_a.noconvert(), "x_zero"_a.noconvert().none(), "x_offset"_a.noconvert().none(),
+        "w"_a.noconvert(), "w_bits"_a.noconvert(), "w_magnitudes"_a.noconvert(), "w_step"_a.noconvert(),
+        "w_zero"_a.noconvert().none(), "w_offset"_a.noconvert().none(), "bias"_a.noconvert().none(),
+        "channels"_a.noconvert(), "stride"_a.noconvert(), "padding"_a.noconvert(), "dilation"_a.noconvert(),
+        "groups"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+        "out [N, OH, OW, O] float32 = convolution of codes x of `channels` channels with codes w; magnitudes: of "
+        "logarithmic codes, whose zero is given as that of bytes, 2^(magnitudes - 1); 0: others.");
   m.def("convolution8_grad_input", convolution8_grad_input, "g"_a.noconvert(), "g_bits"_a.noconvert(),
-        "g_pad"_a.noconvert(), "g_step"_a.noconvert(), "g_zero"_a.noconvert().none(), "g_offset"_a.noconvert().none(),
-        "w"_a.noconvert(), "w_bits"_a.noconvert(), "w_step"_a.noconvert(), "w_zero"_a.noconvert().none(),
-        "w_offset"_a.noconvert().none(), "channels"_a.noconvert(), "stride"_a.noconvert(), "padding"_a.noconvert(),
-        "dilation"_a.noconvert(), "groups"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(),
-        "variant"_a = nb::none(),
+        "g_magnitudes"_a.noconvert(), "g_pad"_a.noconvert(), "g_step"_a.noconvert(), "g_zero"_a.noconvert().none(),
+        "g_offset"_a.noconvert().none(), "w"_a.noconvert(), "w_bits"_a.noconvert(), "w_magnitudes"_a.noconvert(),
+        "w_step"_a.noconvert(), "w_zero"_a.noconvert().none(), "w_offset"_a.noconvert().none(),
+        "channels"_a.noconvert(), "stride"_a.noconvert(), "padding"_a.noconvert(), "dilation"_a.noconvert(),
+        "groups"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
         "out [N, H, W, `channels`] float32 = gradient of the convolution with respect to its input.");
   m.def("convolution8_grad_weight", convolution8_grad_weight, "g"_a.noconvert(), "g_bits"_a.noconvert(),
-        "g_pad"_a.noconvert(), "g_step"_a.noconvert(), "g_zero"_a.noconvert().none(), "g_offset"_a.noconvert().none(),
-        "x"_a.noconvert(), "x_bits"_a.noconvert(), "x_pad"_a.noconvert(), "x_step"_a.noconvert(),
-        "x_zero"_a.noconvert().none(), "x_offset"_a.noconvert().none(), "channels"_a.noconvert(),
-        "stride"_a.noconvert(), "padding"_a.noconvert(), "dilation"_a.noconvert(), "groups"_a.noconvert(),
-        "out"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+        "g_magnitudes"_a.noconvert(), "g_pad"_a.noconvert(), "g_step"_a.noconvert(), "g_zero"_a.noconvert().none(),
+        "g_offset"_a.noconvert().none(), "x"_a.noconvert(), "x_bits"_a.noconvert(), "x_magnitudes"_a.noconvert(),
+        "x_pad"_a.noconvert(), "x_step"_a.noconvert(), "x_zero"_a.noconvert().none(), "x_offset"_a.noconvert().none(),
+        "channels"_a.noconvert(), "stride"_a.noconvert(), "padding"_a.noconvert(), "dilation"_a.noconvert(),
+        "groups"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
         "out [O, I / groups, kh, kw] float32 = gradient of the convolution with respect to its weights.");
 }
 

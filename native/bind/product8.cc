@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -12,6 +13,7 @@
 #include "bind/bind.h"
 #include "bind/variants.h"
 #include "kernels/codes.h"
+#include "kernels/log_codes.h"
 
 namespace fqtstats::bind {
 namespace {
@@ -45,12 +47,20 @@ product8::Affine scales(const char* name, std::int64_t groups, std::int64_t exte
 
 std::int64_t length(const Array& a) { return a.ndim() == 1 ? static_cast<std::int64_t>(a.shape(0)) : -1; }
 
-void product8_affine(Array a, Array b, std::int64_t k, int a_bits, int b_bits, bool a_inner, bool b_inner, Array a_step,
-                     std::optional<Array> a_zero, std::optional<Array> a_offset, Array b_step,
-                     std::optional<Array> b_zero, std::optional<Array> b_offset, std::optional<Array> bias, Array out,
-                     int threads, const std::optional<std::string>& variant) {
+void check_magnitudes(const char* name, int magnitudes, int bits) {
+  check_range(name, magnitudes, 0, 7);
+  if (magnitudes > 0 && bits != 4) bad_value(name, "0, unless codes have 4 bits", magnitudes);
+}
+
+void product8_affine(Array a, Array b, std::int64_t k, int a_bits, int b_bits, int a_magnitudes, int b_magnitudes,
+                     bool a_inner, bool b_inner, Array a_step, std::optional<Array> a_zero,
+                     std::optional<Array> a_offset, Array b_step, std::optional<Array> b_zero,
+                     std::optional<Array> b_offset, std::optional<Array> bias, Array out, int threads,
+                     const std::optional<std::string>& variant) {
   check_bits("a_bits", a_bits);
   check_bits("b_bits", b_bits);
+  check_magnitudes("a_magnitudes", a_magnitudes, a_bits);
+  check_magnitudes("b_magnitudes", b_magnitudes, b_bits);
   check_range("k", k, 0, std::int64_t{1} << 40);
   check_range("threads", threads, 1, kMaxThreads);
   auto* result = data<float>("out", out, {kAny, kAny});
@@ -63,7 +73,10 @@ void product8_affine(Array a, Array b, std::int64_t k, int a_bits, int b_bits, b
                       scales("a", length(a_step), m, "a_step", a_step, "a_zero", a_zero, "a_offset", a_offset),
                       scales("b", length(b_step), n, "b_step", b_step, "b_zero", b_zero, "b_offset", b_offset),
                       data<float>("bias", bias, {n})};
-  if (b_bits == 8) p.b.flip = kFlip;
+  std::array<std::uint8_t, 16> a_values, b_values;
+  if (b_bits == 8 || b_magnitudes > 0) p.b.flip = kFlip;
+  if (a_magnitudes > 0) p.a.values = (a_values = log_bytes(a_magnitudes)).data();
+  if (b_magnitudes > 0) p.b.values = (b_values = log_bytes(b_magnitudes)).data();
   const product8::Kernel& kernel = find_variant(product8::kernels(), variant);
   nb::gil_scoped_release release;
   product8::affine(kernel, p, threads, result);
@@ -113,11 +126,13 @@ void product8_integer(Array a, Array b, std::int64_t k, int a_bits, int b_bits, 
 
 void product8(nb::module_& m) {
   m.def("product8_affine", product8_affine, "a"_a.noconvert(), "b"_a.noconvert(), "k"_a.noconvert(),
-        "a_bits"_a.noconvert(), "b_bits"_a.noconvert(), "a_inner"_a.noconvert(), "b_inner"_a.noconvert(),
-        "a_step"_a.noconvert(), "a_zero"_a.noconvert().none(), "a_offset"_a.noconvert().none(), "b_step"_a.noconvert(),
-        "b_zero"_a.noconvert().none(), "b_offset"_a.noconvert().none(), "bias"_a.noconvert().none(),
-        "out"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
-        "Product of packed codes with their scales; `inner`: the contracted index runs along a row in memory.");
+        "a_bits"_a.noconvert(), "b_bits"_a.noconvert(), "a_magnitudes"_a.noconvert(), "b_magnitudes"_a.noconvert(),
+        "a_inner"_a.noconvert(), "b_inner"_a.noconvert(), "a_step"_a.noconvert(), "a_zero"_a.noconvert().none(),
+        "a_offset"_a.noconvert().none(), "b_step"_a.noconvert(), "b_zero"_a.noconvert().none(),
+        "b_offset"_a.noconvert().none(), "bias"_a.noconvert().none(), "out"_a.noconvert(), "threads"_a.noconvert(),
+        "variant"_a = nb::none(),
+        "Product of packed codes with their scales; `inner`: the contracted index runs along a row in memory; "
+        "`magnitudes`: of logarithmic codes, whose zero is given as that of bytes, 2^(magnitudes - 1); 0: others.");
   m.def("product8_integer", product8_integer, "a"_a.noconvert(), "b"_a.noconvert(), "k"_a.noconvert(),
         "a_bits"_a.noconvert(), "b_bits"_a.noconvert(), "out"_a.noconvert(), "threads"_a.noconvert(),
         "variant"_a = nb::none(),

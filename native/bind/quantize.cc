@@ -57,6 +57,17 @@ quantize::Axis axis_of(int axis) {
 
 std::int64_t groups(int axis, std::int64_t n, std::int64_t c) { return axis < 0 ? 1 : axis == 0 ? n : c; }
 
+// Indices of samples or channels, ascending, each at most once.
+quantize::Kept kept_of(int axis, const std::optional<Array>& indices, std::int64_t extent) {
+  if (!indices) return {};
+  const auto* data = bind::data<std::int64_t>("kept", *indices, {kAny});
+  const auto count = static_cast<std::int64_t>(indices->size());
+  if (axis < 0) throw nb::value_error("kept needs an axis with a grid per index, 0 or 1, got axis -1");
+  if (count == 0) bad_value("kept", "not empty", *indices);
+  for (std::int64_t i = 0; i < count; ++i) check_range("kept", data[i], i == 0 ? 0 : data[i - 1] + 1, extent - 1);
+  return {static_cast<quantize::Axis>(axis), data, count};
+}
+
 void quantize_extremes(Array x, bool channels_last, int axis, Array low, Array high, int threads,
                        const std::optional<std::string>& variant) {
   const quantize::Input in = input_of(x, channels_last);
@@ -70,38 +81,43 @@ void quantize_extremes(Array x, bool channels_last, int axis, Array low, Array h
   quantize::extremes(kernel, in, along, threads, lows, highs);
 }
 
-int quantize_encode(Array x, bool channels_last, int axis, int rule, int bits, int random_bits,
+int quantize_encode(Array x, bool channels_last, int axis, int rule, int levels, int random_bits,
                     const std::array<std::uint32_t, 4>& words, int storage_bits, const Pair& size, const Pair& pad,
                     Array out, Array step, Array zero, Array offset, const std::optional<Array>& low,
-                    const std::optional<Array>& high, int threads, const std::optional<std::string>& variant) {
+                    const std::optional<Array>& high, const std::optional<Array>& kept, int threads,
+                    const std::optional<std::string>& variant) {
   const quantize::Input in = input_of(x, channels_last);
   const quantize::Axis along = axis_of(axis);
-  const std::int64_t count = groups(axis, in.n, in.c);
-  check_range("rule", rule, 0, 2);
-  check_range("bits", bits, rule == 2 ? 2 : 1, 8);
+  const quantize::Kept part = kept_of(axis, kept, axis == 0 ? in.n : in.c);
+  const std::int64_t n = kept && axis == 0 ? part.count : in.n, c = kept && axis == 1 ? part.count : in.c;
+  const std::int64_t count = groups(axis, n, c);
+  check_range("rule", rule, 0, 4);
+  const auto how = static_cast<quantize::Rule>(rule);
+  check_range("levels", levels, how == quantize::Rule::symmetric ? 3 : how == quantize::Rule::log ? 2 : 1, 255);
   check_range("random_bits", random_bits, 0, 24);
   const quantize::Layout layout = layout_of(storage_bits, size, pad);
-  if (storage_bits < bits) bad_value("storage_bits", "at least bits", storage_bits);
+  if (levels >> storage_bits != 0) bad_value("storage_bits", "as many as levels have", storage_bits);
   if (size[0] * size[1] != in.s) bad_value("x", "as many positions as size has", x);
-  std::uint8_t* codes = codes_of("out", out, layout, in.n, in.c);
+  std::uint8_t* codes = codes_of("out", out, layout, n, c);
   float* steps = data<float>("step", step, {count});
   auto* zeros = data<std::int32_t>("zero", zero, {count});
   float* offsets = data<float>("offset", offset, {count});
   if (low.has_value() != high.has_value())
     throw nb::value_error("low and high must be given together, got only one of them");
+  if (kept && !low) throw nb::value_error("low and high must be given with kept, got none");
   const float* lows = data<float>("low", low, {count});
   const float* highs = data<float>("high", high, {count});
   check_range("threads", threads, 1, kMaxThreads);
   const quantize::Kernel& kernel = find_variant(quantize::kernels(), variant);
-  const quantize::Recipe recipe{along, static_cast<quantize::Rule>(rule), (1 << bits) - 1, random_bits};
+  const quantize::Recipe recipe{along, how, levels, random_bits};
   const philox::Stream key{words[0], words[1], words[2], words[3]};
   nb::gil_scoped_release release;
   return static_cast<int>(
-      quantize::encode(kernel, in, recipe, key, layout, lows, highs, threads, codes, steps, zeros, offsets));
+      quantize::encode(kernel, in, part, recipe, key, layout, lows, highs, threads, codes, steps, zeros, offsets));
 }
 
 void quantize_decode(Array codes, int storage_bits, std::int64_t channels, const Pair& size, const Pair& pad, int axis,
-                     Array step, const std::optional<Array>& zero, const std::optional<Array>& offset,
+                     bool log, Array step, const std::optional<Array>& zero, const std::optional<Array>& offset,
                      bool channels_last, Array out, int threads, const std::optional<std::string>& variant) {
   const quantize::Layout layout = layout_of(storage_bits, size, pad);
   const quantize::Axis along = axis_of(axis);
@@ -115,8 +131,9 @@ void quantize_decode(Array codes, int storage_bits, std::int64_t channels, const
   float* to = channels_last ? data<float>("out", out, {n, s, channels}) : data<float>("out", out, {n, channels, s});
   check_range("threads", threads, 1, kMaxThreads);
   const quantize::Kernel& kernel = find_variant(quantize::kernels(), variant);
+  const quantize::Meaning meaning{along, log, steps, zeros, offsets};
   nb::gil_scoped_release release;
-  quantize::decode(kernel, from, layout, n, channels, along, steps, zeros, offsets, channels_last, threads, to);
+  quantize::decode(kernel, from, layout, n, channels, meaning, channels_last, threads, to);
 }
 
 }  // namespace
@@ -127,18 +144,19 @@ void quantize(nb::module_& m) {
         "Minimum and maximum of every group (axis -1: all, 0: a sample, 1: a channel) of x, float32 or bfloat16 "
         "[N, C, S], or [N, S, C] where channels_last; NaN where the group holds one.");
   m.def("quantize_encode", quantize_encode, "x"_a.noconvert(), "channels_last"_a.noconvert(), "axis"_a.noconvert(),
-        "rule"_a.noconvert(), "bits"_a.noconvert(), "random_bits"_a.noconvert(), "words"_a,
+        "rule"_a.noconvert(), "levels"_a.noconvert(), "random_bits"_a.noconvert(), "words"_a,
         "storage_bits"_a.noconvert(), "size"_a, "pad"_a, "out"_a.noconvert(), "step"_a.noconvert(),
         "zero"_a.noconvert(), "offset"_a.noconvert(), "low"_a.noconvert().none(), "high"_a.noconvert().none(),
-        "threads"_a.noconvert(), "variant"_a = nb::none(),
-        "Codes of x in their storage layout, with the grids (rule 0: affine, 1: zero_on_grid, 2: symmetric). "
-        "random_bits 0: to nearest. Returns 0, 1 where offsets are not all 0, 2 where x is not finite, 3 where a range "
-        "overflows.");
+        "kept"_a.noconvert().none(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+        "Codes of x in their storage layout, with the grids (rule 0: affine, 1: zero_on_grid, 2: symmetric, 3: log, "
+        "4: mirrored); levels: the largest code. kept: indices along `axis`, int64, of what is quantized; all others "
+        "are left out, and low and high are those of the kept groups. random_bits 0: to nearest. Returns 0, 1 where "
+        "offsets are not all 0, 2 where x is not finite, 3 where a range overflows.");
   m.def("quantize_decode", quantize_decode, "codes"_a.noconvert(), "storage_bits"_a.noconvert(),
-        "channels"_a.noconvert(), "size"_a, "pad"_a, "axis"_a.noconvert(), "step"_a.noconvert(),
+        "channels"_a.noconvert(), "size"_a, "pad"_a, "axis"_a.noconvert(), "log"_a.noconvert(), "step"_a.noconvert(),
         "zero"_a.noconvert().none(), "offset"_a.noconvert().none(), "channels_last"_a.noconvert(), "out"_a.noconvert(),
         "threads"_a.noconvert(), "variant"_a = nb::none(),
-        "(code - zero) * step + offset of codes in their storage layout.");
+        "k * step + offset of codes in their storage layout, k = code - zero; log: for k, sign(k) 2^(|k| - 1).");
 }
 
 std::vector<Variant> quantize_variants() { return list_variants("quantize", quantize::kernels()); }

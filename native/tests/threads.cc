@@ -121,7 +121,7 @@ bool householder_codes() {
 
 // There and back.
 bool quantize_tensor(std::int64_t n, std::int64_t c, std::int64_t height, std::int64_t width, bool channels_last,
-                     quantize::Axis axis, int random_bits) {
+                     quantize::Axis axis, quantize::Rule rule, int random_bits) {
   const std::int64_t size = n * c * height * width;
   const std::int64_t groups = axis == quantize::Axis::none ? 1 : axis == quantize::Axis::sample ? n : c;
   const std::vector<float> x = numbers(size);
@@ -133,10 +133,11 @@ bool quantize_tensor(std::int64_t n, std::int64_t c, std::int64_t height, std::i
                   std::vector<float>(size + 4 * groups)};
     std::vector<std::int32_t> zero(groups);
     float *step = out.numbers.data(), *offset = step + groups, *low = offset + groups, *high = low + groups;
-    quantize::encode(kernel, in, {axis, quantize::Rule::affine, 15, random_bits}, {1, 2, 3, 4}, layout, nullptr,
-                     nullptr, threads, out.codes.data(), step, zero.data(), offset);
-    quantize::decode(kernel, out.codes.data(), layout, n, c, axis, step, zero.data(), offset, channels_last, threads,
-                     high + groups);
+    const bool log = rule == quantize::Rule::log;
+    quantize::encode(kernel, in, {}, {axis, rule, log ? 14 : 15, random_bits}, {1, 2, 3, 4}, layout, nullptr, nullptr,
+                     threads, out.codes.data(), step, zero.data(), offset);
+    quantize::decode(kernel, out.codes.data(), layout, n, c, {axis, log, step, zero.data(), offset}, channels_last,
+                     threads, high + groups);
     quantize::extremes(kernel, in, axis, threads, low, high);
     return out;
   });
@@ -146,9 +147,10 @@ bool quantize_both_ways() {
   bool equal = true;
   for (const quantize::Axis axis : {quantize::Axis::none, quantize::Axis::sample, quantize::Axis::channel})
     for (const int random_bits : {0, 16}) {
+      const quantize::Rule rule = random_bits == 0 ? quantize::Rule::affine : quantize::Rule::log;
       for (const bool channels_last : {false, true})
-        equal = quantize_tensor(12, 40, 12, 13, channels_last, axis, random_bits) && equal;
-      equal = quantize_tensor(150, 500, 1, 1, false, axis, random_bits) && equal;
+        equal = quantize_tensor(12, 40, 12, 13, channels_last, axis, rule, random_bits) && equal;
+      equal = quantize_tensor(150, 500, 1, 1, false, axis, rule, random_bits) && equal;
     }
   return equal;
 }

@@ -108,8 +108,9 @@ struct Codes {
   // What they mean: one entry, or `groups` of them along the axis that fqtstats/ops/products.py allows.
   std::int64_t groups;
   const float* step;
-  const std::int32_t* zero;  // 0..255, or nullptr
-  const float* offset;       // or nullptr
+  const std::int32_t* zero;              // 0..255, or nullptr
+  const float* offset;                   // or nullptr
+  const std::uint8_t* values = nullptr;  // [16] bytes that 4-bit codes are multiplied as; nullptr: as themselves
 };
 
 // y [n][oh][ow][w.n] of x and w [w.n][x.channels / groups]; bias [w.n] or nullptr.

@@ -1,6 +1,8 @@
 #include "kernels/convolution8/images.h"
 
 #include <algorithm>
+#include <array>
+#include <cstring>
 
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -32,6 +34,19 @@ void unpack_row(const uint8_t* in, int64_t bytes, int bits, uint8_t* out) {
   }
 }
 
+// The two bytes that each byte of 4-bit codes stands for.
+using Pairs = std::array<std::array<uint8_t, 2>, 256>;
+
+Pairs pairs_of(const uint8_t* values) {
+  Pairs pairs;
+  for (int byte = 0; byte < 256; ++byte) pairs[byte] = {values[byte & 15], values[byte >> 4]};
+  return pairs;
+}
+
+void unpack_row(const uint8_t* in, int64_t bytes, const Pairs& pairs, uint8_t* out) {
+  for (int64_t i = 0; i < bytes; ++i) std::memcpy(out + 2 * i, pairs[in[i]].data(), 2);
+}
+
 }  // namespace
 
 Image unpacked(const Codes& c, int64_t groups, int threads, uint8_t* (*memory)(int64_t bytes)) {
@@ -44,11 +59,17 @@ Image unpacked(const Codes& c, int64_t groups, int threads, uint8_t* (*memory)(i
   const int64_t codes = from * 8 / c.bits;
   uint8_t* out = memory(c.n * image);
   uint8_t* wide = cpu::scratch<Rows, uint8_t>(c.n * codes);
+  Pairs pairs;
+  if (c.values != nullptr) pairs = pairs_of(c.values);
   cpu::split(c.n, std::max<int64_t>(1, (64 << 10) / image), threads, [&](int64_t begin, int64_t end) {
     uint8_t* codes_of_pixel = wide + begin * codes;
     for (int64_t i = begin * c.height * c.width; i < end * c.height * c.width; ++i) {
       const int64_t n = i / (c.height * c.width), h = i / c.width % c.height, w = i % c.width;
-      unpack_row(data + n * in_image + h * in_row + w * from, from, c.bits, codes_of_pixel);
+      const uint8_t* packed = data + n * in_image + h * in_row + w * from;
+      if (c.values != nullptr)
+        unpack_row(packed, from, pairs, codes_of_pixel);
+      else
+        unpack_row(packed, from, c.bits, codes_of_pixel);
       for (int64_t g = 0; g < groups; ++g) {
         uint8_t* to = out + i * pixel + g * group;
         std::copy_n(codes_of_pixel + g * per_group, per_group, to);

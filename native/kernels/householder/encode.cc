@@ -68,7 +68,7 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
   const quantize::Status status = find_ranges(low, high, rows, ranges);
   if (status != quantize::Status::ok) return {status, kNotTransformed};
   if (rows < 2 || *std::max_element(ranges, ranges + rows) == 0)
-    return {quantize::encode(rounding, in, recipe, key, layout, low, high, threads, out, step, zero, offset),
+    return {quantize::encode(rounding, in, {}, recipe, key, layout, low, high, threads, out, step, zero, offset),
             kNotTransformed};
   const std::int64_t count = group_rows(ranges, rows, groups);
 
@@ -100,7 +100,7 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
     forward(kernel, transform, wide ? static_cast<const float*>(in.x) : y, columns, threads, y, lows, highs);
     quantize::Input transformed{y, quantize::Type::f32, in.channels_last, many, in.c, in.s};
     transformed.first = first;
-    const quantize::Status s = quantize::encode(rounding, transformed, recipe, key, layout, lows, highs, threads,
+    const quantize::Status s = quantize::encode(rounding, transformed, {}, recipe, key, layout, lows, highs, threads,
                                                 out + first * bytes, step + first, zero + first, offset + first);
     if (s != quantize::Status::ok && s != quantize::Status::ok_with_offset) return {s, count};
     first = end;

@@ -21,16 +21,25 @@ FQTSTATS_INLINE __mmask16 first_lanes(std::int64_t count) {
   return static_cast<__mmask16>(count >= kLanes ? 0xFFFF : count <= 0 ? 0 : 0xFFFF >> (kLanes - count));
 }
 
-// `count` codes (64 at most) from a byte boundary on, flipped, one per byte; 0 beyond.
+// How codes become bytes: their flip, or for 4 bits the bytes that they stand for, in every lane of 16.
+FQTSTATS_INLINE __m512i map_of(const Operand& op) {
+  if (op.bits != 4) return _mm512_set1_epi8(static_cast<char>(op.flip));
+  const __m128i themselves = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  if (op.values == nullptr) return _mm512_broadcast_i32x4(themselves);
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(op.values));
+  return _mm512_broadcast_i32x4(_mm_xor_si128(values, _mm_set1_epi8(static_cast<char>(op.flip))));
+}
+
+// `count` codes (64 at most) from a byte boundary on, mapped, one per byte; 0 beyond.
 template <int kBits>
-FQTSTATS_INLINE __m512i load_codes(const std::uint8_t* from, std::int64_t count, __m512i flip) {
+FQTSTATS_INLINE __m512i load_codes(const std::uint8_t* from, std::int64_t count, __m512i map) {
   const __mmask64 valid = first_bytes(count), bytes = first_bytes((count * kBits + 7) / 8);
   if constexpr (kBits == 8) {
-    return _mm512_maskz_mov_epi8(valid, _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(valid, from)));
+    return _mm512_maskz_mov_epi8(valid, _mm512_xor_si512(map, _mm512_maskz_loadu_epi8(valid, from)));
   } else if constexpr (kBits == 4) {
     const __m512i x = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(bytes), from));
-    return _mm512_maskz_mov_epi8(valid,
-                                 _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi16(x, 4)), _mm512_set1_epi8(15)));
+    const __m512i codes = _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi16(x, 4)), _mm512_set1_epi8(15));
+    return _mm512_maskz_shuffle_epi8(valid, map, codes);
   } else if constexpr (kBits == 2) {
     __m512i x = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(bytes), from));
     x = _mm512_or_si512(x, _mm512_slli_epi32(x, 12));
@@ -91,13 +100,13 @@ FQTSTATS_INLINE void interleave(const __m512i r[4], int vectors, std::uint8_t* o
 template <int kBits>
 static void words_of_columns(const Operand& op, std::int64_t first, int columns, int vectors, std::int64_t k0,
                              std::int64_t kc, std::uint8_t* out) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(op.flip));
+  const __m512i map = map_of(op);
   const std::uint8_t* from = op.data + k0 * op.stride + first * kBits / 8;
   for (std::int64_t k = 0; k < kc; k += 4, out += 64 * vectors) {
     __m512i r[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
-      r[i] = k + i < kc ? load_codes<kBits>(from + (k + i) * op.stride, columns, flip) : _mm512_setzero_si512();
+      r[i] = k + i < kc ? load_codes<kBits>(from + (k + i) * op.stride, columns, map) : _mm512_setzero_si512();
     interleave(r, vectors, out);
   }
 }
@@ -108,7 +117,7 @@ static void words_of_rows(const Operand& op, std::int64_t first, int columns, in
                           std::int64_t kc, std::uint8_t* out) {
   static_assert(!kNibbles || kBits == 4);
   constexpr int kPerWord = kNibbles ? 8 : 4, kStep = 16 * kPerWord;
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(op.flip));
+  const __m512i map = map_of(op);
   const std::int64_t groups = (kc + kPerWord - 1) / kPerWord;
   for (std::int64_t k = 0; k < kc; k += kStep)
     for (int j = 0; j < vectors; ++j) {
@@ -121,8 +130,8 @@ static void words_of_rows(const Operand& op, std::int64_t first, int columns, in
           r[i] = _mm512_setzero_si512();
         } else if constexpr (kNibbles) {
           // From (k, k+1), (k+2, k+3), ... to (k, k+4), (k+1, k+5), ... in every word.
-          const __m512i low = load_codes<4>(from, kc - k, flip);
-          const __m512i high = load_codes<4>(from + 32, kc - k - 64, flip);
+          const __m512i low = load_codes<4>(from, kc - k, map);
+          const __m512i high = load_codes<4>(from + 32, kc - k - 64, map);
           const __m512i even =
               _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(low), _mm512_castsi512_ps(high), 0x88));
           const __m512i odd =
@@ -131,7 +140,7 @@ static void words_of_rows(const Operand& op, std::int64_t first, int columns, in
           // 64-bit parts: low 0, high 0, low 1, high 1, ...
           r[i] = _mm512_permutexvar_epi64(_mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0), words);
         } else {
-          r[i] = load_codes<kBits>(from, kc - k, flip);
+          r[i] = load_codes<kBits>(from, kc - k, map);
         }
       }
       transpose(r);
@@ -186,13 +195,13 @@ static void pack_panel(const Operand& op, std::int64_t first, int columns, std::
 template <int kBits>
 static void copy_rows(const Operand& op, std::int64_t first, std::int64_t rows, std::int64_t k0, std::int64_t kc,
                       std::uint8_t* out, std::int64_t ldo) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(op.flip));
+  const __m512i map = map_of(op);
   for (std::int64_t i = 0; i < rows; ++i) {
     const std::uint8_t* from = op.data + (first + i) * op.stride + k0 * kBits / 8;
     std::uint8_t* to = out + i * ldo;
     for (std::int64_t k = 0; k < kc; k += 64)
       _mm512_mask_storeu_epi8(to + k, first_bytes((kc - k + 3) / 4 * 4),
-                              load_codes<kBits>(from + k * kBits / 8, kc - k, flip));
+                              load_codes<kBits>(from + k * kBits / 8, kc - k, map));
   }
 }
 

@@ -67,7 +67,7 @@ Cut cut(std::int64_t k, std::int64_t n, bool nibbles) {
 template <typename Ready>
 void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int64_t m, std::int64_t n, std::int64_t k,
              int threads, void* c, std::int64_t* sum_a, std::int64_t* sum_b, const Finish* finish, const Ready& ready) {
-  const bool nibbles = b.bits == 4 && b.inner;
+  const bool nibbles = b.bits == 4 && b.inner && b.values == nullptr;
   const Cut cuts = cut(k, n, nibbles);
   const std::int64_t panels = ceil_div(n, kTileColumns), width = round_up(n, kLanes);
   const std::int64_t column_bytes = cuts.depth / (nibbles ? 2 : 1);  // of one chunk
@@ -154,9 +154,9 @@ void product(const Kernel& kernel, const Operand& a, const Operand& b, std::int6
   }
 }
 
-// The largest |code - zero|.
-std::int64_t reach(const Affine& scale, int bits, std::int64_t groups) {
-  const std::int64_t top = (1 << bits) - 1;
+// At most the largest |code - zero|.
+std::int64_t reach(const Affine& scale, const Operand& op, std::int64_t groups) {
+  const std::int64_t top = op.values != nullptr ? 255 : (1 << op.bits) - 1;
   if (scale.zero == nullptr) return top;
   std::int64_t most = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
@@ -259,8 +259,8 @@ void run(const Kernel& kernel, const Problem& p, int threads, void* out) {
                       columns.v,
                       p.bias,
                       is_affine && !p.scale_a.grouped && !columns.offset_b && columns.one_zero()};
-  const auto most = static_cast<double>(reach(p.scale_a, p.a.bits, p.scale_a.grouped ? p.m : 1)) *
-                    static_cast<double>(reach(p.scale_b, p.b.bits, p.scale_b.grouped ? p.n : 1));
+  const auto most = static_cast<double>(reach(p.scale_a, p.a, p.scale_a.grouped ? p.m : 1)) *
+                    static_cast<double>(reach(p.scale_b, p.b, p.scale_b.grouped ? p.n : 1));
   if (!is_affine || most * static_cast<double>(p.k) < 2147483648.0) {
     const bool plain = !is_affine && shift_a == 0 && columns.centered();
     product(kernel, p.a, p.b, p.m, p.n, p.k, threads, out, need_a ? sum_a : nullptr, sum_b, plain ? nullptr : &finish,

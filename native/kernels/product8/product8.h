@@ -3,7 +3,8 @@
 //   P[m, n] = sum_k ua[m, k] sb[n, k],   ua = a ^ flip_a, unsigned;   sb = b ^ flip_b, signed
 //
 // in int32. u8 codes of b are flipped by 0x80, which subtracts 128; s8 values of a likewise, which adds 128; codes of 4
-// bits and fewer are both signed and unsigned as they are. With za and zb in these shifted units,
+// bits and fewer are both signed and unsigned as they are, but for logarithmic ones, which become bytes where they are
+// packed (kernels/log_codes.h). With za and zb in these shifted units,
 //
 //   I[m, n] = sum_k (ua - za)(sb - zb) = P - za[m] Cb[n] - zb[n] Sa[m],   Sa = sum_k ua,   Cb = sum_k (sb - zb)
 //
@@ -31,7 +32,8 @@ struct Operand {
   int bits;           // 1, 2, 4 or 8
   bool inner;         // the contracted index runs along a row in memory: element (i, k) is code k of row i, else i of k
   bool words;         // whole words of four codes may be read from every row, whatever K; for 8 bits
-  std::uint8_t flip;  // exclusive or on every code, for 8 bits
+  std::uint8_t flip;  // exclusive or on every byte, for 8 bits and `values`
+  const std::uint8_t* values = nullptr;  // [16] bytes that 4-bit codes are multiplied as; nullptr: as themselves
 
   // The same operand from k = first on; `first` is a multiple of 8.
   Operand from(std::int64_t first) const {

@@ -10,7 +10,8 @@ namespace {
 std::uint8_t element(const Operand& op, std::int64_t i, std::int64_t k) {
   const std::int64_t bit = (op.inner ? k : i) * op.bits;
   const std::uint8_t byte = op.data[(op.inner ? i : k) * op.stride + bit / 8];
-  return static_cast<std::uint8_t>(((byte >> (bit % 8)) & ((1 << op.bits) - 1)) ^ op.flip);
+  const int code = (byte >> (bit % 8)) & ((1 << op.bits) - 1);
+  return static_cast<std::uint8_t>((op.values != nullptr ? op.values[code] : code) ^ op.flip);
 }
 
 void pack_rows(const Operand& op, std::int64_t first, std::int64_t rows, std::int64_t k0, std::int64_t kc,

@@ -28,12 +28,19 @@ static void unpack(const std::uint8_t* from, std::int64_t count, std::uint8_t* t
     to[i] = static_cast<std::uint8_t>(from[i / kPerByte] >> (i % kPerByte * kBits) & kMask);
 }
 
+// What 4-bit codes stand for.
+void unpack(const std::uint8_t* from, std::int64_t count, const std::uint8_t* values, std::uint8_t* to) {
+  for (std::int64_t i = 0; i < count; ++i) to[i] = values[from[i / 2] >> (i % 2 * 4) & 15];
+}
+
 Bytes bytes(const Operand& op, std::int64_t row, std::int64_t rows, std::int64_t first, std::int64_t count,
             std::uint8_t* tile) {
   const std::uint8_t* from = op.data + row * op.stride + first * op.bits / 8;
   if (op.bits == 8) return {from, op.stride};
   for (std::int64_t i = 0; i < rows; ++i, from += op.stride, tile += kBlock) {
-    if (op.bits == 4)
+    if (op.bits == 4 && op.values != nullptr)
+      unpack(from, count, op.values, tile);
+    else if (op.bits == 4)
       unpack<4>(from, count, tile);
     else if (op.bits == 2)
       unpack<2>(from, count, tile);

@@ -32,6 +32,8 @@ constexpr std::int64_t kPositions = 1024;
 constexpr std::int64_t kRun = 1024;
 // Elements per thread, some 10 us.
 constexpr std::int64_t kGrain = 32768;
+// Of kept channels: elements whose random bits are made at a time, kept or not; shorter runs are not worth their own.
+constexpr std::int64_t kSpan = 16384, kShort = 128;
 
 std::int64_t groups_of(Axis axis, std::int64_t n, std::int64_t c) {
   return axis == Axis::none ? 1 : axis == Axis::sample ? n : c;
@@ -137,19 +139,22 @@ namespace {
 // One call of encode(); its methods work on disjoint parts of the output.
 class Encoder {
  public:
-  Encoder(const Kernel& kernel, const Input& in, const Recipe& recipe, const philox::Stream& key, const Layout& layout,
-          std::uint8_t* out, float* step, std::int32_t* zero, float* offset)
+  Encoder(const Kernel& kernel, const Input& in, const Kept& kept, const Recipe& recipe, const philox::Stream& key,
+          const Layout& layout, std::uint8_t* out, float* step, std::int32_t* zero, float* offset)
       : kernel_(kernel),
         in_(in),
+        kept_(kept),
+        n_(kept.axis == Axis::sample ? kept.count : in.n),
+        c_(kept.axis == Axis::channel ? kept.count : in.c),
         recipe_(recipe),
         key_(key),
-        place_(layout, in.c),
+        place_(layout, c_),
         out_(out),
         step_(step),
         zero_(zero),
         offset_(offset) {
     struct Parameters;
-    const std::int64_t groups = groups_of(recipe.axis, in.n, in.c);
+    const std::int64_t groups = groups_of(recipe.axis, n_, c_);
     prescale_ = cpu::scratch<Parameters, float>(3 * groups);
     scale_ = prescale_ + groups;
     zero_code_ = scale_ + groups;
@@ -160,7 +165,9 @@ class Encoder {
   // The grid of group g; whether there is one.
   bool set_grid(std::int64_t g, float low, float high) {
     const bool finite = std::isfinite(low) && std::isfinite(high);
-    if (!finite || static_cast<double>(high) - low > std::numeric_limits<float>::max()) {
+    double span = static_cast<double>(high) - low;
+    if (recipe_.rule == Rule::mirrored && span > 0) span = 2.0 * std::max(std::abs(low), std::abs(high));
+    if (!finite || span > std::numeric_limits<float>::max()) {
       (finite ? overflows_ : not_finite_).store(true, std::memory_order_relaxed);
       return false;
     }
@@ -195,18 +202,27 @@ class Encoder {
     return from_low_ ? Status::ok_with_offset : Status::ok;
   }
 
-  // Rows [begin, end) of a matrix: one row, or some kRun elements.
+  // Samples and channels of the result.
+  std::int64_t samples() const { return n_; }
+  std::int64_t channels() const { return c_; }
+
+  // Rows [begin, end) of a matrix: one row, or some kRun elements of all rows.
   void rows(std::int64_t begin, std::int64_t end) {
-    for (std::int64_t c = 0; c < in_.c; c += kRun) {
-      const std::int64_t count = std::min(kRun, in_.c - c), element = begin * in_.c + c;
+    for (std::int64_t c = 0; c < c_; c += kRun) {
+      const std::int64_t count = std::min(kRun, c_ - c), element = sample(begin) * in_.c + c;
       Rectangle r = rectangle(begin, c, end - begin, count);
-      r.x = at(in_, element);
+      if (kept_.axis == Axis::channel) {
+        r.x = gathered(at(in_, begin * in_.c), 0, 1, c, count);
+        r.bits = gathered_bits(begin, c, count, 1);
+      } else {
+        r.x = at(in_, element);
+        prefetch(r.x, r.rows * count);
+        r.bits = run_of_bits(element, r.rows * count);
+      }
       r.x_stride = in_.c;
-      prefetch(r.x, r.rows * count);
-      r.bits = run_of_bits(element, r.rows * count);
       r.bits_stride = r.codes_stride = count;
       // Bytes without padding need no packing.
-      const bool packed = place_.row == in_.c && place_.layout.bits == 8;
+      const bool packed = place_.row == c_ && place_.layout.bits == 8;
       r.codes = packed ? out_ + begin * place_.row + c : codes();
       if (packed) r.codes_stride = place_.row;
       run(r, recipe_.axis == Axis::sample);
@@ -219,8 +235,8 @@ class Encoder {
   // Positions of one chunk of image n, and with the first chunk the border.
   void positions(std::int64_t n, const Chunks& chunks, std::int64_t chunk) {
     const std::int64_t s = chunks.begin(chunk), length = chunks.length(chunk);
-    for (std::int64_t c = 0; c < in_.c; c += kTile) {
-      const std::int64_t channels = std::min(kTile, in_.c - c);
+    for (std::int64_t c = 0; c < c_; c += kTile) {
+      const std::int64_t channels = std::min(kTile, c_ - c);
       in_.channels_last ? last(n, c, channels, s, length) : first(n, c, channels, s, length);
     }
     if (chunk == 0) border(n);
@@ -228,6 +244,10 @@ class Encoder {
 
  private:
   int type() const { return static_cast<int>(in_.type); }
+
+  // Where sample n and channel c of the result come from.
+  std::int64_t sample(std::int64_t n) const { return kept_.axis == Axis::sample ? kept_.indices[n] : n; }
+  std::int64_t channel(std::int64_t c) const { return kept_.axis == Axis::channel ? kept_.indices[c] : c; }
 
   Rectangle rectangle(std::int64_t n, std::int64_t c, std::int64_t rows, std::int64_t count) const {
     const std::int64_t g = recipe_.axis == Axis::none ? 0 : recipe_.axis == Axis::sample ? n : c;
@@ -237,6 +257,7 @@ class Encoder {
     r.grids = {offset_ + g, prescale_ + g, scale_ + g, zero_code_ + g};
     r.columns = recipe_.axis == Axis::channel;
     r.from_low = !other_;
+    r.log = recipe_.rule == Rule::log;
     r.random_bits = recipe_.random_bits;
     r.levels = recipe_.levels;
     return r;
@@ -264,12 +285,21 @@ class Encoder {
 
   // Channels first: every channel's run of positions, then the transpose.
   void first(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s, std::int64_t length) {
-    const std::int64_t step = std::max<std::int64_t>(kRun / length, 1);
+    const auto from = [&](std::int64_t i) { return at(in_, (sample(n) * in_.c + channel(c + i)) * in_.s + s); };
+    const bool apart = kept_.axis == Axis::channel;  // channels do not follow each other
+    const std::int64_t step = apart && length >= kShort ? 1 : std::max<std::int64_t>(kRun / length, 1);
     for (std::int64_t i = 0; i < channels; i += step) {
       Rectangle r = rectangle(n, c + i, std::min(step, channels - i), length);
-      r.x = at(in_, (n * in_.c + c + i) * in_.s + s);
+      r.x = from(i);
       r.x_stride = in_.s;
-      for (std::int64_t j = 0; j < r.rows; ++j) prefetch(at(in_, (n * in_.c + c + i + j) * in_.s + s), length);
+      for (std::int64_t j = 0; j < r.rows; ++j) prefetch(from(i + j), length);
+      if (apart && r.rows > 1) {
+        const std::size_t bytes = static_cast<std::size_t>(length) * size();
+        char* const together = static_cast<char*>(block_of_numbers());
+        for (std::int64_t j = 0; j < r.rows; ++j) std::memcpy(together + j * bytes, from(i + j), bytes);
+        r.x = together;
+        r.x_stride = length;
+      }
       r.bits = bits_of(n, c + i, r.rows, s, length, &r.bits_stride);
       r.codes = codes() + i * length;
       r.codes_stride = length;
@@ -293,8 +323,12 @@ class Encoder {
     for (std::int64_t p = 0; p < length; p += kTile) {
       const std::int64_t many = std::min(kTile, length - p);
       Rectangle r = rectangle(n, c, many, channels);
-      r.x = at(in_, (n * in_.s + s + p) * in_.c + c);
+      r.x = at(in_, (sample(n) * in_.s + s + p) * in_.c + c);
       r.x_stride = in_.c;
+      if (kept_.axis == Axis::channel) {
+        r.x = gathered(at(in_, (n * in_.s + s + p) * in_.c), in_.c, many, c, channels);
+        r.x_stride = channels;
+      }
       if (bits != nullptr) {
         std::int32_t* turned = cpu::scratch<Transposed, std::int32_t>(kTile * kTile);
         kernel_.transpose_bits(bits + p, stride, channels, many, turned, kTile);
@@ -331,6 +365,43 @@ class Encoder {
     return cpu::scratch<Tile, std::uint8_t>(kTile * kTile);
   }
 
+  std::size_t size() const { return in_.type == Type::bf16 ? 2 : 4; }
+
+  void* block_of_numbers() const {
+    struct Gathered;
+    return cpu::scratch<Gathered, float>(std::max(kRun, kTile * kTile));
+  }
+
+  // The kept channels c .. c + count - 1 of rows that begin `stride` elements apart.
+  const void* gathered(const void* from, std::int64_t stride, std::int64_t rows, std::int64_t c,
+                       std::int64_t count) const {
+    const auto gather = [&](const auto* x, auto* out) {
+      for (std::int64_t r = 0; r < rows; ++r, x += stride)
+        for (std::int64_t i = 0; i < count; ++i) *out++ = x[kept_.indices[c + i]];
+      return static_cast<const void*>(out - rows * count);
+    };
+    if (in_.type == Type::bf16)
+      return gather(static_cast<const std::uint16_t*>(from), static_cast<std::uint16_t*>(block_of_numbers()));
+    return gather(static_cast<const float*>(from), static_cast<float*>(block_of_numbers()));
+  }
+
+  // Random bits of a few positions of the kept channels c .. c + count - 1 of sample n, [count][length]: those of other
+  // channels between them are left out.
+  const std::int32_t* gathered_bits(std::int64_t n, std::int64_t c, std::int64_t count, std::int64_t length) const {
+    struct Bits;
+    if (recipe_.random_bits == 0) return nullptr;
+    std::int32_t* out = cpu::scratch<Bits, std::int32_t>(std::max(kRun, kTile * kShort));
+    for (std::int64_t i = 0; i < count;) {
+      const std::int64_t first = channel(c + i);
+      std::int64_t stop = i + 1;
+      while (stop < count && (channel(c + stop) + 1 - first) * length <= kSpan) ++stop;
+      const std::int32_t* bits =
+          run_of_bits((n * in_.c + first) * length, (channel(c + stop - 1) + 1 - first) * length);
+      for (; i < stop; ++i) std::copy_n(bits + (channel(c + i) - first) * length, length, out + i * length);
+    }
+    return out;
+  }
+
   // Random bits of elements index .. index + count - 1.
   const std::int32_t* run_of_bits(std::int64_t index, std::int64_t count) const {
     if (recipe_.random_bits == 0) return nullptr;
@@ -344,12 +415,15 @@ class Encoder {
   const std::int32_t* bits_of(std::int64_t n, std::int64_t c, std::int64_t channels, std::int64_t s,
                               std::int64_t length, std::int64_t* stride) const {
     *stride = length;
-    const std::int64_t index = (n * in_.c + c) * in_.s + s;
-    if (length == in_.s || recipe_.random_bits == 0) return run_of_bits(index, channels * length);
+    const bool apart = kept_.axis == Axis::channel;
+    if (apart && length == in_.s && length < kShort) return gathered_bits(n, c, channels, length);
+    const std::int64_t index = (sample(n) * in_.c + (apart ? 0 : c)) * in_.s + s;
+    if ((!apart && length == in_.s) || recipe_.random_bits == 0) return run_of_bits(index, channels * length);
     std::int32_t* buffer = bits_buffer() + kMaxTile;
     *stride = kPositions + kMaxTile;
     for (std::int64_t i = 0; i < channels; ++i) {
-      const std::int64_t from = index + (in_.first * in_.c + i) * in_.s, skip = from % tile();
+      const std::int64_t own = apart ? channel(c + i) : i;
+      const std::int64_t from = index + (in_.first * in_.c + own) * in_.s, skip = from % tile();
       fill_bits(from - skip, skip + length, buffer + i * *stride - skip);
     }
     return buffer;
@@ -370,9 +444,9 @@ class Encoder {
     const Layout& layout = place_.layout;
     if (layout.pad_h == 0 && layout.pad_w == 0) return;
     std::uint8_t* image = out_ + n * place_.image * place_.row;
-    for (std::int64_t c = 0; c < in_.c; c += kTile) {
+    for (std::int64_t c = 0; c < c_; c += kTile) {
       std::uint8_t zeros[kTile];
-      const std::int64_t channels = std::min(kTile, in_.c - c);
+      const std::int64_t channels = std::min(kTile, c_ - c);
       for (std::int64_t i = 0; i < channels; ++i) {
         const std::int64_t g = recipe_.axis == Axis::none ? 0 : recipe_.axis == Axis::sample ? n : c + i;
         zeros[i] = static_cast<std::uint8_t>(zero_[g]);
@@ -395,6 +469,8 @@ class Encoder {
 
   const Kernel& kernel_;
   const Input in_;
+  const Kept kept_;
+  const std::int64_t n_, c_;
   const Recipe recipe_;
   const philox::Stream key_;
   const Place place_;
@@ -409,12 +485,13 @@ class Encoder {
 
 }  // namespace
 
-Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const philox::Stream& key,
+Status encode(const Kernel& kernel, const Input& in, const Kept& kept, const Recipe& recipe, const philox::Stream& key,
               const Layout& layout, const float* low, const float* high, int threads, std::uint8_t* out, float* step,
               std::int32_t* zero, float* offset) {
   struct Extremes;
-  Encoder encoder(kernel, in, recipe, key, layout, out, step, zero, offset);
-  const std::int64_t groups = groups_of(recipe.axis, in.n, in.c);
+  Encoder encoder(kernel, in, kept, recipe, key, layout, out, step, zero, offset);
+  const std::int64_t samples = encoder.samples(), channels = encoder.channels();
+  const std::int64_t groups = groups_of(recipe.axis, samples, channels);
   // A sample's extremes are found just before its codes, while it is in the cache.
   const bool by_sample = low == nullptr && recipe.axis == Axis::sample;
   if (!by_sample) {
@@ -427,21 +504,24 @@ Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const
     if (!encoder.set_grids(low, high, 0, groups)) return encoder.status();
   }
   if (in.s == 1 && layout.pad_h == 0 && layout.pad_w == 0) {
-    const std::int64_t block = std::max<std::int64_t>((kRun + in.c / 2) / in.c, 1);  // rows: some kRun elements
-    cpu::split(ceil_div(in.n, block), kGrain / (block * in.c) + 1, threads, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t n = begin * block; n < std::min(end * block, in.n); n += block) {
-        const std::int64_t stop = std::min(n + block, in.n);
-        bool good = true;
-        if (by_sample)
-          for (std::int64_t i = n; i < stop; ++i) good = encoder.set_sample_grid(i) && good;
-        if (good) encoder.rows(n, stop);
-      }
-    });
+    // Rows: some kRun elements, if the rows follow each other.
+    const bool whole = kept.axis == Axis::none;
+    const std::int64_t block = whole ? std::max<std::int64_t>((kRun + channels / 2) / channels, 1) : 1;
+    cpu::split(ceil_div(samples, block), kGrain / (block * channels) + 1, threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t n = begin * block; n < std::min(end * block, samples); n += block) {
+                   const std::int64_t stop = std::min(n + block, samples);
+                   bool good = true;
+                   if (by_sample)
+                     for (std::int64_t i = n; i < stop; ++i) good = encoder.set_sample_grid(i) && good;
+                   if (good) encoder.rows(n, stop);
+                 }
+               });
     return encoder.status();
   }
   const Chunks chunks(in.s);
   const std::int64_t per_sample = by_sample ? 1 : chunks.count();
-  cpu::split(in.n * per_sample, kGrain * per_sample / (in.c * in.s) + 1, threads,
+  cpu::split(samples * per_sample, kGrain * per_sample / (channels * in.s) + 1, threads,
              [&](std::int64_t begin, std::int64_t end) {
                for (std::int64_t i = begin; i < end; ++i) {
                  if (!by_sample)
@@ -454,17 +534,17 @@ Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const
 }
 
 void decode(const Kernel& kernel, const std::uint8_t* codes, const Layout& layout, std::int64_t n, std::int64_t c,
-            Axis axis, const float* step, const std::int32_t* zero, const float* offset, bool channels_last,
-            int threads, float* out) {
+            const Meaning& meaning, bool channels_last, int threads, float* out) {
   struct Parameters;
   struct Block;
   const Place place(layout, c);
+  const Axis axis = meaning.axis;
   const std::int64_t groups = groups_of(axis, n, c), s = layout.height * layout.width;
   float* zeros = cpu::scratch<Parameters, float>(2 * groups);
   float* offsets = zeros + groups;
   for (std::int64_t g = 0; g < groups; ++g) {
-    zeros[g] = zero == nullptr ? 0 : static_cast<float>(zero[g]);
-    offsets[g] = offset == nullptr ? 0 : offset[g];
+    zeros[g] = meaning.zero == nullptr ? 0 : static_cast<float>(meaning.zero[g]);
+    offsets[g] = meaning.offset == nullptr ? 0 : meaning.offset[g];
   }
   // The rows of a matrix are taken together like the positions of an image.
   const bool matrix = s == 1 && layout.pad_h == 0 && layout.pad_w == 0;
@@ -488,7 +568,8 @@ void decode(const Kernel& kernel, const std::uint8_t* codes, const Layout& layou
                    }
                    const std::int64_t g = axis == Axis::none ? 0 : axis == Axis::channel ? c0 : matrix ? first : image;
                    Decoded d{};
-                   d.step = step + g;
+                   d.log = meaning.log;
+                   d.step = meaning.step + g;
                    d.zero = zeros + g;
                    d.offset = offsets + g;
                    if (matrix || channels_last) {

@@ -49,6 +49,16 @@ Grid make_grid(Rule rule, float low, float high, int levels) {
       const double largest = std::max(std::abs(low), std::abs(high));
       return span == 0 ? finish(0, true, 0, low, true) : finish(largest / half, false, half, 0, false);
     }
+    case Rule::log: {
+      const int magnitudes = levels / 2;
+      const double largest = std::max(std::abs(low), std::abs(high));
+      return finish(std::ldexp(largest, 1 - magnitudes), span == 0, magnitudes, span == 0 ? low : 0, span == 0);
+    }
+    case Rule::mirrored: {
+      const float largest = std::max(std::abs(low), std::abs(high));
+      if (span > 0) return finish(2 * static_cast<double>(largest) / levels, false, 0, -largest, true);
+      break;
+    }
     case Rule::affine:
       break;
   }

@@ -4,12 +4,14 @@
 // minimum and maximum; see make_grid. An element's coordinate and code, each operation rounded to float32 by itself:
 //
 //   y = ((x - offset) * prescale) * scale
+//   y = sign(y) (n + |y| / 2^n) where |y| >= 1, n = floor(log2 |y|)      rule `log` alone
 //   r = floor(y) + (bits < floor((y - floor(y)) * 2^n))     stochastic, n random bits
 //   r = y rounded to nearest, ties to even                   otherwise
 //   code = min(max(r + zero, 0), levels)
 //
-// and back: x' = (code - zero) * step + offset. The random bits of element (n, c, s) are number (n C + c) S + s of a
-// Philox stream (kernels/philox), whatever the memory order.
+// and back: x' = k * step + offset with k = code - zero, in whose place rule `log` has sign(k) 2^(|k| - 1), or 0 for
+// k = 0. The random bits of element (n, c, s) are number (n C + c) S + s of a Philox stream (kernels/philox), whatever
+// the memory order.
 //
 // Codes are stored with the channel innermost and packed, the first one in the lowest bits of the first byte; a row
 // (the channels of one sample and position) starts at a multiple of 4 bytes (8 for 1-bit codes), the rest of its last
@@ -48,6 +50,7 @@ struct Rectangle {
   bool columns;   // element i has grid i; otherwise row r has grid r * grid_step
   int grid_step;  // 0 or 1
   bool from_low;  // every grid starts at its minimum, without prescale: y >= 0 and zero = 0
+  bool log;       // of rule `log`
   int random_bits;
   int levels;
 };
@@ -60,6 +63,7 @@ struct Decoded {
   const float *step, *zero, *offset;
   bool columns;
   int grid_step;
+  bool log;
   float* x;
   std::int64_t x_stride;
 };
@@ -92,10 +96,11 @@ inline constexpr std::int64_t kTile = 64;
 // Every variant that was built, fastest first.
 std::span<const Kernel> kernels();
 
-enum class Rule : std::uint8_t { affine, zero_on_grid, symmetric };
+enum class Rule : std::uint8_t { affine, zero_on_grid, symmetric, log, mirrored };
 enum class Axis : std::int8_t { none = -1, sample = 0, channel = 1 };
 
-// Grid points are (code - zero) * step + offset. A group of equal elements has step 0 and is its own offset.
+// Grid points are (code - zero) * step + offset, but for rule `log`. A group of equal elements has step 0 and is its
+// own offset.
 struct Grid {
   float step, offset, prescale, scale, zero;
   bool from_low;  // starts at the minimum; otherwise zero is a grid point and the offset is 0
@@ -105,7 +110,9 @@ struct Grid {
 //   affine        step = (high - low) / levels, offset = low, zero = 0;
 //   zero_on_grid  the smallest step with a point at 0 that covers [min(low, 0), max(high, 0)]; with one bin and both
 //                 signs there is none, and the grid is the affine one;
-//   symmetric     step = max(|low|, |high|) / h, zero = h = (levels - 1) / 2 rounded down; the last code is not used.
+//   symmetric     step = max(|low|, |high|) / h, zero = h = (levels - 1) / 2 rounded down; the last code is not used;
+//   log           step = max(|low|, |high|) / 2^(m - 1), zero = m = levels / 2: the points are 0 and +-step 2^e, e < m;
+//   mirrored      the affine grid from -max(|low|, |high|) to max(|low|, |high|).
 // A subnormal step is rounded up. prescale (1 or 2^100) lifts tiny groups, scale = 1 / (step * prescale).
 // Precondition: low and high are finite and high - low <= the largest float.
 Grid make_grid(Rule rule, float low, float high, int levels);
@@ -116,6 +123,14 @@ struct Input {
   bool channels_last;
   std::int64_t n, c, s;
   std::int64_t first = 0;  // number of the first sample in the random stream, where x is a part of a tensor
+};
+
+// Samples or channels of a tensor that are quantized, in ascending order, as if there were no others; only the numbers
+// of the random bits count those.
+struct Kept {
+  Axis axis = Axis::none;  // none: all of them
+  const std::int64_t* indices = nullptr;
+  std::int64_t count = 0;
 };
 
 // Minimum and maximum of every group; NaN where it holds one.
@@ -130,22 +145,30 @@ struct Layout {
 struct Recipe {
   Axis axis;
   Rule rule;
-  int levels;       // 2^b - 1
+  int levels;       // the largest code: 2^b - 1; twice the number of magnitudes for rule `log`
   int random_bits;  // 1..24, or 0: to nearest
 };
 
 enum class Status : std::int8_t { ok, ok_with_offset, not_finite, range_overflows };
 
-// Quantizes. low and high are the groups' extremes, or nullptr. Writes all of out, and one step, zero and offset per
-// group; unless Status is ok_with_offset, every offset is 0. After not_finite and range_overflows the output is
-// undefined.
-Status encode(const Kernel& kernel, const Input& in, const Recipe& recipe, const philox::Stream& key,
+// Quantizes. low and high are the extremes of the groups (that are kept), or nullptr where all are kept. Writes all of
+// out, and one step, zero and offset per group; unless Status is ok_with_offset, every offset is 0. After not_finite
+// and range_overflows the output is undefined.
+Status encode(const Kernel& kernel, const Input& in, const Kept& kept, const Recipe& recipe, const philox::Stream& key,
               const Layout& layout, const float* low, const float* high, int threads, std::uint8_t* out, float* step,
               std::int32_t* zero, float* offset);
 
-// out = (code - zero) * step + offset as [N][C][S], or [N][S][C] where channels_last. zero and offset may be nullptr.
+// What codes are.
+struct Meaning {
+  Axis axis;
+  bool log;  // of rule `log`
+  const float* step;
+  const std::int32_t* zero;  // or nullptr
+  const float* offset;       // or nullptr
+};
+
+// The numbers that codes stand for, as [N][C][S], or [N][S][C] where channels_last.
 void decode(const Kernel& kernel, const std::uint8_t* codes, const Layout& layout, std::int64_t n, std::int64_t c,
-            Axis axis, const float* step, const std::int32_t* zero, const float* offset, bool channels_last,
-            int threads, float* out);
+            const Meaning& meaning, bool channels_last, int threads, float* out);
 
 }  // namespace fqtstats::quantize

@@ -33,6 +33,17 @@ void extremes(const void* x, std::int64_t count, float* low, float* high) {
   column_extremes<T>(x, count, 1, 1, low, high);
 }
 
+// The coordinate of rule `log`: piecewise linear, one step per power of two.
+float bend(float y) {
+  const float z = std::abs(y);
+  if (z < 1) return y;
+  const int n = std::ilogb(z);
+  return std::copysign(static_cast<float>(n) + std::ldexp(z, -n), y);
+}
+
+// And back.
+float unbend(float k) { return k == 0 ? 0 : std::copysign(std::ldexp(1.0f, static_cast<int>(std::abs(k)) - 1), k); }
+
 template <typename T>
 void encode(const Rectangle& t) {
   const float two_to_n = static_cast<float>(1 << t.random_bits), levels = static_cast<float>(t.levels);
@@ -40,7 +51,8 @@ void encode(const Rectangle& t) {
     for (std::int64_t i = 0; i < t.count; ++i) {
       const std::int64_t g = t.columns ? i : r * t.grid_step;
       const float x = value(static_cast<const T*>(t.x)[r * t.x_stride + i]);
-      const float y = ((x - t.grids.offset[g]) * t.grids.prescale[g]) * t.grids.scale[g];
+      float y = ((x - t.grids.offset[g]) * t.grids.prescale[g]) * t.grids.scale[g];
+      if (t.log) y = bend(y);
       float rounded;
       if (t.bits != nullptr) {
         const float floor = std::floor(y), threshold = (y - floor) * two_to_n;  // integers below 2^25 are exact
@@ -58,7 +70,7 @@ void decode(const Decoded& d) {
     for (std::int64_t i = 0; i < d.count; ++i) {
       const std::int64_t g = d.columns ? i : r * d.grid_step;
       const float centered = static_cast<float>(d.codes[r * d.codes_stride + i]) - d.zero[g];
-      d.x[r * d.x_stride + i] = centered * d.step[g] + d.offset[g];
+      d.x[r * d.x_stride + i] = (d.log ? unbend(centered) : centered) * d.step[g] + d.offset[g];
     }
 }
 

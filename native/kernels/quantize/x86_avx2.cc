@@ -131,11 +131,33 @@ static inline Line line(const Grids& g, std::int64_t i, std::int64_t count) {
   return {load(g.offset + i, count), load(g.prescale + i, count), load(g.scale + i, count), load(g.zero + i, count)};
 }
 
+// The coordinate of rule `log`. For numbers z from 1 on, the exponent is n and the fraction that of z / 2^n.
+static inline __m256 bend(__m256 y) {
+  const __m256i z = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7FFFFFFF));
+  const __m256i n = _mm256_sub_epi32(_mm256_srli_epi32(z, 23), _mm256_set1_epi32(127));
+  const __m256i fraction = _mm256_and_si256(z, _mm256_set1_epi32(0x7FFFFF));
+  const __m256i quotient = _mm256_or_si256(fraction, _mm256_set1_epi32(0x3F800000));
+  const __m256 bent = _mm256_add_ps(_mm256_cvtepi32_ps(n), _mm256_castsi256_ps(quotient));
+  const __m256 sign = _mm256_and_ps(y, _mm256_set1_ps(-0.0f));
+  // n < 0 has its sign bit set, by which the blend decides.
+  return _mm256_blendv_ps(_mm256_or_ps(bent, sign), y, _mm256_castsi256_ps(n));
+}
+
+// And back: |k| - 1 is the exponent.
+static inline __m256 unbend(__m256 k) {
+  const __m256 sign = _mm256_and_ps(k, _mm256_set1_ps(-0.0f));
+  const __m256i magnitude = _mm256_cvttps_epi32(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), k));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(magnitude, _mm256_set1_epi32(126)), 23);
+  const __m256i some = _mm256_cmpgt_epi32(magnitude, _mm256_setzero_si256());
+  return _mm256_or_ps(_mm256_castsi256_ps(_mm256_and_si256(power, some)), sign);
+}
+
 // Codes of eight elements, one per 32-bit lane, not yet clamped.
-template <bool kStochastic>
+template <bool kStochastic, bool kLog>
 static inline __m256i code(__m256 x, __m256i bits, const Line& g, const Constants& k) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  const __m256 y = _mm256_mul_ps(_mm256_mul_ps(_mm256_sub_ps(x, g.offset), g.prescale), g.scale);
+  __m256 y = _mm256_mul_ps(_mm256_mul_ps(_mm256_sub_ps(x, g.offset), g.prescale), g.scale);
+  if constexpr (kLog) y = bend(y);
   __m256 rounded;
   if constexpr (kStochastic) {
     const __m256 floor = _mm256_floor_ps(y);
@@ -155,7 +177,7 @@ static inline __m256i narrow(__m256i a, __m256i b, __m256i c, __m256i d, __m256i
   return _mm256_min_epu8(_mm256_permutevar8x32_epi32(codes, order), largest);
 }
 
-template <typename T, bool kStochastic, bool kColumns>
+template <typename T, bool kStochastic, bool kColumns, bool kLog>
 static void encode_rows(const Rectangle& r) {
   const Constants k{_mm256_set1_ps(static_cast<float>(1 << r.random_bits)), _mm256_set1_ps(1)};
   const __m256i none = _mm256_setzero_si256(), largest = _mm256_set1_epi8(static_cast<char>(r.levels));
@@ -168,7 +190,7 @@ static void encode_rows(const Rectangle& r) {
                     _mm256_set1_ps(r.grids.scale[g]), _mm256_set1_ps(r.grids.zero[g])};
     const auto part = [&](std::int64_t i) __attribute__((always_inline)) {
       const __m256i b = kStochastic ? load(bits + i) : none;
-      return code<kStochastic>(load(x + i), b, kColumns ? line(r.grids, i) : same, k);
+      return code<kStochastic, kLog>(load(x + i), b, kColumns ? line(r.grids, i) : same, k);
     };
     std::int64_t i = 0;
     for (; i + 32 <= r.count; i += 32)
@@ -180,7 +202,7 @@ static void encode_rows(const Rectangle& r) {
     if (i < r.count) {
       const std::int64_t left = r.count - i;
       const __m256i b = kStochastic ? load(bits + i, left) : none;
-      const __m256i c = code<kStochastic>(load(x + i, left), b, kColumns ? line(r.grids, i, left) : same, k);
+      const __m256i c = code<kStochastic, kLog>(load(x + i, left), b, kColumns ? line(r.grids, i, left) : same, k);
       std::uint8_t rest[32];
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(rest), narrow(c, none, none, none, largest));
       std::memcpy(codes + i, rest, static_cast<std::size_t>(left));
@@ -188,20 +210,27 @@ static void encode_rows(const Rectangle& r) {
   }
 }
 
+template <typename T, bool kStochastic, bool kColumns>
+static void encode_as(const Rectangle& r) {
+  r.log ? encode_rows<T, kStochastic, kColumns, true>(r) : encode_rows<T, kStochastic, kColumns, false>(r);
+}
+
 template <typename T>
 static void encode(const Rectangle& r) {
   if (r.bits != nullptr)
-    r.columns ? encode_rows<T, true, true>(r) : encode_rows<T, true, false>(r);
+    r.columns ? encode_as<T, true, true>(r) : encode_as<T, true, false>(r);
   else
-    r.columns ? encode_rows<T, false, true>(r) : encode_rows<T, false, false>(r);
+    r.columns ? encode_as<T, false, true>(r) : encode_as<T, false, false>(r);
 }
 
+template <bool kLog>
 static inline __m256 decoded(__m128i codes, __m256 zero, __m256 step, __m256 offset) {
-  const __m256 centered = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), zero);
+  __m256 centered = _mm256_sub_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)), zero);
+  if constexpr (kLog) centered = unbend(centered);
   return _mm256_add_ps(_mm256_mul_ps(centered, step), offset);
 }
 
-template <bool kColumns>
+template <bool kColumns, bool kLog>
 static void decode_rows(const Decoded& d) {
   for (std::int64_t row = 0; row < d.rows; ++row) {
     const std::uint8_t* codes = d.codes + row * d.codes_stride;
@@ -211,15 +240,16 @@ static void decode_rows(const Decoded& d) {
     const __m256 offset = _mm256_set1_ps(d.offset[g]);
     std::int64_t i = 0;
     for (; i + 8 <= d.count; i += 8)
-      _mm256_storeu_ps(x + i, decoded(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)),
-                                      kColumns ? load(d.zero + i) : zero, kColumns ? load(d.step + i) : step,
-                                      kColumns ? load(d.offset + i) : offset));
+      _mm256_storeu_ps(x + i, decoded<kLog>(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)),
+                                            kColumns ? load(d.zero + i) : zero, kColumns ? load(d.step + i) : step,
+                                            kColumns ? load(d.offset + i) : offset));
     if (i < d.count) {
       const std::int64_t left = d.count - i;
       std::uint8_t part[16] = {};
       std::memcpy(part, codes + i, static_cast<std::size_t>(left));
       float rest[8];
-      _mm256_storeu_ps(rest, decoded(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part)),
+      _mm256_storeu_ps(rest,
+                       decoded<kLog>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(part)),
                                      kColumns ? load(d.zero + i, left) : zero, kColumns ? load(d.step + i, left) : step,
                                      kColumns ? load(d.offset + i, left) : offset));
       std::memcpy(x + i, rest, static_cast<std::size_t>(left) * sizeof(float));
@@ -227,7 +257,12 @@ static void decode_rows(const Decoded& d) {
   }
 }
 
-static void decode(const Decoded& d) { d.columns ? decode_rows<true>(d) : decode_rows<false>(d); }
+static void decode(const Decoded& d) {
+  if (d.log)
+    d.columns ? decode_rows<true, true>(d) : decode_rows<false, true>(d);
+  else
+    d.columns ? decode_rows<true, false>(d) : decode_rows<false, false>(d);
+}
 
 // 32 codes to 4 * kBits bytes, in the lowest ones.
 template <int kBits>

@@ -126,21 +126,49 @@ static inline Line line(const Grids& g, std::int64_t i, __mmask16 m) {
   return {load(g.offset + i, m), load(g.prescale + i, m), load(g.scale + i, m), load(g.zero + i, m)};
 }
 
+namespace {
+
+// Where coordinates begin and whether they are linear.
+enum class Form : std::uint8_t { from_low, from_zero, log };
+
+}  // namespace
+
+// The coordinate of rule `log`. For numbers z from 1 on, the exponent is n and the fraction that of z / 2^n.
+static inline __m512 bend(__m512 y) {
+  const __m512i z = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(0x7FFFFFFF));
+  const __m512i n = _mm512_sub_epi32(_mm512_srli_epi32(z, 23), _mm512_set1_epi32(127));
+  const __m512i fraction = _mm512_and_si512(z, _mm512_set1_epi32(0x7FFFFF));
+  const __m512i quotient = _mm512_or_si512(fraction, _mm512_set1_epi32(0x3F800000));
+  const __m512i bent = _mm512_castps_si512(_mm512_add_ps(_mm512_cvtepi32_ps(n), _mm512_castsi512_ps(quotient)));
+  const __m512i sign = _mm512_andnot_si512(_mm512_set1_epi32(0x7FFFFFFF), _mm512_castps_si512(y));
+  const __mmask16 large = _mm512_cmpge_epi32_mask(n, _mm512_setzero_si512());
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(_mm512_castps_si512(y), large, bent, sign));
+}
+
+// And back: |k| - 1 is the exponent.
+static inline __m512 unbend(__m512 k) {
+  const __m512i magnitude = _mm512_cvttps_epi32(_mm512_abs_ps(k));
+  const __m512i power = _mm512_slli_epi32(_mm512_add_epi32(magnitude, _mm512_set1_epi32(126)), 23);
+  const __m512i sign = _mm512_andnot_si512(_mm512_set1_epi32(0x7FFFFFFF), _mm512_castps_si512(k));
+  return _mm512_castsi512_ps(_mm512_maskz_or_epi32(_mm512_test_epi32_mask(magnitude, magnitude), power, sign));
+}
+
 // Codes of 16 elements, one per 32-bit lane, not yet clamped.
-template <bool kStochastic, bool kFromLow>
+template <bool kStochastic, Form kForm>
 static inline __m512i code(__m512 x, __m512i bits, const Line& g, const Constants& k) {
   constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   x = _mm512_sub_ps(x, g.offset);
-  if constexpr (kFromLow && kStochastic) {
+  if constexpr (kForm == Form::from_low && kStochastic) {
     // y >= 0, so that its fraction is exact and y 2^n in fixed point (scaled by an exact power of two) has the integers
     // to compare: up if and only if adding 2^n - 1 - bits carries.
     const __m512i fixed = _mm512_cvttps_epu32(_mm512_mul_ps(x, _mm512_mul_ps(g.scale, k.two_to_n)));
     const __m512i carry = _mm512_add_epi32(_mm512_min_epu32(fixed, k.top), _mm512_sub_epi32(k.mask, bits));
     return _mm512_srl_epi32(carry, k.shift);
-  } else if constexpr (kFromLow) {
+  } else if constexpr (kForm == Form::from_low) {
     return _mm512_cvtps_epi32(_mm512_mul_ps(x, g.scale));
   } else {
-    const __m512 y = _mm512_mul_ps(_mm512_mul_ps(x, g.prescale), g.scale);
+    __m512 y = _mm512_mul_ps(_mm512_mul_ps(x, g.prescale), g.scale);
+    if constexpr (kForm == Form::log) y = bend(y);
     if constexpr (!kStochastic) return _mm512_cvtps_epi32(_mm512_add_ps(_mm512_roundscale_ps(y, 0), g.zero));
     const __m512 floor = _mm512_roundscale_ps(y, kDown);
     const __m512i threshold = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_sub_ps(y, floor), k.two_to_n));
@@ -149,8 +177,9 @@ static inline __m512i code(__m512 x, __m512i bits, const Line& g, const Constant
   }
 }
 
-template <typename T, bool kStochastic, bool kFromLow, bool kColumns>
+template <typename T, bool kStochastic, Form kForm, bool kColumns>
 static void encode_rows(const Rectangle& r) {
+  constexpr bool kFromLow = kForm == Form::from_low;
   const int n = r.random_bits;
   const Constants k{_mm512_set1_ps(static_cast<float>(1 << n)), _mm512_set1_ps(1), _mm512_set1_epi32((1 << n) - 1),
                     _mm512_set1_epi32(static_cast<int>(static_cast<unsigned>(r.levels) << n)), _mm_cvtsi32_si128(n)};
@@ -170,7 +199,7 @@ static void encode_rows(const Rectangle& r) {
                     _mm512_set1_ps(r.grids.scale[g]), _mm512_set1_ps(r.grids.zero[g])};
     const auto part = [&](std::int64_t i) __attribute__((always_inline)) {
       const __m512i b = kStochastic ? _mm512_loadu_si512(bits + i) : none;
-      return code<kStochastic, kFromLow>(load(x + i), b, kColumns ? line<kFromLow>(r.grids, i, 0xFFFF) : same, k);
+      return code<kStochastic, kForm>(load(x + i), b, kColumns ? line<kFromLow>(r.grids, i, 0xFFFF) : same, k);
     };
     std::int64_t i = 0;
     for (; i + 64 <= r.count; i += 64)
@@ -179,18 +208,25 @@ static void encode_rows(const Rectangle& r) {
       const __mmask16 m = lanes(r.count - i);
       const __m512i b = kStochastic ? _mm512_maskz_loadu_epi32(m, bits + i) : none;
       const Line own = kColumns ? line<kFromLow>(r.grids, i, m) : same;
-      const __m512i c = code<kStochastic, kFromLow>(load(x + i, m), b, own, k);
+      const __m512i c = code<kStochastic, kForm>(load(x + i, m), b, own, k);
       _mm_mask_storeu_epi8(codes + i, m, _mm512_castsi512_si128(narrow(c, none, none, none)));
     }
   }
 }
 
+template <typename T, bool kStochastic, Form kForm>
+static void encode_form(const Rectangle& r) {
+  r.columns ? encode_rows<T, kStochastic, kForm, true>(r) : encode_rows<T, kStochastic, kForm, false>(r);
+}
+
 template <typename T, bool kStochastic>
 static void encode_as(const Rectangle& r) {
-  if (r.from_low)
-    r.columns ? encode_rows<T, kStochastic, true, true>(r) : encode_rows<T, kStochastic, true, false>(r);
+  if (r.log)
+    encode_form<T, kStochastic, Form::log>(r);
+  else if (r.from_low)
+    encode_form<T, kStochastic, Form::from_low>(r);
   else
-    r.columns ? encode_rows<T, kStochastic, false, true>(r) : encode_rows<T, kStochastic, false, false>(r);
+    encode_form<T, kStochastic, Form::from_zero>(r);
 }
 
 template <typename T>
@@ -198,7 +234,7 @@ static void encode(const Rectangle& r) {
   r.bits != nullptr ? encode_as<T, true>(r) : encode_as<T, false>(r);
 }
 
-template <bool kColumns>
+template <bool kColumns, bool kLog>
 static void decode_rows(const Decoded& d) {
   for (std::int64_t row = 0; row < d.rows; ++row) {
     const std::uint8_t* codes = d.codes + row * d.codes_stride;
@@ -209,14 +245,20 @@ static void decode_rows(const Decoded& d) {
     for (std::int64_t i = 0; i < d.count; i += 16) {
       const __mmask16 m = lanes(d.count - i);
       const __m512 c = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(m, codes + i)));
-      const __m512 centered = _mm512_sub_ps(c, kColumns ? load(d.zero + i, m) : zero);
+      __m512 centered = _mm512_sub_ps(c, kColumns ? load(d.zero + i, m) : zero);
+      if constexpr (kLog) centered = unbend(centered);
       const __m512 scaled = _mm512_mul_ps(centered, kColumns ? load(d.step + i, m) : step);
       _mm512_mask_storeu_ps(x + i, m, _mm512_add_ps(scaled, kColumns ? load(d.offset + i, m) : offset));
     }
   }
 }
 
-static void decode(const Decoded& d) { d.columns ? decode_rows<true>(d) : decode_rows<false>(d); }
+static void decode(const Decoded& d) {
+  if (d.log)
+    d.columns ? decode_rows<true, true>(d) : decode_rows<false, true>(d);
+  else
+    d.columns ? decode_rows<true, false>(d) : decode_rows<false, false>(d);
+}
 
 // 64 codes to 8 * kBits bytes, in the lowest ones.
 template <int kBits>
