@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fqtstats.errors import InputError
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
-from fqtstats.quantizers.bhq import BHQ
+from fqtstats.quantizers.bhq import BHQ, AdaptiveBHQ
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
 
@@ -17,6 +17,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         PSQ,
         PCQ,
         BHQ,
+        AdaptiveBHQ,
         MinMax,
         ZeroOnGrid,
         Symmetric,
