@@ -587,7 +587,7 @@ def whole_encode(**changes):
     values |= {"random_bits": 24, "words": (1, 2, 3, 4), "storage_bits": 4, "size": (5, 1), "pad": (0, 1)}
     values |= {"out": np.zeros((5, 5, 3, 4), np.uint8), "step": np.zeros(5, np.float32)}
     values |= {"zero": np.zeros(5, np.int32), "offset": np.zeros(5, np.float32), **groups_of(5)}
-    return {**values, "low": None, "high": None, "threads": 1, **changes}
+    return {**values, "low": None, "high": None, "adaptive": False, "threads": 1, **changes}
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from fqtstats import comparison, files, models
 from fqtstats.commands import experiments
 from fqtstats.data import data
 from fqtstats.errors import InputError
+from fqtstats.report import comparisons, trainings
 from fqtstats.training.recipes import RECIPES, Definition, Recipe, Stage
 from fqtstats.trainings import EPOCHS, TIMES, VARIANCE, Training
 
@@ -54,6 +55,13 @@ PATIENCE = 240.0
 STATE = Path("r/state/checkpoint.state")
 
 Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these trainings."""
+    for module in (trainings, comparisons):
+        monkeypatch.setattr(module, "render_all", lambda result: {})
 
 
 @pytest.fixture
@@ -96,6 +104,7 @@ def assert_same(one: str, two: str) -> None:
 # --- continuing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_killed_and_interrupted_runs_end_with_the_same_bits(run: Run, started: Start) -> None:
     process = started(*KILLED, "--out", "r", **SLOW)
     send_when(process, STATE.exists, signal.SIGKILL)
@@ -123,6 +132,7 @@ def test_killed_and_interrupted_runs_end_with_the_same_bits(run: Run, started: S
     assert (again_shown.status, again_shown.out) == (0, done.out)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_full_disk_leaves_the_last_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiments, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(experiments, "SAVE_SHARE", math.inf)
@@ -224,6 +234,7 @@ def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run
     assert os.listdir("runs") == ["train-exact-digits"]
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_divergence_is_an_outcome(run: Run) -> None:
     command = (*FAST, "--lr", "1e6", "--out", "r")
     done = run(*command)
@@ -241,6 +252,7 @@ def test_divergence_is_an_outcome(run: Run) -> None:
     assert (again.status, again.out, again.err) == (1, done.out, "")
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_tensorboard(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     done = run(*FAST, "--tensorboard")
@@ -289,6 +301,7 @@ def test_list_recipes(run: Run) -> None:
         (("--skip", "no*"), "matches no layer"),
         (("--checkpoint", "none.pt"), "found nothing"),
         (("--checkpoint", "other.pt"), "does not fit the model"),
+        (("--checkpoint", "lsq.pt"), "does not fit the model: unexpected (1): 1.fqt_weight.step"),
         (("--teacher", "fits.pt"), "has no teacher"),
         (("--data", "cifar10"), "needs a root directory"),
         (("--data", "cifar10", "--data-root", "cifar"), "cifar"),
@@ -311,7 +324,9 @@ def test_bad_input_is_one_line_and_status_2(
     defined("from-full", (1.0,), "full-precision")
     defined("stages", (0.2, 0.3, 0.5))
     torch.save(models.build("preact_resnet20", data("digits"), 0).state_dict(), "other.pt")
-    torch.save(models.build("mlp", data("digits"), 0).state_dict(), "fits.pt")
+    fits = models.build("mlp", data("digits"), 0).state_dict()
+    torch.save(fits, "fits.pt")
+    torch.save({**fits, "1.fqt_weight.step": torch.ones(())}, "lsq.pt")
     Path("cifar").mkdir()
     for name in [*(f"data_batch_{index}.bin" for index in range(1, 6)), "test_batch.bin"]:
         Path("cifar", name).write_bytes(bytes(3073 * 2 + 5))  # truncated
@@ -396,22 +411,23 @@ def test_edges_of_comparisons() -> None:
         fqtstats.compare([])
 
 
-def test_compare(run: Run) -> None:
-    places = []
-    for recipe in ("exact", "statquant-ptq"):
-        for seed in ("0", "1"):
-            places.append(f"{recipe}-{seed}")
-            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, "--out", places[-1]).status == 0
+def test_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = ["exact-0", "exact-1", "statquant-ptq-1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings, "render_all", lambda training: {})
+        for place in places:
+            recipe, _, seed = place.rpartition("-")
+            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, "--out", place).status == 0
     done = run("compare", *places, "--out", "c")
     assert done.status == 0, done.err
-    assert "exact" in done.out
     assert "statquant-ptq@5" in done.out
-    assert done.out.splitlines()[-1].endswith(
-        "figures/accuracy.png, figures/loss.png, figures/test_accuracy.png, figures/test_loss.png"
-    )
+    figures = ", ".join(f"figures/{metric}.png" for metric in sorted(comparison.METRICS))
+    assert done.out.splitlines()[-1].endswith(figures)
     found = fqtstats.load_comparison("c")
-    assert set(found.groups["runs"]) == {2}
+    assert list(found.groups["runs"]) == [2, 1] * 4
+    assert set(found.pairs["seeds"]) == {1}
     assert repr(found).startswith("Comparison(exact: loss ")
+    monkeypatch.setattr(comparisons, "render_all", lambda result: {})
     shown = json.loads(run("compare", *places, "--metric", "test_loss", "--json").out)
     assert len(shown["pairs"]) == 4
     finals = {place: fqtstats.load_training(place).final["loss"] for place in places}

@@ -11,7 +11,14 @@ from fqtstats.ops.codes import Affine, Codes, empty_codes, empty_grids
 from fqtstats.ops.extension import native_module
 from fqtstats.ops.quantize import MOST_RANDOM_BITS, OK_WITH_OFFSET, native_for, view_of
 
-__all__ = ["Groups", "householder_encode", "householder_forward", "householder_groups", "householder_inverse"]
+__all__ = [
+    "Groups",
+    "householder_adapt",
+    "householder_encode",
+    "householder_forward",
+    "householder_groups",
+    "householder_inverse",
+]
 
 
 class Groups(NamedTuple):
@@ -47,6 +54,45 @@ def householder_groups(ranges: torch.Tensor) -> Groups | None:
     return _first_groups(groups, count)
 
 
+def householder_adapt(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    bits: int,
+    random_bits: int,
+    *,
+    variant: str | None = None,
+) -> Groups | None:
+    """Groups of rows, each with the map of least variance: what :func:`fqtstats.quantizers.adaptive.adapt` chooses.
+
+    Args:
+        x: ``[N, ...]``, its elements in row-major order.
+        low: minimum of each row, ``[N]``.
+        high: maximum of each row, ``[N]``; with a range that float32 has, and one of them is positive.
+        bits: of a code.
+        random_bits: per stochastic rounding.
+        variant: name of the kernels, by default the fastest.
+
+    Returns:
+        None where there is no kernel for ``x``: not float32 on the CPU, or the extension is not in use.
+    """
+    native = native_module()
+    if native is None or not _fits(x):
+        return None
+    groups = _empty_groups(len(x))
+    _, count = native.householder_adapt(
+        x.contiguous().view(len(x), -1).numpy(),
+        bits,
+        random_bits,
+        *_arguments(groups),
+        low.numpy(),
+        high.numpy(),
+        torch.get_num_threads(),
+        variant,
+    )
+    return _first_groups(groups, count)
+
+
 def householder_encode(
     x: torch.Tensor,
     bits: int,
@@ -54,6 +100,7 @@ def householder_encode(
     words: tuple[int, int, int, int],
     pad: tuple[int, int] = (0, 0),
     *,
+    adaptive: bool = False,
     extremes: tuple[torch.Tensor, torch.Tensor] | None = None,
     variant: str | None = None,
 ) -> tuple[Codes, Groups | None] | None:
@@ -66,6 +113,7 @@ def householder_encode(
         random_bits: per stochastic rounding.
         words: key words of the random stream (:meth:`fqtstats.random.Stream.words`).
         pad: pixels around every image.
+        adaptive: take for each group the map of least variance.
         extremes: minimum and maximum of each row, float32 ``[N]``, where they are known already.
         variant: name of the kernels, by default the fastest.
 
@@ -102,6 +150,7 @@ def householder_encode(
         *_arguments(groups),
         low,
         high,
+        adaptive,
         torch.get_num_threads(),
         variant,
     )

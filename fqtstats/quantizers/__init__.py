@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fqtstats.errors import InputError
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
-from fqtstats.quantizers.bhq import BHQ
+from fqtstats.quantizers.bhq import BHQ, AdaptiveBHQ
 from fqtstats.quantizers.dorefa_forward import DoReFaActivation, DoReFaWeight
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
 from fqtstats.quantizers.lsq import LSQ
@@ -21,6 +21,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         PSQ,
         PCQ,
         BHQ,
+        AdaptiveBHQ,
         MinMax,
         ZeroOnGrid,
         Symmetric,

@@ -178,7 +178,13 @@ def _store_transformed(
     q: BHQ, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
 ) -> Stored | None:
     encoded = householder_encode(
-        x.float() if x.dtype == torch.float16 else x, q.bits, q.random_bits, key_words(stream), pad, extremes=extremes
+        x.float() if x.dtype == torch.float16 else x,
+        q.bits,
+        q.random_bits,
+        key_words(stream),
+        pad,
+        adaptive=q.grouping == "adaptive",
+        extremes=extremes,
     )
     if encoded is None:
         return None

@@ -121,12 +121,34 @@ std::int64_t householder_groups(const Array& ranges, const Array& order, const A
   return householder::group_rows(from, rows, groups);
 }
 
+nb::tuple householder_adapt(const Array& x, int bits, int random_bits, const Array& order, const Array& heads,
+                            const Array& sizes, const Array& scale, const Array& low, const Array& high, int threads,
+                            const std::optional<std::string>& variant) {
+  const auto* from = data<float>("x", x, {kAny, kAny});
+  const auto rows = static_cast<std::int64_t>(x.shape(0)), columns = static_cast<std::int64_t>(x.shape(1));
+  if (rows == 0 || columns == 0) bad_value("x", "not empty", x);
+  check_range("bits", bits, 1, 8);
+  check_range("random_bits", random_bits, 1, 32);
+  const householder::Groups groups = groups_of(order, heads, sizes, scale, rows);
+  const float* lows = data<float>("low", low, {rows});
+  const float* highs = data<float>("high", high, {rows});
+  check_range("threads", threads, 1, kMaxThreads);
+  const householder::Kernel& kernel = find_variant(householder::kernels(), variant);
+  const quantize::Input in{from, quantize::Type::f32, false, rows, 1, columns};
+  householder::Encoded found;
+  {
+    nb::gil_scoped_release release;
+    found = householder::find_groups(kernel, in, (1 << bits) - 1, random_bits, lows, highs, threads, groups);
+  }
+  return nb::make_tuple(static_cast<int>(found.status), found.groups);
+}
+
 nb::tuple householder_encode(const Array& x, bool channels_last, int bits, int random_bits,
                              const std::array<std::uint32_t, 4>& words, int storage_bits, const Pair& size,
                              const Pair& pad, const Array& out, const Array& step, const Array& zero,
                              const Array& offset, const Array& order, const Array& heads, const Array& sizes,
                              const Array& scale, const std::optional<Array>& low, const std::optional<Array>& high,
-                             int threads, const std::optional<std::string>& variant) {
+                             bool adaptive, int threads, const std::optional<std::string>& variant) {
   const quantize::Input in = input_of(x, channels_last);
   check_range("bits", bits, 1, 8);
   check_range("random_bits", random_bits, 1, 24);
@@ -150,7 +172,7 @@ nb::tuple householder_encode(const Array& x, bool channels_last, int bits, int r
   {
     nb::gil_scoped_release release;
     encoded = householder::encode(kernel, rounding, in, (1 << bits) - 1, random_bits, key, layout, lows, highs, threads,
-                                  groups, codes, steps, zeros, offsets);
+                                  adaptive, groups, codes, steps, zeros, offsets);
   }
   return nb::make_tuple(static_cast<int>(encoded.status), encoded.groups);
 }
@@ -169,13 +191,20 @@ void householder(nb::module_& m) {
         "sizes"_a.noconvert(), "scale"_a.noconvert(),
         "Groups and scales of rows of `ranges` (float64 [N]). Returns how many are reflected: so many of `heads` and "
         "`sizes` ([N / 2]) are written.");
+  m.def(
+      "householder_adapt", householder_adapt, "x"_a.noconvert(), "bits"_a.noconvert(), "random_bits"_a.noconvert(),
+      "order"_a.noconvert(), "heads"_a.noconvert(), "sizes"_a.noconvert(), "scale"_a.noconvert(), "low"_a.noconvert(),
+      "high"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+      "Like householder_groups, of the rows of `x` (float32 [N, D]) with extremes `low` and `high`: those groups that "
+      "are reflected where each takes the map of least variance. Returns what householder_encode does.");
   m.def("householder_encode", householder_encode, "x"_a.noconvert(), "channels_last"_a.noconvert(),
         "bits"_a.noconvert(), "random_bits"_a.noconvert(), "words"_a, "storage_bits"_a.noconvert(), "size"_a, "pad"_a,
         "out"_a.noconvert(), "step"_a.noconvert(), "zero"_a.noconvert(), "offset"_a.noconvert(), "order"_a.noconvert(),
         "heads"_a.noconvert(), "sizes"_a.noconvert(), "scale"_a.noconvert(), "low"_a.noconvert().none(),
-        "high"_a.noconvert().none(), "threads"_a.noconvert(), "variant"_a = nb::none(),
+        "high"_a.noconvert().none(), "adaptive"_a.noconvert(), "threads"_a.noconvert(), "variant"_a = nb::none(),
         "Codes of the transformed samples of x, as quantize_encode gives them for axis 0 and rule 0, and what "
-        "householder_groups gives. Returns the status of quantize_encode, and how many groups are reflected; -1 where "
+        "householder_groups gives, or householder_adapt where `adaptive`. Returns the status of quantize_encode, and "
+        "how many groups are reflected; -1 where "
         "the samples are not transformed, and order, heads, sizes and scale are not written.");
 }
 

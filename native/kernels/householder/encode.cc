@@ -9,6 +9,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "kernels/codes.h"
+#include "kernels/householder/adapt.h"
 
 namespace fqtstats::householder {
 namespace {
@@ -44,41 +45,29 @@ void widen(const quantize::Input& in, const std::int64_t* order, std::int64_t ro
   });
 }
 
-}  // namespace
-
-Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const quantize::Input& in, int levels,
-               int random_bits, const philox::Stream& key, const quantize::Layout& layout, const float* low,
-               const float* high, int threads, const Groups& groups, std::uint8_t* out, float* step, std::int32_t* zero,
-               float* offset) {
-  struct Extremes;
-  struct Ranges;
+// Transforms the rows of `in` part by part, with the maps that adapt() chooses where there is a rounding to choose by.
+// consume(transformed, lows, highs) takes the rows from position transformed.first on, with their extremes, and
+// returns a status. Writes `groups`. Precondition: those of group_rows().
+template <typename Consume>
+Encoded transform_parts(const Kernel& kernel, const quantize::Input& in, const double* ranges, const float* low,
+                        const float* high, int threads, const Rounding* adaptive, const Groups& groups,
+                        const Consume& consume) {
   struct Heads;
   struct Identity;
   struct Rows;
-  const quantize::Recipe recipe{quantize::Axis::sample, quantize::Rule::affine, levels, random_bits};
+  struct Wide;
+  struct Extremes;
+  struct Kept;
   const std::int64_t rows = in.n, columns = in.c * in.s;
-  float* lows = cpu::scratch<Extremes, float>(2 * rows);
-  float* highs = lows + rows;
-  if (low == nullptr) {
-    quantize::extremes(rounding, in, quantize::Axis::sample, threads, lows, highs);
-    low = lows;
-    high = highs;
-  }
-  double* ranges = cpu::scratch<Ranges, double>(rows);
-  const quantize::Status status = find_ranges(low, high, rows, ranges);
-  if (status != quantize::Status::ok) return {status, kNotTransformed};
-  if (rows < 2 || *std::max_element(ranges, ranges + rows) == 0)
-    return {quantize::encode(rounding, in, {}, recipe, key, layout, low, high, threads, out, step, zero, offset),
-            kNotTransformed};
   const std::int64_t count = group_rows(ranges, rows, groups);
-
-  const std::int64_t bytes =
-      (layout.height + 2 * layout.pad_h) * (layout.width + 2 * layout.pad_w) * row_bytes(in.c, layout.bits);
   const bool wide = in.type == quantize::Type::f32;  // others are widened first, and then transformed in place
   std::int64_t* identity = wide ? nullptr : cpu::scratch<Identity, std::int64_t>(rows);
   if (!wide) std::iota(identity, identity + rows, std::int64_t{0});
-  const std::int64_t chunk = std::min(kChunk * threads, kMost);
+  const std::int64_t chunk = std::min(kChunk * threads, kMost) / (adaptive == nullptr ? 1 : 4);
   std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(count);
+  std::uint8_t* kept = cpu::scratch<Kept, std::uint8_t>(count);
+  float* lows = cpu::scratch<Extremes, float>(2 * rows);
+  float* highs = lows + rows;
   for (std::int64_t first = 0, g = 0; first < rows;) {
     const std::int64_t first_group = g;
     std::int64_t end = first;
@@ -89,7 +78,9 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
     } while (end < rows && (end - first) * columns < chunk);
     const std::int64_t many = end - first;
     float* y = cpu::scratch<Rows, float>(many * columns);
-    if (!wide) widen(in, groups.order + first, many, threads, y);
+    float* x = wide || adaptive == nullptr ? y : cpu::scratch<Wide, float>(many * columns);
+    if (!wide) widen(in, groups.order + first, many, threads, x);
+    const float* from = wide ? static_cast<const float*>(in.x) : x;
     const Transform transform{.rows = many,
                               .groups = g - first_group,
                               .order = wide ? groups.order + first : identity,
@@ -97,15 +88,71 @@ Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const qua
                               .sizes = groups.sizes + first_group,
                               .scale = groups.scale + first,
                               .read_next = true};
-    forward(kernel, transform, wide ? static_cast<const float*>(in.x) : y, columns, threads, y, lows, highs);
+    if (adaptive != nullptr && transform.groups > 0) {
+      const Source source{from, transform.order, groups.order + first, low, high, in.c, in.s, in.channels_last};
+      adapt(kernel, transform, source, *adaptive, threads, y, lows, highs, groups.scale + first, kept + first_group);
+    } else {
+      forward(kernel, transform, from, columns, threads, y, lows, highs);
+    }
     quantize::Input transformed{y, quantize::Type::f32, in.channels_last, many, in.c, in.s};
     transformed.first = first;
-    const quantize::Status s = quantize::encode(rounding, transformed, {}, recipe, key, layout, lows, highs, threads,
-                                                out + first * bytes, step + first, zero + first, offset + first);
+    const quantize::Status s = consume(transformed, lows, highs);
     if (s != quantize::Status::ok && s != quantize::Status::ok_with_offset) return {s, count};
     first = end;
   }
-  return {quantize::Status::ok_with_offset, count};
+  std::int64_t left = 0;
+  for (std::int64_t g = 0; g < count; ++g)
+    if (adaptive == nullptr || kept[g]) {
+      groups.heads[left] = groups.heads[g];
+      groups.sizes[left++] = groups.sizes[g];
+    }
+  return {quantize::Status::ok_with_offset, left};
+}
+
+}  // namespace
+
+Encoded encode(const Kernel& kernel, const quantize::Kernel& rounding, const quantize::Input& in, int levels,
+               int random_bits, const philox::Stream& key, const quantize::Layout& layout, const float* low,
+               const float* high, int threads, bool adaptive, const Groups& groups, std::uint8_t* out, float* step,
+               std::int32_t* zero, float* offset) {
+  struct Extremes;
+  struct Ranges;
+  const quantize::Recipe recipe{quantize::Axis::sample, quantize::Rule::affine, levels, random_bits};
+  const std::int64_t rows = in.n;
+  if (low == nullptr) {
+    float* found = cpu::scratch<Extremes, float>(2 * rows);
+    quantize::extremes(rounding, in, quantize::Axis::sample, threads, found, found + rows);
+    low = found;
+    high = found + rows;
+  }
+  double* ranges = cpu::scratch<Ranges, double>(rows);
+  const quantize::Status status = find_ranges(low, high, rows, ranges);
+  if (status != quantize::Status::ok) return {status, kNotTransformed};
+  if (rows < 2 || *std::max_element(ranges, ranges + rows) == 0)
+    return {quantize::encode(rounding, in, {}, recipe, key, layout, low, high, threads, out, step, zero, offset),
+            kNotTransformed};
+  const std::int64_t bytes =
+      (layout.height + 2 * layout.pad_h) * (layout.width + 2 * layout.pad_w) * row_bytes(in.c, layout.bits);
+  const Rounding law{levels, random_bits};
+  return transform_parts(kernel, in, ranges, low, high, threads, adaptive ? &law : nullptr, groups,
+                         [&](const quantize::Input& part, const float* lows, const float* highs) {
+                           return quantize::encode(rounding, part, {}, recipe, key, layout, lows, highs, threads,
+                                                   out + part.first * bytes, step + part.first, zero + part.first,
+                                                   offset + part.first);
+                         });
+}
+
+Encoded find_groups(const Kernel& kernel, const quantize::Input& in, int levels, int random_bits, const float* low,
+                    const float* high, int threads, const Groups& groups) {
+  struct Ranges;
+  double* ranges = cpu::scratch<Ranges, double>(in.n);
+  const quantize::Status status = find_ranges(low, high, in.n, ranges);
+  if (status != quantize::Status::ok) return {status, kNotTransformed};
+  if (in.n < 2 || *std::max_element(ranges, ranges + in.n) == 0) return {quantize::Status::ok, kNotTransformed};
+  const Rounding law{levels, random_bits};
+  return transform_parts(
+      kernel, in, ranges, low, high, threads, &law, groups,
+      [](const quantize::Input&, const float*, const float*) { return quantize::Status::ok_with_offset; });
 }
 
 }  // namespace fqtstats::householder

@@ -1,5 +1,7 @@
 // The reference: row by row.
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "kernels/householder/householder.h"
@@ -57,8 +59,17 @@ void inverse(const Block& b) {
       b.out[b.order[i] * b.stride + c] = b.memory[i * b.width + c] / b.scale[i];
 }
 
+double fractions(const float* x, std::int64_t count, float offset, float scale, float most) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float y = std::min((x[i] - offset) * scale, most), f = y - std::floor(y);
+    sum += f * (1 - f);
+  }
+  return sum;
+}
+
 }  // namespace
 
-extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse};
+extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions};
 
 }  // namespace fqtstats::householder

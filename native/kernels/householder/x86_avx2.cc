@@ -61,8 +61,41 @@ struct Avx2 {
   };
 };
 
+// A lane adds up 64 numbers at most, so that its error stays below 2^-18.
+constexpr std::int64_t kSummed = 64 * 4 * Avx2::kLanes;
+
 }  // namespace
 
-extern const Kernel avx2{"avx2", cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>};
+static double fractions(const float* x, std::int64_t count, float offset, float scale, float most) {
+  const __m256 o = _mm256_set1_ps(offset), s = _mm256_set1_ps(scale), m = _mm256_set1_ps(most);
+  const auto term = [&](__m256 v) __attribute__((always_inline)) {
+    const __m256 y = _mm256_min_ps(_mm256_mul_ps(_mm256_sub_ps(v, o), s), m), f = _mm256_sub_ps(y, _mm256_floor_ps(y));
+    return _mm256_sub_ps(f, _mm256_mul_ps(f, f));
+  };
+  double total = 0;
+  for (std::int64_t first = 0; first < count; first += kSummed) {
+    const std::int64_t end = count - first < kSummed ? count : first + kSummed;
+    __m256 sum0 = _mm256_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+    std::int64_t i = first;
+    for (; i + 32 <= end; i += 32) {
+      sum0 = _mm256_add_ps(sum0, term(_mm256_loadu_ps(x + i)));
+      sum1 = _mm256_add_ps(sum1, term(_mm256_loadu_ps(x + i + 8)));
+      sum2 = _mm256_add_ps(sum2, term(_mm256_loadu_ps(x + i + 16)));
+      sum3 = _mm256_add_ps(sum3, term(_mm256_loadu_ps(x + i + 24)));
+    }
+    for (; i + 8 <= end; i += 8) sum0 = _mm256_add_ps(sum0, term(_mm256_loadu_ps(x + i)));
+    if (i < end) {
+      const Avx2::First mask = Avx2::first(end - i);
+      sum1 = _mm256_add_ps(sum1, _mm256_and_ps(term(Avx2::load(x + i, mask)), _mm256_castsi256_ps(mask.lanes)));
+    }
+    const __m256 sum = _mm256_add_ps(_mm256_add_ps(sum0, sum1), _mm256_add_ps(sum2, sum3));
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    total += _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  return total;
+}
+
+extern const Kernel avx2{"avx2", cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions};
 
 }  // namespace fqtstats::householder

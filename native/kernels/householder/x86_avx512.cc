@@ -52,8 +52,36 @@ struct Avx512 {
   };
 };
 
+// A lane adds up 64 numbers at most, so that its error stays below 2^-18.
+constexpr std::int64_t kSummed = 64 * 4 * Avx512::kLanes;
+
 }  // namespace
 
-extern const Kernel avx512{"avx512", cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>};
+static double fractions(const float* x, std::int64_t count, float offset, float scale, float most) {
+  const __m512 o = _mm512_set1_ps(offset), s = _mm512_set1_ps(scale), m = _mm512_set1_ps(most);
+  const auto add = [&](__m512 sum, __m512 v) __attribute__((always_inline)) {
+    const __m512 y = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(v, o), s), m),
+                 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return _mm512_add_ps(sum, _mm512_fnmadd_ps(f, f, f));
+  };
+  double total = 0;
+  for (std::int64_t first = 0; first < count; first += kSummed) {
+    const std::int64_t end = count - first < kSummed ? count : first + kSummed;
+    __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0, sum2 = sum0, sum3 = sum0;
+    std::int64_t i = first;
+    for (; i + 64 <= end; i += 64) {
+      sum0 = add(sum0, _mm512_loadu_ps(x + i));
+      sum1 = add(sum1, _mm512_loadu_ps(x + i + 16));
+      sum2 = add(sum2, _mm512_loadu_ps(x + i + 32));
+      sum3 = add(sum3, _mm512_loadu_ps(x + i + 48));
+    }
+    for (; i + 16 <= end; i += 16) sum0 = add(sum0, _mm512_loadu_ps(x + i));
+    if (i < end) sum1 = add(sum1, _mm512_mask_loadu_ps(o, Avx512::first(end - i).lanes, x + i));
+    total += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum0, sum1), _mm512_add_ps(sum2, sum3)));
+  }
+  return total;
+}
+
+extern const Kernel avx512{"avx512", cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>, fractions};
 
 }  // namespace fqtstats::householder
