@@ -246,7 +246,9 @@ def test_the_order_of_use_counts_where_inputs_are_given():
     net = Backwards()
     assert roles(net, torch.randn(2, 6)).order == ("first", "middle", "last")
     assert roles(net).order == ("unused", "last", "middle", "first")
-    assert set(roles(net, torch.rand(40, 6)).signed) == {"middle", "last"}
+    found = roles(net, torch.rand(40, 6))
+    assert (set(found.signed), found.nonnegative) == ({"middle", "last"}, ("first",))
+    assert roles(net).signed == roles(net).nonnegative == ()
     recipe = dataclasses.replace(recipes.get("statquant-psq"), rules=LayerRules(FULL, OTHER))
     overrides = recipe.for_model(net, torch.randn(2, 6)).stages[0].policy.overrides
     assert overrides == {"first": FULL, "last": OTHER}

@@ -207,8 +207,8 @@ def test_a_run(run: Run) -> None:
     assert found.metadata["arguments"] == {
         "command": "train", "recipe": "statquant-bhq", "bits": None, "model": "mlp", "data": "digits",
         "data_root": None, "image_size": None, "epochs": 2, "batch_size": 128, "lr": None, "seed": 0, "skip": None,
-        "checkpoint": None, "teacher": None, "augment": False, "variance_every": 8, "variance_draws": 2, "threads": 1,
-        "device": "cpu", "backend": "simulated",
+        "checkpoint": None, "teacher": None, "augment": False, "variance_every": 8, "variance_draws": 2,
+        "threads": 1, "device": "cpu", "backend": "simulated",
     }  # fmt: skip
     assert repr(found).startswith("Training(statquant-bhq@5, seed 0: finished after 2 epochs, loss ")
     assert "<td>" in found._repr_html_()

@@ -24,24 +24,25 @@ class Roles:
         order: their names, in the order of their first use.
         last: the one that is used last; where one is used several times, it need not be the last of ``order``.
         downsampling: of these, the ones that down-sample.
-        signed: of these, the ones whose input had negative numbers.
+        signed, nonnegative: of these, the ones whose input had negative numbers, and those whose input had none.
     """
 
     order: tuple[str, ...]
     last: str
     downsampling: tuple[str, ...]
     signed: tuple[str, ...] = ()
+    nonnegative: tuple[str, ...] = ()
 
 
 def roles(model: nn.Module, inputs: Tensor | None = None) -> Roles:
     """The layers of a model by their part in it.
 
     Layers are the modules that :func:`fqtstats.prepare_` can change: ``nn.Linear``, ``nn.Conv1d`` and ``nn.Conv2d`` of
-    exactly these types. The order is that of a forward pass on ``inputs``: a layer that is called several times may
-    be the first and the last, and one that is never called is none. Without inputs
-    it is the order in which the model lists its modules, which for all of :data:`fqtstats.models.MODELS` has the same
-    ends, and no layer counts as signed. A layer down-samples if it is a convolution with a kernel of one pixel and a
-    stride above 1: the shortcut of a residual block that halves the resolution.
+    exactly these types. The order is that of a forward pass on ``inputs``: a layer that is called several times may be
+    the first and the last, and one that is never called is none. Without inputs it is the order in which the model
+    lists its modules, which for all of :data:`fqtstats.models.MODELS` has the same ends, and no layer counts as signed
+    or nonnegative. A layer down-samples if it is a convolution with a kernel of one pixel and a stride above 1: the
+    shortcut of a residual block that halves the resolution.
 
     Args:
         model: not prepared; it is left as it was (evaluation mode is used and undone).
@@ -67,6 +68,7 @@ def roles(model: nn.Module, inputs: Tensor | None = None) -> Roles:
         used[-1],
         tuple(name for name in order if _downsamples(layers[name])),
         tuple(name for name in order if name in signed),
+        () if inputs is None else tuple(name for name in order if name not in signed),
     )
 
 
@@ -105,14 +107,15 @@ class LayerRules:
 
     Attributes:
         first, last, downsampling: policies of the layers with these parts, see :func:`roles`.
-        signed: of the other layers, for those whose input can be negative: what quantizes it in place of the policy's
-            own, which takes it for nonnegative; None: its own.
+        signed, nonnegative: of the other layers, for those whose input can be negative, or cannot: what quantizes it in
+            place of the policy's own; None: its own.
     """
 
     first: Policy | None = None
     last: Policy | None = None
     downsampling: Policy | None = None
     signed: QuantizerLike | None = None
+    nonnegative: QuantizerLike | None = None
 
     def overrides(self, found: Roles, policy: Policy) -> dict[str, Policy]:
         """The policies by pattern of the layers' names, as :class:`fqtstats.Policy` takes them.
@@ -140,7 +143,8 @@ class LayerRules:
                 f"too few layers: the model's {len(found.order)} ({', '.join(found.order[:5])}) are all among those "
                 f"that the recipe treats in another way ({told}); give a model with more layers between them"
             )
-        if self.signed is not None and policy.activation is not None:
-            signed = replace(policy, activation=self.signed, overrides={})
-            chosen |= {name: signed for name in found.signed if name not in chosen}
+        for activation, names in ((self.signed, found.signed), (self.nonnegative, found.nonnegative)):
+            if activation is not None and policy.activation is not None:
+                fitted = replace(policy, activation=activation, overrides={})
+                chosen |= {name: fitted for name in names if name not in chosen}
         return {glob.escape(name): own for name, own in chosen.items()}

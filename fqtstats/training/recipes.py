@@ -287,19 +287,21 @@ def _psq1(bits: int) -> Policy:
     )
 
 
-BINARY_RULES = LayerRules(FULL, FULL, FULL)
 SMALL_ADAM = Optimizer("adam", lr=1e-3, weight_decay=1e-5)
 SMALL_SGD = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=1e-5)
 
 
 def _one_bit(policy: Callable[[int], Policy], optimizer: Optimizer) -> Callable[[int], Recipe]:
     def build(bits: int) -> Recipe:
+        # Behind a ReLU every sign is +1, which says nothing. There 1 bit tells whether the number is above 1/2, as in
+        # DoReFa; this is ours, the paper's networks have signs throughout.
+        rules = LayerRules(FULL, FULL, FULL, nonnegative=quantizer("dorefa_act", bits=1))
         stages = (
             Stage("full precision", FULL, 0.3),
             Stage("binary", _binary(), 0.3),
             Stage("fine-tuning", policy(bits), 0.4, lr_scale=0.3),
         )
-        return _recipe(stages, optimizer=optimizer, rules=BINARY_RULES)
+        return _recipe(stages, optimizer=optimizer, rules=rules)
 
     return build
 

@@ -152,7 +152,7 @@ SETTINGS: tuple[Setting, ...] = (
             adapt=_one_bit,
             augment=True,
             published=True,
-            ours="the schedule, the augmentation, the choice of the data",
+            ours="the schedule, the augmentation, the choice of the data, 1-bit activations behind a ReLU",
         )
         for data in ("cifar10", "cifar100")
         for model in ("resnet18", "vgg16")
