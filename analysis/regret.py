@@ -1,12 +1,18 @@
 """How does regret grow with the variance of an unbiased quantizer, with SGD and with Adam?
 
-``python -m analysis.regret`` (about a minute) writes to ``analysis/results/regret/``:
+``python -m analysis.regret`` (some minutes) writes to ``analysis/results/regret/``:
 
 * ``regret.csv``: regret of every run by optimizer, variance and seed, and of the runs without noise;
 * ``exponents.csv``: exponents of the regret's excess over the run without noise, against the variance, with 95 %
   intervals (least squares in logarithms, covariance clustered by seed, t distribution), over all variances and over
   those that are at least ten times the largest squared gradient of the run without noise;
 * ``regret.png``.
+
+Found with 8000 steps, where sigma dominates: exponent 1.01 (0.95 to 1.07) of sigma^2 for SGD, theory 1; 0.54 (0.52 to
+0.56) for Adam, theory 0.5, which the interval leaves out. Adam's exponent depends on the horizon: 2000 steps gave 0.44
+(0.43 to 0.46), because the regret of the largest variances then nears that of not moving at all, and over all variances
+it is 0.64, above theory, because small ones are no more than part of what Adam divides by. Runs with less regret than
+without noise (SGD's at the smallest variances) have no logarithm and are left out of "all", which flattens that slope.
 
 Theory (arXiv 2408.14267, section 3; both follow from the standard bounds for convex losses): with step ``a / sqrt t``
 the regret of SGD is at most ``D^2 sqrt T / (2 a) + a sqrt T (G^2 + sigma^2)``, so its excess grows with ``sigma^2``;
@@ -208,7 +214,7 @@ def draw(runs: pd.DataFrame, exponents: pd.DataFrame) -> bytes:
             )
             axes.set(xscale="log", yscale="log", title=title, xlabel=r"variance $\sigma^2$ of the quantized gradient")
             axes.grid(True)
-            axes.legend(loc="upper left")
+            axes.legend(loc="upper left", frameon=True, facecolor="white", edgecolor="none", framealpha=1)
         panels[0].set_ylabel("regret beyond that without noise")
         return style.png(figure)
 
