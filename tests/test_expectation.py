@@ -10,7 +10,7 @@ from fqtstats.verdicts.expectation import exact_mean, law
 from fqtstats.verdicts.probe import Probe
 
 GRADIENT = [name for name, q in fqtstats.QUANTIZERS.items() if q.role == "gradient"]
-ELEMENTWISE = [name for name in fqtstats.QUANTIZERS if name != "bhq"]
+ELEMENTWISE = [name for name in fqtstats.QUANTIZERS if name not in ("bhq", "bhq-adaptive")]
 
 
 def rows(n=12, d=40, dtype=torch.float32):

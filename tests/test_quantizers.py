@@ -120,7 +120,7 @@ def arithmetic_tolerance(q, x):
     info = torch.finfo(torch.float64 if double else torch.float32)
     flat = x.detach().double().reshape(len(step), -1).abs()
     # What is added up: elements of the row where the rows have grids (or mix), of the whole tensor otherwise.
-    largest = flat.amax(1, keepdim=True) if q.name in ("psq", "bhq") else flat.max()
+    largest = flat.amax(1, keepdim=True) if q.name in ("psq", "bhq", "bhq-adaptive") else flat.max()
     depth = 8 + math.log2(len(step))
     spread = inverse.abs() @ (forward.abs() @ largest.expand_as(flat))
     return (inverse.abs() @ (tau * step) + depth * info.eps * spread + 4 * info.smallest_normal * info.eps).view(
@@ -249,6 +249,7 @@ VARIANCE_ORACLES = {
     "pcq": lambda x, s, b: oracle.grouped_variance(x, oracle.by_channel(x, s), oracle.affine, b),
     "pcq-True": lambda x, s, b: oracle.grouped_variance(x, oracle.by_channel(x, 1), oracle.affine, b),
     "bhq": lambda x, s, b: oracle.bhq_variance(x, b),
+    "bhq-adaptive": lambda x, s, b: oracle.bhq_adaptive_variance(x, b),
 }
 
 
@@ -635,7 +636,9 @@ def test_memory_format_changes_no_bit(case):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("case", [c for c in GRADIENT + MIN_MAX if c[0] not in ("bhq", "symmetric")], ids=label)
+@pytest.mark.parametrize(
+    "case", [c for c in GRADIENT + MIN_MAX if c[0] not in ("bhq", "bhq-adaptive", "symmetric")], ids=label
+)
 def test_grid_aligned_input_is_returned_exactly(case, bits):
     """Powers of two times codes, both ends in every row, column and position."""
     levels = 2**bits - 1

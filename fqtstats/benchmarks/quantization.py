@@ -29,10 +29,12 @@ CHAINS = ((4096, 64, 1024), (4096, 128, 576), (4096, 256, 1024), (4096, 512, 576
 """M, N, K."""
 TRANSFORMS = ((128, 8.0), (1024, 50.0))
 COLUMNS = 4096
+ADAPTIVE = ((128, 1024), (128, 4096), (128, 16384))
+"""Heavy-tailed rows, as for the transform."""
 
 
 def quantize_cases() -> list[Case]:
-    """Stochastic rounding with known extremes, row extremes, the block Householder transform, and the chain."""
+    """Stochastic rounding with known extremes, row extremes, the block Householder transform, BHQ, and the chain."""
     cases = []
     for threads in machine.thread_counts():
         one = threads == 1
@@ -90,6 +92,17 @@ def quantize_cases() -> list[Case]:
         ]
         cases += [
             Case(
+                name="BHQ codes, adaptive grouping",
+                shape=f"{n}x{d}",
+                threads=threads,
+                baseline="the same with the published grouping",
+                pair=_adaptive(n, d),
+                must=1 / 1.5 if one else None,
+            )
+            for n, d in ADAPTIVE
+        ]
+        cases += [
+            Case(
                 name=f"extremes, rounding ({random_bits} random bits), int8 product, scales",
                 shape=f"{m}x{n}x{k}",
                 threads=threads,
@@ -109,6 +122,11 @@ def quantize_cases() -> list[Case]:
 def _input(n: int, d: int) -> Tensor:
     with seeded(0):
         return torch.randn(n, d)
+
+
+def _heavy_tailed(n: int, d: int) -> Tensor:
+    """Rows as in the gradients of trained networks."""
+    return _input(n, d).mul_(torch.logspace(0, -3, n).view(-1, 1))
 
 
 def _expression(x: Tensor) -> Callable[[float, float], Tensor]:
@@ -178,14 +196,23 @@ def _extremes(n: int, d: int) -> Callable[[], AbstractContextManager[Pair]]:
 def _householder(n: int) -> Callable[[], AbstractContextManager[Pair]]:
     @contextmanager
     def pair() -> Iterator[Pair]:
-        x = _input(n, COLUMNS)
-        x *= torch.logspace(0, -3, n).view(-1, 1)  # heavy-tailed rows, as in trained networks
+        x = _heavy_tailed(n, COLUMNS)
         low, high = torch.aminmax(x, dim=1)
         transform = BlockHouseholder.of(group_rows((high - low).double()), torch.float32)
         dense = transform.forward(torch.eye(n).view(n, n, 1)).view(n, n)
         y = torch.empty_like(x)
         view = x.view(n, COLUMNS, 1)
         yield lambda: transform.forward(view), lambda: torch.mm(dense, x, out=y)
+
+    return pair
+
+
+def _adaptive(n: int, d: int) -> Callable[[], AbstractContextManager[Pair]]:
+    @contextmanager
+    def pair() -> Iterator[Pair]:
+        x, s = _heavy_tailed(n, d), stream()
+        adaptive, published = quantizer("bhq-adaptive", bits=5), quantizer("bhq", bits=5)
+        yield lambda: store(adaptive, x, s), lambda: store(published, x, s)
 
     return pair
 

@@ -70,7 +70,7 @@ def adapt(
     matched, close = _matched_scale(published, low, high, group)
     scale = torch.stack([matched, published.row_scale], 1).view(len(x), 2, 1)
     both = replace(published, row_scale=scale)
-    y = both.by_torch(x.reshape(len(x), 1, -1).expand(-1, 2, -1))
+    y = both.of_ordered(rows.unsqueeze(1))
     reflected = y, y.amin(2, keepdim=True), y.amax(2, keepdim=True)
 
     lower, upper = _intervals(*reflected, levels, random_bits)
@@ -81,7 +81,9 @@ def adapt(
     lower[:, 0], upper[:, 0] = (torch.where(close, torch.inf, v[:, 0]) for v in (lower, upper))
     best = upper.amin(1)
     # The rows alone: often the leader's variance says enough.
-    alone_lower, alone_upper = (v.view(-1) for v in _intervals(rows[heads], low[heads], high[heads], levels, random_bits))
+    alone_lower, alone_upper = (
+        v.view(-1) for v in _intervals(rows[heads], low[heads], high[heads], levels, random_bits)
+    )
     unsure = torch.cat([alone_lower <= best, best.new_zeros(1, dtype=torch.bool)])
     chosen = unsure[group]
     some_lower, some_upper = (
@@ -100,7 +102,8 @@ def adapt(
             if candidate == 0 and close[g]:
                 values.append(math.inf)
                 continue
-            noise = _exact(*(part[of_group, candidate] for part in reflected), levels, random_bits)
+            candidate_rows, lowest, highest = (part[of_group, candidate] for part in reflected)
+            noise = _exact(candidate_rows, lowest, highest, levels, random_bits)
             values.append(float(_tree_sum(_exact_weights(scale[of_group, candidate, 0]) * noise)))
         choice[g] = values.index(min(values))
     return _chosen(published, scale, choice, group)
@@ -138,9 +141,7 @@ def _chosen(
     per_position = torch.cat([choice, choice.new_zeros(1)])[group]
     ours, theirs = scale.view(-1, 2).unbind(1)
     chosen = torch.where(per_position == 1, ours, torch.where(per_position == 2, theirs, 1.0))
-    return replace(
-        published, heads=published.heads[kept], sizes=published.sizes[kept], row_scale=chosen.view(-1, 1, 1)
-    )
+    return replace(published, heads=published.heads[kept], sizes=published.sizes[kept], row_scale=chosen.view(-1, 1, 1))
 
 
 # --- variance of rounded rows -----------------------------------------------------------------------------------------
@@ -163,8 +164,7 @@ def _intervals(
     finite = low.isfinite() & high.isfinite() & (span <= info.max)
     span = torch.where(finite, span, 0.0)
     grid = affine(torch.where(finite, low, 0.0), torch.where(finite, high, 0.0), levels)
-    f = grid.coordinates(y).clamp_(max=levels)
-    f.sub_(f.floor())
+    f = grid.coordinates(y).clamp_(max=levels).frac_()  # a coordinate is not negative
     total = f.addcmul_(f, f, value=-1).sum(-1, keepdim=True, dtype=torch.float64)
     # A probability lies up to 2^-n below f, and f (1 - f) is rounded.
     slack = y.shape[-1] * (2.0**-random_bits + 2 * info.eps)

@@ -218,12 +218,12 @@ class BlockHouseholder(Transform):
         if native is not None:
             y, low, high = native
             return y, low.view(-1, 1, 1), high.view(-1, 1, 1)
-        y = self.by_torch(x)
+        y = self.of_ordered(x[self.order])
         return y, y.amin((1, 2), keepdim=True), y.amax((1, 2), keepdim=True)
 
-    def by_torch(self, x: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` in torch operations; here ``row_scale`` may be ``[N, C, 1]``, one for each channel."""
-        return self._reflect_(x[self.order].mul_(self.row_scale))
+    def of_ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` of rows that are in group order; here ``row_scale`` may be ``[N, C, 1]``, one per channel."""
+        return self._reflect_(x * self.row_scale)
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         if self.row_scale.dtype == torch.float32:

@@ -173,6 +173,39 @@ def bhq_variance(x: Matrix, levels: int) -> Matrix:
     return matmul([[entry**2 for entry in row] for row in inverse], grouped_variance(y, by_row(y), affine, levels))
 
 
+def bhq_candidates(lam: list[float]) -> list[list[float] | None]:
+    """Scales of one group's rows, leader first, for each candidate of adaptive grouping; None: the rows as they are."""
+    candidates: list[list[float] | None] = [None]
+    if lam[1] > 0:
+        t = bhq_t(len(lam), lam[0], lam[1])
+        matched = [math.sqrt(lam[0] / max(small, lam[1] / 4)) for small in lam[1:]]
+        if any(abs(s - t) > t / 16 for s in matched):
+            candidates.append([1.0, *matched])
+        candidates.append([1.0, *[t] * len(matched)])
+    return candidates
+
+
+def bhq_adaptive_variance(x: Matrix, levels: int) -> Matrix:
+    """Of each group's candidates the one with the least summed variance."""
+    ranges = [row_range(row) for row in x]
+    if len(x) == 1 or max(ranges) == 0:
+        return grouped_variance(x, by_row(x), affine, levels)
+    result: Matrix = [[] for _ in x]
+    for group in bhq_groups(ranges):
+        rows, h, found = [x[i] for i in group], householder(len(group)), []
+        for scale in bhq_candidates([float(ranges[i]) for i in group]):
+            if scale is None:
+                found.append(grouped_variance(rows, by_row(rows), affine, levels))
+                continue
+            y = matmul([[a * s for a, s in zip(row, scale, strict=True)] for row in h], rows)
+            weights = [[(a / s) ** 2 for a in row] for row, s in zip(h, scale, strict=True)]
+            found.append(matmul(weights, grouped_variance(y, by_row(y), affine, levels)))
+        best = min(found, key=lambda variance: math.fsum(math.fsum(row) for row in variance))
+        for i, row in zip(group, best, strict=True):
+            result[i] = row
+    return result
+
+
 def bhq_published_bound(x: Matrix, levels: int) -> float:
     """Sum over groups of ``D / (4 B^2) (lambda_1^(2/3) n^(-1/3) + lambda_2^(2/3) n^(2/3))^3``."""
     ranges = [row_range(row) for row in x]
