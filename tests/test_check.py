@@ -174,6 +174,6 @@ def test_bad_input_is_one_line_and_status_2(run: Run, arguments: tuple[str, ...]
 
 def test_all_of_the_registry_is_checked_and_widths_that_do_not_suit_are_left_out() -> None:
     found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1))}
-    assert {f"{name} 8 bits" for name in QUANTIZERS} < found
+    assert {f"{name} 8 bits" for name in QUANTIZERS if name not in ("luq", "flush")} < found
     assert "psq 1 bit" in found
     assert "symmetric 1 bit" not in found

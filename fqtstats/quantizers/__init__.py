@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from fqtstats.errors import InputError
+from fqtstats.quantizers.agp import AGP, TopK
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
+from fqtstats.quantizers.baselines import DoReFa, Int4, Nearest
 from fqtstats.quantizers.bhq import BHQ
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
+from fqtstats.quantizers.luq import LUQ, Flush
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
 
 __all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "quantizer"]
@@ -17,6 +20,13 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         PSQ,
         PCQ,
         BHQ,
+        LUQ,
+        AGP,
+        DoReFa,
+        Int4,
+        Nearest,
+        Flush,
+        TopK,
         MinMax,
         ZeroOnGrid,
         Symmetric,

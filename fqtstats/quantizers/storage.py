@@ -72,6 +72,8 @@ def store(
     """
     if not isinstance(q, UniformQuantizer) or x.dtype == torch.float64 or x.dim() not in (2, 4):
         return None
+    if q.recipe.rule == "logarithmic":
+        return None
     if q.view_shape(x.shape)[1] != x.shape[1]:
         return None
     stored = _store_native(q, x, stream, pad, extremes)
