@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -88,10 +88,6 @@ class Checkpoint:
             for index, (name, dtype, shape) in enumerate(about["tensors"])
         }
         return Checkpoint(Position(**about["position"]), tensors, about["progress"])
-
-    def at(self, position: Position) -> Checkpoint:
-        """The same state, to continue from another position."""
-        return replace(self, position=position)
 
 
 def identity_of(settings: Mapping[str, object]) -> str:
