@@ -35,7 +35,8 @@ from fqtstats.layers.state import Call
 from fqtstats.layers.swap import Skip, quantized
 from fqtstats.ops.codes import Codes
 from fqtstats.policy import Policy, QuantizerLike
-from fqtstats.quantizers.base import Transform, UniformQuantizer
+from fqtstats.quantizers.base import Transform
+from fqtstats.quantizers.storage import has_codes
 
 __all__ = ["Parity", "parity"]
 
@@ -133,11 +134,12 @@ class _Inspector:
         return self.rows.setdefault((call.layer.name, name), _Row())
 
     def operand(self, call: Call, place: str, q: QuantizerLike, x: torch.Tensor, draw: int, operand: Operand) -> None:
-        if operand.stored is None or not isinstance(q, UniformQuantizer):
+        if operand.stored is None:
             return
+        assert has_codes(q)
         row = self._row(call, _PRODUCT_OF[place])
         codes = operand.stored.codes
-        expected = q.encode(x, call.stream(place, draw)).codes().view(codes.shape)
+        expected = q.encode(x, call.stream(place, draw)).codes().view(codes.shape)  # type: ignore[attr-defined]
         packed = Codes.pack(expected, codes.bits, codes.affine, codes.pad)
         numbers = images(call.quantize(q, place, x, draw))
         row.codes += expected.numel()

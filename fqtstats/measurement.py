@@ -328,7 +328,7 @@ class _Facts:
     ) -> _Facts:
         holders: dict[int, list[tuple[str, str]]] = {}
         for name, module in handle.layers.items():
-            for own, p in module.named_parameters(recurse=False):
+            for own, p in module.named_parameters():  # those of its quantizers among them
                 holders.setdefault(id(p), []).append((name, own))
         shown: set[str] = set()
         rows = []

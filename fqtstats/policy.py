@@ -11,10 +11,13 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.random import Stream
 
-__all__ = ["PLACES", "Policy", "QuantizerLike"]
+__all__ = ["PLACES", "PREFIX", "Policy", "QuantizerLike"]
 
 PLACES = ("activation", "weight", "grad_input", "grad_weight")
 """Where a policy's quantizers act."""
+
+PREFIX = "fqt_"
+"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 QuantizerLike = Callable[[torch.Tensor, Stream], torch.Tensor]
 """Anything called as ``f(x, stream)`` that returns a tensor of ``x``'s shape and dtype."""
@@ -25,8 +28,9 @@ class Policy:
     """Quantizers of one layer: of its input, its weight, and its incoming gradient once for each backward product.
 
     Attributes:
-        activation: acts on the layer's input in the forward pass (straight-through in the backward pass).
-        weight: acts on the weight in the forward pass (straight-through in the backward pass).
+        activation: acts on the layer's input in the forward pass. Gradients pass it straight through, or by its own
+            straight-through estimator, where it has one (:mod:`fqtstats.quantizers.passage`).
+        weight: acts on the weight in the forward pass. Likewise.
         grad_input: acts on dL/dY in the product that gives the input gradient, ``dX = Q2(dL/dY) W^T``.
         grad_weight: acts on dL/dY in the product that gives the weight gradient, ``dW = X^T Q1(dL/dY)``, and the bias
             gradient.

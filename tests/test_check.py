@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from commands import Run, run
 
+from fqtstats.errors import InputError
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.verdicts import claims
 
@@ -173,7 +174,9 @@ def test_bad_input_is_one_line_and_status_2(run: Run, arguments: tuple[str, ...]
 
 
 def test_all_of_the_registry_is_checked_and_widths_that_do_not_suit_are_left_out() -> None:
-    found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1))}
-    assert {f"{name} 8 bits" for name in QUANTIZERS} < found
-    assert "psq 1 bit" in found
-    assert "symmetric 1 bit" not in found
+    found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1), any_width=True)}
+    assert {f"{name} 8 bits" for name, cls in QUANTIZERS.items() if 8 in cls.widths} < found
+    assert {"psq 1 bit", "sign 1 bit", "sawb 4 bits"} < found
+    assert not {"symmetric 1 bit", "sign 8 bits", "sawb 8 bits"} & found
+    with pytest.raises(InputError, match="sawb has 4 bits only"):
+        claims.subjects(["psq", "sawb"], (8, 1))

@@ -23,6 +23,7 @@ from fqtstats.errors import InputError
 from fqtstats.ops import products
 from fqtstats.ops.extension import FALLBACKS
 from fqtstats.training import pretrain
+from fqtstats.training.recipes import RECIPES
 
 __all__ = ["run"]  # the fixture
 
@@ -181,6 +182,7 @@ def test_a_single_batch_has_no_sampling_variance_and_says_so(run: Run) -> None:
     [
         ("quantizers", quantizers.QUANTIZERS),
         ("policies", policies.POLICIES),
+        ("recipes", RECIPES),
         ("models", models.MODELS),
         ("data", SOURCES),
         ("kernels", FALLBACKS),

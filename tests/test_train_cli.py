@@ -207,8 +207,8 @@ def test_a_run(run: Run) -> None:
     assert found.metadata["arguments"] == {
         "command": "train", "recipe": "statquant-bhq", "bits": None, "model": "mlp", "data": "digits",
         "data_root": None, "image_size": None, "epochs": 2, "batch_size": 128, "lr": None, "seed": 0, "skip": None,
-        "checkpoint": None, "teacher": None, "variance_every": 8, "variance_draws": 2, "threads": 1, "device": "cpu",
-        "backend": "simulated",
+        "checkpoint": None, "teacher": None, "augment": False, "variance_every": 8, "variance_draws": 2,
+        "threads": 1, "device": "cpu", "backend": "simulated",
     }  # fmt: skip
     assert repr(found).startswith("Training(statquant-bhq@5, seed 0: finished after 2 epochs, loss ")
     assert "<td>" in found._repr_html_()
@@ -222,6 +222,17 @@ def test_a_run(run: Run) -> None:
     shown = json.loads(more.out)
     assert [row["epoch"] for row in shown["epochs"]] == [1, 2]
     assert shown["metadata"]["weights"] == f"checkpoint {place}/model.pt"
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run) -> None:
+    done = run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1", "--out", "r")
+    assert done.status == 0, done.err
+    arguments = fqtstats.load_training("r").metadata["arguments"]
+    expected = {"model": "mlp", "data": "digits", "epochs": 1, "batch_size": 64, "augment": False, "image_size": None}
+    assert {name: arguments[name] for name in expected} == expected
+    assert run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1").status == 0
+    assert os.listdir("runs") == ["train-exact-digits"]
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -298,6 +309,8 @@ def test_list_recipes(run: Run) -> None:
         (("--data", "text"), "takes image or features"),
         (("--recipe", "from-full"), "full-precision"),
         (("--recipe", "stages"), "3 stages"),
+        (("--recipe", "lsq/imagenet"), "known: lsq/digits, lsq/text"),
+        (("--augment",), "data 'digits' has no augmentation"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

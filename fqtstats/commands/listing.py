@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,6 +11,9 @@ from rich.text import Text
 
 from fqtstats.commands.console import out
 from fqtstats.errors import InputError
+
+if TYPE_CHECKING:
+    from fqtstats.training.recipes import Definition
 
 __all__ = ["list_"]
 
@@ -35,12 +38,13 @@ def list_(
             shown = ("-" if q is None else f"{getattr(q, 'name', q)}:{getattr(q, 'bits', '')}" for q in places)
             _row(table, name, *shown)
     elif what == "recipes":
-        from fqtstats.training.recipes import RECIPES
+        from fqtstats.training import recipes, runs
 
-        _columns(table, "name", "bits", "what it is", "source")
-        for name, recipe in RECIPES.items():
-            widths = ",".join(f"[{b}]" if b == recipe.default else str(b) for b in recipe.bits)
-            _row(table, name, widths, recipe.summary, recipe.source)
+        _columns(table, "name", "bits", "what it is", "paper", "its own runs")
+        for name, definition in recipes.RECIPES.items():
+            own = (setting.name for setting in runs.SETTINGS if name in setting.recipes and setting.published)
+            paper = definition.source.partition("(")[2].rstrip(")")
+            _row(table, name, _bits(definition), definition.summary, paper, " ".join(own) or "-")
     elif what == "models":
         _columns(table, "name", "data", "what it is")
         for name, entry in models.MODELS.items():
@@ -57,6 +61,15 @@ def list_(
     else:
         raise InputError(f"unknown list {what!r}; known: quantizers, policies, recipes, models, data, kernels")
     out.print(table)
+
+
+def _bits(definition: Definition) -> str:
+    """The bits that a recipe is defined for, and its default: ``"1-8 (5)"``."""
+    known = definition.bits
+    if not known:
+        return "-"
+    several = f"{known[0]}-{known[-1]}" if known == tuple(range(known[0], known[-1] + 1)) else ",".join(map(str, known))
+    return f"{several} ({definition.default})"
 
 
 def _columns(table: Table, *names: str) -> None:

@@ -26,7 +26,13 @@ __all__ = ["train"]
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help="How to train; fqtstats list recipes has them all.")] = "statquant-bhq",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="How to train; fqtstats list recipes has them all. RECIPE/RUN is one of its runs: that has a model, "
+            "data and numbers of its own, for the options that are not given."
+        ),
+    ] = "statquant-bhq",
     bits: Annotated[int | None, typer.Option(help="The recipe's bits.", show_default="the recipe's own")] = None,
     model: experiments.Model = "preact_resnet20",
     data: experiments.Data = "digits",
@@ -48,6 +54,7 @@ def train(
         str | None,
         typer.Option(help="Weights of the teacher, of recipes with one; {seed} likewise.", metavar="FILE"),
     ] = None,
+    augment: Annotated[bool, typer.Option(help="Change the training images at random.")] = False,
     variance_every: Annotated[
         int, typer.Option(help="Measure the gradient's variance at every so many steps; 0: never.")
     ] = 0,
@@ -71,16 +78,22 @@ def train(
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
-    chosen = _recipe(recipe, bits, lr)
-    arguments = experiments.arguments_of(context, leave_out=["tensorboard"])
-    check_counts(epochs=(epochs, 1), variance_every=(variance_every, 0), variance_draws=(variance_draws, 2))
+    chosen, own = _recipe(recipe, bits, lr)
+    if not _is_default(context, "data"):
+        own = {name: value for name, value in own.items() if name not in ("augment", "image_size")}
+    defaults = {name: value for name, value in own.items() if _is_default(context, name)}
+    arguments = experiments.arguments_of(context, leave_out=["tensorboard"], **defaults)
+    check_counts(
+        epochs=(arguments["epochs"], 1), variance_every=(variance_every, 0), variance_draws=(variance_draws, 2)
+    )
     check_counts(threads=(threads, 1))
     experiments.check_arguments(arguments, BACKENDS)
     if tensorboard:
         from fqtstats.commands.tensorboard import writer_type
 
         writer_type()
-    label = recipe if chosen.bits is None else f"{recipe}@{chosen.bits}"
+    stem = recipe.replace("/", "-")
+    label = stem if chosen.bits is None else f"{stem}@{chosen.bits}"
     path = experiments.folder(output, "train", [label])
     with RunDirectory.create(path, arguments, resume) as run:
         try:
@@ -98,11 +111,23 @@ def train(
         raise typer.Exit(1)
 
 
-def _recipe(name: str, bits: int | None, lr: float | None) -> Recipe:
-    from fqtstats.training import recipes
+def _recipe(name: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict[str, object]]:
+    """The recipe, and the options that come with it if it is that of a run."""
+    from fqtstats.training import recipes, runs
 
-    found = recipes.get(name, bits)
-    return found if lr is None else replace(found, optimizer=replace(found.optimizer, lr=lr))
+    own: dict[str, object] = {}
+    if "/" in name:
+        run = runs.run(name, bits)
+        found = run.recipe
+        own = {option: getattr(run, option) for option in runs.OPTIONS}
+    else:
+        found = recipes.get(name, bits)
+    return (found if lr is None else replace(found, optimizer=found.optimizer.with_lr(lr))), own
+
+
+def _is_default(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "DEFAULT"
 
 
 def _train(run: RunDirectory, recipe: Recipe, arguments: Mapping[str, Any], path: Path, tensorboard: bool) -> Training:
@@ -151,6 +176,7 @@ def _train(run: RunDirectory, recipe: Recipe, arguments: Mapping[str, Any], path
                     skip=experiments.skipped(arguments),
                     pretrained=arguments["checkpoint"] is not None,
                     teacher=teacher,
+                    augment=arguments["augment"],
                     variance_every=arguments["variance_every"],
                     variance_draws=arguments["variance_draws"],
                     thread_count=arguments["threads"],

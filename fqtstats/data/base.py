@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fqtstats.data.augmentation import CropAndFlip, numbers
 from fqtstats.determinism import isolated
 from fqtstats.errors import InputError
 from fqtstats.hashing import tensor_digest
@@ -35,6 +36,7 @@ class Data(ABC):
         num_classes: classes, or for tokens the size of the vocabulary; 0 if the targets are not class indices.
         splits: the names accepted as ``split``.
         fingerprint_complete: whether :meth:`fingerprint` covers every record.
+        augments: whether there is an :meth:`augmented` version of the training records.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Data(ABC):
     num_classes: int
     splits: tuple[str, ...]
     fingerprint_complete: bool = True
+    augments: bool = False
 
     @abstractmethod
     def len(self, split: str = "train") -> int:
@@ -56,12 +59,22 @@ class Data(ABC):
     def records(self, split: str, indices: Tensor) -> Batch:
         """The samples at ``indices`` (int64 [N]) of the split as one batch."""
 
+    def augmented(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        """Training samples at ``indices``, changed at random: each depends on (seed, epoch, its index) alone.
+
+        Raises:
+            InputError: there is no augmentation for this source.
+        """
+        raise InputError(f"data {self.name!r} has no augmentation")
+
     def steps(self, batch_size: int, split: str = "train") -> int:
         """Number of batches that :meth:`batches` gives."""
         n = self.len(split)
         return max(1, n // batch_size) if split == "train" else -(-n // batch_size)
 
-    def batches(self, batch_size: int, *, seed: int, epoch: int = 0, split: str = "train") -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int = 0, split: str = "train", augment: bool = False
+    ) -> Iterator[Batch]:
         """One epoch of batches, in an order that depends on (seed, epoch, split) alone.
 
         Training batches are all full (the rest of the epoch is left out) unless the whole split is smaller than one
@@ -73,21 +86,28 @@ class Data(ABC):
             seed: the experiment's seed.
             epoch: which pass over the data.
             split: one of :attr:`splits`.
+            augment: take the :meth:`augmented` version of the training records.
 
         Raises:
-            InputError: ``batch_size`` or ``split`` is out of range; while iterating, a record cannot be read.
+            InputError: ``batch_size`` or ``split`` is out of range, or augmented batches are asked for that there are
+                not; while iterating, a record cannot be read.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}; ask for a non-empty batch")
         self.check_split(split)
+        if augment and split != "train":
+            raise InputError(f"only training batches are augmented, not those of split {split!r}; leave it out")
+        if augment and not self.augments:
+            raise InputError(f"data {self.name!r} has no augmentation; leave it out")
         k0, k1, _, _ = stream(seed=seed, step=epoch, layer="data", site=f"records/{split}").words()
-        return isolated(self.iterate(batch_size, seed, epoch, split), k0 | k1 << 32)
+        return isolated(self.iterate(batch_size, seed, epoch, split, augment), k0 | k1 << 32)
 
-    def iterate(self, batch_size: int, seed: int, epoch: int, split: str) -> Iterator[Batch]:
+    def iterate(self, batch_size: int, seed: int, epoch: int, split: str, augment: bool) -> Iterator[Batch]:
         """The batches of one epoch; called by :meth:`batches`, which has checked the arguments."""
         permutation = order(self.len(split), seed=seed, epoch=epoch, split=split)
         for k in range(self.steps(batch_size, split)):
-            yield self.records(split, permutation[k * batch_size : (k + 1) * batch_size])
+            chosen = permutation[k * batch_size : (k + 1) * batch_size]
+            yield self.augmented(chosen, seed=seed, epoch=epoch) if augment else self.records(split, chosen)
 
     def check_split(self, split: str) -> None:
         """Raise InputError unless ``split`` is one of :attr:`splits`."""
@@ -132,6 +152,7 @@ class InMemory(Data):
         inputs: per split, [N, *input_shape] in storage format.
         targets: per split, [N, ...].
         transform: from a batch in storage format to the model's input.
+        augmentation: of the training inputs, after ``transform``.
     """
 
     name: str
@@ -140,6 +161,11 @@ class InMemory(Data):
     inputs: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
     transform: Callable[[Tensor], Tensor] = _identity
+    augmentation: CropAndFlip | None = None
+
+    @property
+    def augments(self) -> bool:  # type: ignore[override]
+        return self.augmentation is not None
 
     @property
     def input_shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -161,3 +187,10 @@ class InMemory(Data):
         targets = self.targets[split][indices]
         # Class indices may be stored in a narrower type; cross entropy takes int64.
         return self.transform(self.inputs[split][indices]), targets if targets.is_floating_point() else targets.long()
+
+    def augmented(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        if self.augmentation is None:
+            return super().augmented(indices, seed=seed, epoch=epoch)
+        inputs, targets = self.records("train", indices)
+        drawn = numbers(indices, self.augmentation.count, seed=seed, epoch=epoch)
+        return self.augmentation(inputs, drawn), targets

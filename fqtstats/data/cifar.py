@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fqtstats.data.augmentation import CropAndFlip
 from fqtstats.data.base import InMemory, root_directory
 from fqtstats.errors import InputError
 
@@ -61,7 +62,7 @@ CIFAR100 = CifarFormat(
 
 
 def cifar(layout: CifarFormat, root: str | Path | None) -> InMemory:
-    """Images [3, 32, 32], normalized per channel, with their (fine) classes.
+    """Images [3, 32, 32], normalized per channel, with their (fine) classes; augmented: shifted and mirrored.
 
     Args:
         layout: :data:`CIFAR10` or :data:`CIFAR100`.
@@ -84,6 +85,7 @@ def cifar(layout: CifarFormat, root: str | Path | None) -> InMemory:
         inputs={split: records[:, first:].reshape(-1, 3, 32, 32) for split, records in splits.items()},
         targets={split: records[:, first - 1].clone() for split, records in splits.items()},
         transform=partial(_normalize, mean=layout.mean, std=layout.std),
+        augmentation=CropAndFlip(),
     )
 
 

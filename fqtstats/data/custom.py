@@ -145,7 +145,7 @@ class _Ready(_Lazy):
         self.check_split(split)
         return len(self.sizes)
 
-    def iterate(self, batch_size: int, seed: int, epoch: int, split: str) -> Iterator[Batch]:
+    def iterate(self, batch_size: int, seed: int, epoch: int, split: str, augment: bool) -> Iterator[Batch]:
         return self.in_order()
 
     def in_order(self) -> Iterator[Batch]:

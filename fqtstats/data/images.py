@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fqtstats.data.augmentation import CROP_NUMBERS, crop_box, numbers
 from fqtstats.data.base import Batch, Data, Kind, root_directory
 from fqtstats.errors import InputError
 
@@ -28,6 +29,8 @@ RESIZE = 256 / 224
 class Images(Data):
     """Images read when they are asked for: shorter side resized, centre cropped to [3, size, size], normalized.
 
+    Augmented: a random part, resized to [3, size, size], half of them mirrored, normalized.
+
     Args:
         root: directory with ``train`` and, for the test split, ``val``.
         size: height and width in pixels.
@@ -38,6 +41,7 @@ class Images(Data):
     """
 
     kind: Kind = "image"
+    augments = True
 
     def __init__(self, root: str | Path | None, size: int = 224) -> None:
         if size < 1:
@@ -76,23 +80,41 @@ class Images(Data):
         return h.hexdigest()
 
     def records(self, split: str, indices: Tensor) -> Batch:
-        images = [self._read(self._paths[split][i]) for i in indices.tolist()]
-        return torch.stack(images), self._targets[split][indices]
+        images = [self._centre(self._read(self._paths[split][i])) for i in indices.tolist()]
+        return _normalized(images), self._targets[split][indices]
 
-    def _read(self, path: Path) -> Tensor:
-        size = self.input_shape[1]
+    def augmented(self, indices: Tensor, *, seed: int, epoch: int) -> Batch:
+        drawn = numbers(indices, CROP_NUMBERS + 1, seed=seed, epoch=epoch).tolist()
+        paths = [self._paths["train"][i] for i in indices.tolist()]
+        images = [self._part(self._read(path), own) for path, own in zip(paths, drawn, strict=True)]
+        return _normalized(images), self._targets["train"][indices]
+
+    def _read(self, path: Path) -> Image.Image:
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                return file.convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{str(path)!r} cannot be read as an image ({reason}); replace or remove it") from error
+
+    def _centre(self, image: Image.Image) -> Image.Image:
+        size = self.input_shape[1]
         scale = round(size * RESIZE) / min(image.size)
         width, height = (max(size, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = (width - size) // 2, (height - size) // 2
-        pixels = np.array(image.crop((left, top, left + size, top + size)))
-        return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - MEAN) / STD
+        return image.crop((left, top, left + size, top + size))
+
+    def _part(self, image: Image.Image, drawn: list[float]) -> Image.Image:
+        part = image.crop(crop_box(image.size, drawn[1:]))
+        part = part.resize((self.input_shape[1], self.input_shape[2]), Image.Resampling.BILINEAR)
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if drawn[0] < 0.5 else part
+
+
+def _normalized(images: list[Image.Image]) -> Tensor:
+    """float32 [N, 3, H, W]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return (pixels.permute(0, 3, 1, 2).float().contiguous() / 255 - MEAN) / STD
 
 
 def _scan(directory: Path) -> dict[str, list[Path]]:

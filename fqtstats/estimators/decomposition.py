@@ -37,6 +37,7 @@ from fqtstats.errors import NonFiniteError
 from fqtstats.estimators import exact
 from fqtstats.estimators.moments import squared_norm
 from fqtstats.layers.operand import Operand
+from fqtstats.layers.passing import WEIGHT
 from fqtstats.layers.product import compute
 from fqtstats.layers.state import Call, Site, Source, WeightGradient
 from fqtstats.policy import QuantizerLike
@@ -92,7 +93,9 @@ class Sources:
         places = {id(p): column for column, p in enumerate(self.session.parameters.values())}
         layer = call.layer.name
         for name in parameters:
-            column = places.get(id(self.session.handle.layers[layer]._parameters.get(name)))
+            module, _, own = name.rpartition(".")
+            holder = self.session.handle.layers[layer].get_submodule(module)
+            column = places.get(id(holder._parameters.get(own)))
             if column is None:
                 self.derived.add(call.key)
             else:
@@ -303,12 +306,24 @@ def _own(weight: WeightGradient, parameters: Sequence[str], s: Stream) -> dict[s
     if isinstance(weight.q, UniformQuantizer):
         return exact.summed(weight, parameters)
     (error,), found = _errors(weight.q, weight.g, [s]), {}
-    if "weight" in parameters:
+    others = [name for name in parameters if name != "bias"]
+    if others:
         a, b = Operand.real(error), Operand.real(weight.x)
-        found["weight"] = squared_norm(compute(weight.product, "grad_weight", a, b, weight.shape))
+        dw = compute(weight.product, "grad_weight", a, b, weight.shape).view(weight.shape)
+        found.update(_passed_on(weight, dw, others))
     if "bias" in parameters:
         found["bias"] = squared_norm(error.sum([axis for axis in range(error.dim()) if axis != 1]))
     return found
+
+
+def _passed_on(weight: WeightGradient, dw: torch.Tensor, parameters: Sequence[str]) -> dict[str, float]:
+    """Squared norms of what an error of the weight's gradient becomes behind the weight's quantizer."""
+    passage = weight.passage
+    if passage is None:
+        return dict.fromkeys(parameters, math.nan)
+    gradients = {f"{WEIGHT}{name}": functional.of(dw) for name, functional in passage.own.items()}
+    gradients["weight"] = passage(dw)
+    return {name: squared_norm(gradients[name]) for name in parameters}
 
 
 def _norms(errors: Sequence[torch.Tensor | None]) -> Matrix:

@@ -22,6 +22,11 @@ gradient sums ``Q1(g)`` over samples and space: ``x`` is a column of ones.
 The input gradient ``dX = Q2(g) w`` never mixes samples, and ``T`` nothing else: the elements of one sample of ``Q2(g)``
 have independent errors with or without a transform, and ``Var[dX_rk] = sum_o Var[Q2(g)_ro] w_ok^2``.
 
+A weight's quantizer may pass ``dW`` on by a linear map of its own (:mod:`fqtstats.quantizers.passage`), to the weight
+and to parameters of the quantizer. A linear functional of ``dW`` is one of the roundings as well: with coefficients
+``c`` in the place of the weight, ``sum_ok c_ok dW_ok = sum_jo R(T g)_jo y_jo`` with ``y = (T^-T x) c^T`` (in a
+convolution, that of ``T^-T x`` by ``c``), of variance ``sum_jo v_jo y_jo^2``; two have the covariance ``sum v y y'``.
+
 The rounding of floating-point arithmetic is left out. Calls of a layer draw from streams of their own: their variances
 add up. What the quantizers of later layers put into ``g`` is no part of this variance.
 """
@@ -37,6 +42,7 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.layers import real
 from fqtstats.layers.operand import images
+from fqtstats.layers.passing import WEIGHT
 from fqtstats.layers.product import ConvProduct, Product
 from fqtstats.layers.state import WeightGradient
 from fqtstats.policy import QuantizerLike
@@ -83,12 +89,16 @@ class Roundings:
             return float(self.variance.sum())
         return float(self.transform.inverse_squared(self.variance.clone().view(self.frame.view)).sum())
 
-    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
-        """``(T^-T x)^2`` elementwise, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``."""
+    def partner(self, x: torch.Tensor) -> torch.Tensor:
+        """``T^-T x``, float64, for ``x`` ``[R, I]`` or ``[N, I, H, W]``: what the roundings are multiplied by."""
         x = x.double()
         if self.transform is not None:
             x = self.transform.inverse_adjoint(x.reshape(x.shape[0], 1, -1)).view(x.shape)
-        return x.square()
+        return x
+
+    def coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        """Its squares."""
+        return self.partner(x).square()
 
     def of_bias(self) -> torch.Tensor:
         """``[O]``."""
@@ -98,7 +108,7 @@ class Roundings:
 
 
 def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
-    """Exact variance of every element of a weight's gradient, from the layer's own Q1.
+    """Exact variance of every element of a weight's gradient, from the layer's own Q1; behind the weight's quantizer.
 
     Args:
         calls: the calls in which the weight takes part, at least one; those of several layers where it is shared.
@@ -107,7 +117,8 @@ def weight_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
         float64, the weight's shape ``[O, I]`` or ``[O, I / groups, *kernel]``.
 
     Raises:
-        InputError: no calls, or a quantizer of which it is not known which of its errors are independent.
+        InputError: no calls, a quantizer of which it is not known which of its errors are independent, or one of the
+            weight of which it is not known how gradients pass it.
         NonFiniteError: a gradient holds NaN or Inf.
     """
     return _added(_weight_variance(call) for call in calls)
@@ -120,9 +131,10 @@ def bias_variance(calls: Iterable[WeightGradient]) -> torch.Tensor:
 
 
 def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings | None = None) -> dict[str, float]:
-    """The sum over all elements of the variance of each of ``parameters`` (``"weight"``, ``"bias"``) in one call.
+    """The sum over all elements of the variance of each of ``parameters`` in one call.
 
-    NaN for a quantizer of which it is not known which of its errors are independent.
+    These are ``"weight"``, ``"bias"``, and parameters of the weight's quantizer. NaN for a quantizer of which it is not
+    known which of its errors are independent, or how gradients pass it.
 
     Args:
         call: the weight gradient.
@@ -133,13 +145,21 @@ def summed(call: WeightGradient, parameters: Sequence[str], roundings: Roundings
         return dict.fromkeys(parameters, math.nan)
     with torch.no_grad():
         roundings = roundings or Roundings.of(call.q, call.g)
-        found = {}
-        if "weight" in parameters:
+        found = dict.fromkeys(parameters, math.nan)
+        if "bias" in parameters:
+            found["bias"] = float(roundings.of_bias().sum())
+        if call.passage is None:
+            return found
+        if "weight" in parameters and call.passage.is_identity:
             shape = (*call.shape[:2], *_kernel(call.shape))
             coefficients = roundings.coefficients(images(call.x))
             found["weight"] = weight_total(call.product, roundings.variance, coefficients, shape)
-        if "bias" in parameters:
-            found["bias"] = float(roundings.of_bias().sum())
+        elif "weight" in parameters:
+            found["weight"] = float(_weight_variance(call, roundings).sum())
+        for name, functional in call.passage.own.items():
+            if (own := f"{WEIGHT}{name}") in found:
+                y = _paired(call, roundings, functional.coefficients)
+                found[own] = float((roundings.variance * y.square()).sum())
         return found
 
 
@@ -212,12 +232,33 @@ def few_roundings(call: WeightGradient, roundings: Roundings) -> float:
     return rare / noise**2 if noise > 0 else 0.0
 
 
-def _weight_variance(call: WeightGradient) -> torch.Tensor:
+def _weight_variance(call: WeightGradient, roundings: Roundings | None = None) -> torch.Tensor:
+    passage = call.passage
+    if passage is None:
+        raise InputError(
+            "it is not known how gradients pass the weight's quantizer: it has a surrogate, but no passage"
+        )
     with torch.no_grad():
-        roundings = Roundings.of(_known(call.q), call.g)
-        shape = (*call.shape[:2], *_kernel(call.shape))
-        coefficients = roundings.coefficients(images(call.x))
-        return call.product.grad_weight(real, roundings.variance, coefficients, shape).view(call.shape)
+        roundings = roundings or Roundings.of(_known(call.q), call.g)
+        shape, partner = (*call.shape[:2], *_kernel(call.shape)), roundings.partner(images(call.x))
+        found = call.product.grad_weight(real, roundings.variance, partner.square(), shape).view(call.shape)
+        factor = 1.0 if passage.factor is None else passage.factor.double()
+        found = found * factor**2
+        if passage.rank_one is not None:
+            direction, coefficients = (t.double() for t in passage.rank_one)
+            y = _paired(call, roundings, coefficients)
+            # Of every element with the functional, and of the functional.
+            covariance = call.product.grad_weight(real, roundings.variance * y, partner, shape).view(call.shape)
+            variance = (roundings.variance * y.square()).sum()
+            found = found + 2 * factor * direction * covariance + direction.square() * variance
+        return found
+
+
+def _paired(call: WeightGradient, roundings: Roundings, coefficients: torch.Tensor) -> torch.Tensor:
+    """What the roundings are multiplied by in the sum of ``coefficients`` times ``dW``; of their shape."""
+    shape = (*call.shape[:2], *_kernel(call.shape))
+    y = call.product.forward(real, roundings.partner(images(call.x)), coefficients.double().view(shape), None)
+    return y.reshape(roundings.variance.shape)
 
 
 def _kernel(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ it would draw from otherwise, in every call of a step. Without batch normalizati
 for bit, but for the sign of zero.
 
 Kept for the backward pass, per stage: input and weight as the products take them (codes where they have some), and the
-convolution's output in float32 where anything follows it.
+convolution's output in float32 where anything follows it. Surrogates of the quantizers in between keep nothing: what
+they need is computed from that output again.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fqtstats.errors import UnsupportedError
-from fqtstats.layers import guards
+from fqtstats.layers import guards, passing
 from fqtstats.layers.modules import QuantConv2d
 from fqtstats.layers.multiply import Saved
 from fqtstats.layers.operand import Operand
+from fqtstats.layers.passing import Passed
 from fqtstats.layers.state import Call
 from fqtstats.ops import fused
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
+from fqtstats.quantizers.passage import nbytes
 from fqtstats.quantizers.storage import Stored
 
 __all__ = ["Normalization", "Output", "Stage", "run"]
@@ -51,6 +54,12 @@ class Stage:
         own, normalization = self.convolution, self.normalization
         others = (None, None) if normalization is None else (normalization.weight, normalization.bias)
         return own.weight, own.bias, *others
+
+    @property
+    def own(self) -> tuple[torch.Tensor, ...]:
+        """Parameters of the input's quantizer that its surrogate has gradients for."""
+        q = self.convolution.fqt_state.policy.activation
+        return tuple(q.parameters()) if isinstance(q, nn.Module) and hasattr(q, "surrogate") else ()
 
     @property
     def codes_of_input(self) -> MinMax | Symmetric | ZeroOnGrid | None:
@@ -135,10 +144,11 @@ class Output:
     normalization: Normalization | None
     map: fused.Map
 
-    @property
-    def read_backward(self) -> bool:
+    def read_backward(self, following: Stage | None) -> bool:
         """Whether the backward pass reads ``y``."""
-        return self.normalization is not None or self.map.relu or self.map.pool
+        changed = self.normalization is not None or self.map.relu or self.map.pool
+        q = None if following is None else following.convolution.fqt_state.policy.activation
+        return changed or hasattr(q, "surrogate")
 
     @staticmethod
     def of(stage: Stage, y: torch.Tensor, needs_range: bool) -> Output:
@@ -181,14 +191,23 @@ def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
         stages: at least one.
     """
     # Opened here: within an autograd function gradients are off, as in an evaluation, whose calls do not count.
-    calls = []
+    calls, passed, parameters = [], [], []
     for stage in stages:
         guards.check(stage.convolution)
-        if stage.convolution.fqt_state.shared.outputs is not None:
+        state = stage.convolution.fqt_state
+        if state.shared.outputs is not None:
             raise UnsupportedError("a fused model has no outputs of single layers; leave out fuse_()")
-        calls.append(stage.convolution.fqt_state.call())
-    parameters = [p for stage in stages for p in stage.parameters]
-    out: torch.Tensor = _Run.apply(x, stages, calls, *parameters)  # type: ignore[no-untyped-call]
+        calls.append(state.call())
+        weight = stage.convolution.weight
+        w = passing.surrogate(state.policy.weight, weight)
+        kept = 0
+        if stage is stages[0]:
+            entered = passing.surrogate(state.policy.activation, x)
+            kept, x = 0 if entered is x else nbytes(entered), entered
+        passed.append(Passed(state.policy.weight, weight, kept, 0 if w is weight else nbytes(w)))
+        parameters += [w, *stage.parameters[1:]]
+    own = [p for stage in stages[1:] for p in stage.own]
+    out: torch.Tensor = _Run.apply(x, stages, calls, passed, *parameters, *own)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -196,30 +215,40 @@ def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
 class _Record:
     """What the backward pass of a stage needs, but for the large tensors."""
 
+    stage: Stage
     saved: Saved
     map: fused.Map
     normalization: Normalization | None
 
 
 class _Run(torch.autograd.Function):
-    """A chain: ``forward(x, stages, a call of each, *parameters of the stages)``."""
+    """A chain: ``forward(x, stages, a call of each, what their weights passed, *parameters)``.
+
+    The parameters are four of every stage, the weight behind its surrogate among them, and then those of the quantizers
+    between the stages.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, stages: tuple[Stage, ...], calls: list[Call], *parameters: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        stages: tuple[Stage, ...],
+        calls: list[Call],
+        passed: list[Passed],
+        *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
         records: list[_Record] = []
         large: list[torch.Tensor] = []
         output: Output | None = None
-        for stage, call, following in zip_longest(stages, calls, stages[1:]):
+        for stage, call, way, following in zip_longest(stages, calls, passed, stages[1:]):
             layer, product = stage.convolution, stage.convolution._product()
             pad = product.pad("activation", layer.kernel_size)
             a = call.operand("activation", x, pad) if output is None else output.operand(stage, call, pad)
             b = call.operand("weight", layer.weight)
             y = call.compute("forward", product, a, b, layer.bias).contiguous(memory_format=torch.channels_last)
             output = Output.of(stage, y, following is not None and following.codes_of_input is not None)
-            large += [a.data, b.data, y if output.read_backward else y.new_empty(0)]
-            records.append(_Record(Saved.of(call, product, a, b), output.map, output.normalization))
+            large += [a.data, b.data, y if output.read_backward(following) else y.new_empty(0)]
+            records.append(_Record(stage, Saved.of(call, product, a, b, way), output.map, output.normalization))
         assert output is not None
         ctx.save_for_backward(*large)
         ctx.records = records
@@ -228,18 +257,40 @@ class _Run(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_x, _, _, _, *needs = ctx.needs_input_grad
         gradients: list[torch.Tensor | None] = [None] * len(needs)
-        large = ctx.saved_tensors
+        large, records = ctx.saved_tensors, ctx.records
         grad: torch.Tensor | None = g
-        for i in reversed(range(len(ctx.records))):
+        end = len(needs)
+        for i in reversed(range(len(records))):
             assert grad is not None
-            own = slice(4 * i, 4 * i + 4)
-            further = needs_x or any(needs[: 4 * i])
-            grad, gradients[own] = _adjoint(ctx.records[i], grad, large[3 * i : 3 * i + 3], needs[own], further)
+            four = slice(4 * i, 4 * i + 4)
+            own = slice(end - len(records[i].stage.own) if i else end, end)
+            end = own.start
+            further = needs_x or any(needs[: 4 * i]) or any(needs[4 * len(records) : own.stop])
+            grad, gradients[four] = _adjoint(records[i], grad, large[3 * i : 3 * i + 3], needs[four], further)
             if not further:
                 break
-        return (grad if needs_x else None), None, None, *gradients
+            if i:
+                assert grad is not None
+                grad, gradients[own] = _through(records[i].stage, large[3 * i - 1], records[i - 1].map, grad)
+        return (grad if needs_x else None), None, None, None, *gradients
+
+
+def _through(
+    stage: Stage, y: torch.Tensor, f: fused.Map, g: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The gradient before the quantizer of a stage's input ``f(y)``, and those of the quantizer's parameters."""
+    q = stage.convolution.fqt_state.policy.activation
+    if not hasattr(q, "surrogate"):
+        return g, []
+    with torch.enable_grad():
+        x = fused.apply(y, f).requires_grad_()
+        wanted = [p for p in stage.own if p.requires_grad]
+        found = iter(torch.autograd.grad(passing.surrogate(q, x), [x, *wanted], g, allow_unused=True))
+    grad = next(found)
+    assert grad is not None
+    return grad, [next(found) if p.requires_grad else None for p in stage.own]
 
 
 def _adjoint(

@@ -20,7 +20,7 @@ from fqtstats.errors import InputError
 from fqtstats.layers.chain import Stage, run
 from fqtstats.layers.modules import QuantConv2d
 from fqtstats.layers.swap import Handle
-from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.quantizers.storage import has_codes
 
 __all__ = ["FusedSequential", "fuse_"]
 
@@ -126,8 +126,10 @@ def _on_codes(convolution: QuantConv2d) -> bool:
     state = convolution.fqt_state
     if state.plain:
         return False
-    quantizers = (state.policy.activation, state.policy.weight)
-    return state.shared.backend == "native" and all(isinstance(q, UniformQuantizer) for q in quantizers)
+    activation, weight = state.policy.activation, state.policy.weight
+    # A scale of the output would stand between the convolution and what follows it.
+    on_codes = has_codes(activation) and has_codes(weight) and not hasattr(weight, "output_scale")
+    return state.shared.backend == "native" and on_codes
 
 
 def _halves(pool: nn.MaxPool2d) -> bool:

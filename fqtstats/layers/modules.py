@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fqtstats.errors import InputError
-from fqtstats.layers import guards
+from fqtstats.layers import guards, passing
 from fqtstats.layers.multiply import multiply
 from fqtstats.layers.product import Border, ConvProduct, LinearProduct, Product
 from fqtstats.layers.state import Call, LayerState
@@ -39,7 +39,14 @@ class _Quantized(nn.Module):
                 "cast it, or use torch.autocast"
             )
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return multiply(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), product, call)
+        bias = None if bias is None else bias.to(dtype)
+        x, w, passed = passing.enter(call.layer.policy, x.to(dtype), weight, weight.to(dtype))
+        scale = passing.output_scale(call.layer.policy, weight)
+        if scale is None:
+            return multiply(x, w, bias, product, call, passed)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        y = multiply(x, w, None, product, call, passed) * scale.to(dtype).view(shape)
+        return y if bias is None else y + bias.view(shape)
 
     def _output_dtype(self, x: torch.Tensor) -> torch.dtype:
         device = x.device.type

@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from fqtstats.layers import real
 from fqtstats.layers.operand import Operand, images
+from fqtstats.layers.passing import Passed
 from fqtstats.layers.product import Product
 from fqtstats.layers.state import Call, Kept, Source
+from fqtstats.quantizers.passage import leaves
 from fqtstats.quantizers.storage import Extremes
 
 __all__ = ["Saved", "multiply"]
@@ -32,7 +34,8 @@ class Saved:
     Attributes:
         call, product: of the forward product.
         x, w: its operands, their :attr:`Operand.data` taken out.
-        kept: the bytes that the graph keeps of them.
+        kept: the bytes that the graph keeps of them, and of what their quantizers' surrogates need.
+        passed: what became of input and weight before the product.
     """
 
     call: Call
@@ -40,14 +43,16 @@ class Saved:
     x: Operand
     w: Operand
     kept: Kept
+    passed: Passed
 
     @staticmethod
-    def of(call: Call, product: Product, x: Operand, w: Operand) -> Saved:
+    def of(call: Call, product: Product, x: Operand, w: Operand, passed: Passed) -> Saved:
         """From the whole operands; counts what is kept."""
-        kept = Kept(call.layer.name, x.nbytes, w.nbytes, 4 * math.prod(x.shape))
+        activation, weight = x.nbytes + passed.activation_nbytes, w.nbytes + passed.weight_nbytes
+        kept = Kept(call.layer.name, activation, weight, 4 * math.prod(x.shape))
         call.layer.shared.kept.add(kept)
         x, w = (operand.with_data(operand.data.new_empty(0)) for operand in (x, w))
-        return Saved(call, product, x, w, kept)
+        return Saved(call, product, x, w, kept, passed)
 
     def gradients(
         self, g: torch.Tensor, data: Sequence[torch.Tensor], needs: Sequence[bool], extremes: Extremes | None = None
@@ -76,7 +81,7 @@ class Saved:
             if needs_w or needs_bias:
                 quantized = call.gradient("grad_weight", g, product.pad("grad_weight", kernel), extremes)
                 parameters = [name for name, needed in (("weight", needs_w), ("bias", needs_bias)) if needed]
-                call.show_weight_gradient(product, g, x, w.shape, parameters)
+                call.show_weight_gradient(product, g, x, w.shape, self.passed, parameters)
                 if needs_w:
                     grad_w = call.compute("grad_weight", product, quantized, x, w.shape)
                 if needs_bias:
@@ -114,7 +119,13 @@ class Saved:
 class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call
+        ctx: Any,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        product: Product,
+        call: Call,
+        passed: Passed,
     ) -> torch.Tensor:
         kernel = tuple(w.shape[2:])
         with torch.autocast(x.device.type, enabled=False):
@@ -122,7 +133,7 @@ class _Multiply(torch.autograd.Function):
             b = call.operand("weight", w)
             y = call.compute("forward", product, a, b, bias)
         ctx.save_for_backward(a.data, b.data)
-        ctx.saved, ctx.rows = Saved.of(call, product, a, b), x.dim() == 3
+        ctx.saved, ctx.rows = Saved.of(call, product, a, b, passed), x.dim() == 3
         # Nothing may change a view in place that an autograd function returned.
         return y.clone() if y._is_view() else y
 
@@ -137,14 +148,14 @@ def _gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     g = g.squeeze(2) if ctx.rows else g  # quantizers see what the layer's output looks like
     grad_x, grad_w, grad_bias = ctx.saved.gradients(g, ctx.saved_tensors, _needs(ctx))
     grad_x, grad_w = (None if grad is None else _like(grad, g) for grad in (grad_x, grad_w))
-    return grad_x, grad_w, grad_bias, None, None
+    return grad_x, grad_w, grad_bias, None, None, None
 
 
 def _recorded_gradients(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     g = g.squeeze(2) if ctx.rows else g
     found = _Gradients.apply(g, ctx.saved, _needs(ctx), *ctx.saved_tensors)  # type: ignore[no-untyped-call]
     grad_x, grad_w = (None if grad is None else _like(grad, g) for grad in found[:2])
-    return grad_x, grad_w, found[2], None, None
+    return grad_x, grad_w, found[2], None, None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -170,9 +181,9 @@ def _needs(ctx: Any) -> list[bool]:
     needs, wanted = list(ctx.needs_input_grad[:3]), ctx.saved.call.layer.shared.draw.wanted
     if wanted is not None:
         # Autograd does not tell which of the gradients will be used. A leaf's node knows whose gradient it is.
-        for index, (node, _) in enumerate(ctx.next_functions):
-            leaf = getattr(node, "variable", None)
-            needs[index] = needs[index] and (leaf is None or id(leaf) in wanted)
+        for index, (node, _) in enumerate(ctx.next_functions[:3]):
+            behind = leaves(node)
+            needs[index] = needs[index] and (behind is None or any(id(leaf) in wanted for leaf in behind))
     return needs
 
 
@@ -181,7 +192,9 @@ def _like(result: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     return result.squeeze(2) if result.dim() > of.dim() else result
 
 
-def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, product: Product, call: Call, passed: Passed
+) -> torch.Tensor:
     """The forward product of ``x`` and ``w`` through the layer's quantizers.
 
     Args:
@@ -190,8 +203,9 @@ def multiply(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, produc
         bias: ``[O]`` or None.
         product: the layer's operation.
         call: the call that this is.
+        passed: what became of ``x`` and ``w`` on their way here.
     """
-    out: torch.Tensor = _Multiply.apply(x, w, bias, product, call)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _Multiply.apply(x, w, bias, product, call, passed)  # type: ignore[no-untyped-call]
     outputs = call.layer.shared.outputs
     if outputs is not None:
         outputs[call.key] = out

@@ -13,10 +13,12 @@ import torch
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.layers import recomputation
 from fqtstats.layers.operand import Operand, images
+from fqtstats.layers.passing import Passed
 from fqtstats.layers.product import Product, ProductName, compute, how
 from fqtstats.listening import LISTENERS, quantizing
 from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.quantizers.base import Quantizer
+from fqtstats.quantizers.passage import Passage
 from fqtstats.quantizers.storage import Extremes, store
 from fqtstats.random import Stream, stream
 
@@ -64,6 +66,7 @@ class WeightGradient:
         g: the incoming gradient before ``q``: ``[R, O]`` or ``[N, O, *space]``.
         x: the layer's input as the product takes it, quantized: ``[R, I]`` or ``[N, I, *space]``.
         shape: the weight's, ``[O, I]`` or ``[O, I / groups, *kernel]``.
+        passage: how ``dW`` passes the weight's quantizer to the parameters; None if that is not known.
     """
 
     product: Product
@@ -71,6 +74,7 @@ class WeightGradient:
     g: torch.Tensor
     x: torch.Tensor
     shape: tuple[int, ...]
+    passage: Passage | None = field(default_factory=Passage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,13 +346,26 @@ class Call:
         return self.operand(site, g, pad, draw.index, extremes)
 
     def show_weight_gradient(
-        self, product: Product, g: torch.Tensor, x: Operand, shape: tuple[int, ...], parameters: Sequence[str]
+        self,
+        product: Product,
+        g: torch.Tensor,
+        x: Operand,
+        shape: tuple[int, ...],
+        passed: Passed,
+        parameters: Sequence[str],
     ) -> None:
-        """Tell the current draw's observer, if there are one and a quantizer; as in :class:`WeightGradient`."""
+        """Tell the current draw's observer, if there are one and a quantizer; as in :class:`WeightGradient`.
+
+        ``parameters`` are those of the layer; its weight quantizer's own are added.
+        """
         q, observe = self.layer.policy.grad_weight, self.layer.shared.draw.observe_weight
         if q is not None and observe is not None:
+            passage: Passage | None = Passage()
+            if "weight" in parameters:
+                passage = passed.passage()
+                parameters = [*passed.parameters(passage), *(name for name in parameters if name != "weight")]
             with self._named("grad_weight"):
-                observe(self, WeightGradient(product, q, g, x.decode(), shape), parameters)
+                observe(self, WeightGradient(product, q, g, x.decode(), shape, passage), parameters)
 
     def compute(self, name: ProductName, product: Product, a: Operand, b: Operand, last: Any = None) -> torch.Tensor:
         """:func:`fqtstats.layers.product.compute`, noted and shown to the inspector."""

@@ -16,19 +16,17 @@ from fqtstats.layers import guards
 from fqtstats.layers.modules import QuantConv1d, QuantConv2d, QuantLinear
 from fqtstats.layers.product import PRODUCTS, ProductName
 from fqtstats.layers.state import BACKENDS, Kept, LayerState, Shared
-from fqtstats.policy import PLACES, Policy
+from fqtstats.policy import PLACES, PREFIX, Policy
+from fqtstats.quantizers.ranged import LearnedQuantizer
 from fqtstats.random import stream
 
-__all__ = ["BACKENDS", "PREFIX", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
+__all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
 }
-
-PREFIX = "fqt_"
-"""Of the names under which quantizers that are modules stand on their layer, and in its state_dict."""
 
 Skip = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Layers to leave alone: a shell-style pattern of names, several, or a predicate ``(name, module) -> bool``."""
@@ -195,6 +193,8 @@ def prepare_(
     # Copies first: if one fails, the model has not been touched.
     own = {name: copy.deepcopy(replace(policy.for_layer(name), overrides={})) for name in chosen}
     for name, module in chosen.items():
+        _attach(name, module, own[name])
+    for name, module in chosen.items():
         module.__class__ = QUANTIZED_TYPES[type(module)]
         module.fqt_state = LayerState(name, own[name], shared)  # type: ignore[assignment]
         for place in PLACES:
@@ -228,6 +228,17 @@ def _reason(name: str, module: nn.Module, policy: Policy, skipped: Callable[[str
     if skipped(name, module):
         return "skipped on request"
     return None if policy.for_layer(name).quantizes_anything else "its policy has no quantizer"
+
+
+def _attach(name: str, layer: nn.Module, policy: Policy) -> None:
+    """Tell quantizers with parameters of their own where they stand."""
+    for place in PLACES:
+        q = getattr(policy, place)
+        if isinstance(q, LearnedQuantizer):
+            try:
+                q.attach(place, layer)
+            except InputError as error:
+                raise InputError(f"layer {name!r}: {error}") from None
 
 
 def _patterns(skip: str | Iterable[str]) -> list[str]:

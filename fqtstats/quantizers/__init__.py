@@ -5,7 +5,11 @@ from __future__ import annotations
 from fqtstats.errors import InputError
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
 from fqtstats.quantizers.bhq import BHQ
+from fqtstats.quantizers.dorefa_forward import DoReFaActivation, DoReFaWeight
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
+from fqtstats.quantizers.lsq import LSQ
+from fqtstats.quantizers.sawb import SAWB
+from fqtstats.quantizers.sign import ScaledSign, Sign
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
 
 __all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "quantizer"]
@@ -20,6 +24,12 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         MinMax,
         ZeroOnGrid,
         Symmetric,
+        LSQ,
+        SAWB,
+        Sign,
+        ScaledSign,
+        DoReFaWeight,
+        DoReFaActivation,
     )
 }
 

@@ -34,10 +34,12 @@ class Quantizer(ABC):
     Attributes:
         name: registry name.
         role: ``"gradient"`` (stochastic) or ``"forward"`` (deterministic).
+        widths: the bits that it comes in, its other options being the defaults.
     """
 
     name: ClassVar[str]
     role: ClassVar[Role]
+    widths: ClassVar[Sequence[int]] = range(1, 9)
 
     @property
     @abstractmethod

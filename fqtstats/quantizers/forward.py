@@ -5,6 +5,7 @@ Source: J. Chen et al. (arXiv 2010.14298), section 2.1; the straight-through est
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +49,7 @@ class Symmetric(NearestQuantizer):
     """
 
     name: ClassVar[str] = "symmetric"
+    widths: ClassVar[Sequence[int]] = range(2, 9)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fqtstats.listening import LISTENERS, asked
 from fqtstats.ops import native_module
 from fqtstats.ops import quantize as native
-from fqtstats.ops.codes import Affine, Codes
+from fqtstats.ops.codes import Affine, Codes, empty_codes
 from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
+from fqtstats.quantizers.lsq import Steps
+from fqtstats.quantizers.ranged import LearnedQuantizer, RangedQuantizer, require_finite
+from fqtstats.quantizers.sign import Sign
 from fqtstats.random import Stream, key_words
 
-__all__ = ["Extremes", "Stored", "store"]
+__all__ = ["Extremes", "Stored", "has_codes", "store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ Extremes = tuple[torch.Tensor, torch.Tensor]
 """Minimum and maximum of every sample and channel of a tensor, float32 ``[N, C]``; NaN both where it holds NaN."""
 
 
+def has_codes(q: object) -> bool:
+    """Whether a quantizer encodes: products may then be on its codes."""
+    return callable(getattr(q, "encode", None))
+
+
 def store(
     q: QuantizerLike,
     x: torch.Tensor,
@@ -70,19 +79,22 @@ def store(
     Raises:
         NonFiniteError: ``x`` holds NaN or Inf.
     """
-    if not isinstance(q, UniformQuantizer) or x.dtype == torch.float64 or x.dim() not in (2, 4):
+    if not has_codes(q) or x.dtype == torch.float64 or x.dim() not in (2, 4):
         return None
-    if q.view_shape(x.shape)[1] != x.shape[1]:
-        return None
-    stored = _store_native(q, x, stream, pad, extremes)
-    if stored is not None:
-        return stored
-    quantized = q.encode(x, stream)
+    if isinstance(q, LearnedQuantizer):
+        q = q.fixed(x)
+    if isinstance(q, UniformQuantizer):
+        if q.view_shape(x.shape)[1] != x.shape[1]:
+            return None
+        stored = _store_native(q, x, stream, pad, extremes)
+        if stored is not None:
+            return stored
+    quantized: Quantized = q.encode(x, stream)  # type: ignore[attr-defined]
     affine = _affine(quantized)
-    if affine is None:
+    if affine is None or quantized.frame.view[1] != x.shape[1]:
         return None
     codes = quantized.codes().view(x.shape)
-    return Stored(Codes.pack(codes, q.format.storage_bits, affine, pad), quantized.frame.transform)
+    return Stored(Codes.pack(codes, quantized.format.storage_bits, affine, pad), quantized.frame.transform)
 
 
 def _store_native(
@@ -91,7 +103,11 @@ def _store_native(
     # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
     ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
     known = isinstance(q, BHQ) or type(q).transform is UniformQuantizer.transform
-    if not (ours and known) or native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+    if native_module() is None or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    if isinstance(q, RangedQuantizer):
+        return _store_ranged(q, x, pad) if ours or isinstance(q, Steps) else None
+    if not (ours and known):
         return None
     groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
     if isinstance(q, BHQ):
@@ -102,6 +118,30 @@ def _store_native(
     if LISTENERS and stored is not None and q.recipe.random_bits is not None:
         asked(stream, 0, x.numel(), q.recipe.random_bits)
     return stored
+
+
+def _store_ranged(q: RangedQuantizer, x: torch.Tensor, pad: tuple[int, int]) -> Stored | None:
+    if isinstance(q, Sign) and q.scale == "one":
+        return _store_signs(x.detach(), pad)
+    y, low, high = q.ranged(x.detach().float())
+    native.require_finite_ranges(low, high)
+    codes = native.encode(y, q.recipe, None, pad, extremes=(low, high))
+    return None if codes is None else Stored(codes, None)
+
+
+def _store_signs(x: torch.Tensor, pad: tuple[int, int]) -> Stored:
+    """Codes 1 where ``x >= 0`` and 0 elsewhere, for 1 and -1."""
+    require_finite(x)
+    shape, (ph, pw) = tuple(x.shape), pad
+    bits = torch.from_numpy(np.packbits((x >= 0).movedim(1, -1).numpy(), axis=-1, bitorder="little"))
+    data = empty_codes(shape, 1, pad).zero_()
+    if len(shape) == 4:
+        data[:, ph : ph + shape[2], pw : pw + shape[3], : bits.shape[-1]] = bits
+    else:
+        data = data.view(shape[0], -1)
+        data[:, : bits.shape[-1]] = bits
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
+    return Stored(Codes(data, 1, shape, pad, Affine(step=2 * one, offset=-one)), None)
 
 
 def _store_transformed(

@@ -21,10 +21,10 @@ from fqtstats.data.base import Batch, Data
 from fqtstats.determinism import seeded, threads
 from fqtstats.errors import InputError, NonFiniteError, RunDirectoryError, TrainingDiverged
 from fqtstats.hashing import tensor_digest
-from fqtstats.layers.swap import PREFIX, Handle, Skip, prepare_, quantized
+from fqtstats.layers.swap import Handle, Skip, prepare_, quantized
 from fqtstats.measurement import measure_prepared
 from fqtstats.measuring import Store, describe
-from fqtstats.policy import PLACES, Policy
+from fqtstats.policy import PLACES, PREFIX, Policy
 from fqtstats.provenance import provenance
 from fqtstats.random import stream
 from fqtstats.training.checkpoints import (
@@ -70,6 +70,7 @@ def train(
     skip: Skip | None = None,
     pretrained: bool = False,
     teacher: nn.Module | None = None,
+    augment: bool = False,
     variance_every: int = 0,
     variance_draws: int = 8,
     thread_count: int = 1,
@@ -96,6 +97,7 @@ def train(
         skip: layers to leave in full precision.
         pretrained: whether the model has the weights of a training in full precision, which some recipes start from.
         teacher: of a recipe with distillation; None: a copy of the model.
+        augment: change the training images at random, see :meth:`fqtstats.data.Data.batches`.
         variance_every: measure the variance of the quantized gradient at every so many steps; 0: never.
         variance_draws: gradients drawn each time, at least 2.
         thread_count: intra-op threads of torch; with more than one, bits depend on their number.
@@ -127,6 +129,7 @@ def train(
         skip=skip,
         pretrained=pretrained,
         teacher=teacher,
+        augment=augment,
         variance_every=variance_every,
         variance_draws=variance_draws,
         progress=progress,
@@ -216,6 +219,7 @@ class _Run:
         skip: Skip | None,
         pretrained: bool,
         teacher: nn.Module | None,
+        augment: bool,
         variance_every: int,
         variance_draws: int,
         progress: Progress | None,
@@ -223,7 +227,7 @@ class _Run:
         store: Store | None,
     ) -> None:
         self.data, self.epochs, self.batch_size, self.seed = data, epochs, batch_size, seed
-        self.backend, self.skip = backend, skip
+        self.backend, self.skip, self.augment = backend, skip, augment
         self.variance_every, self.variance_draws = variance_every, variance_draws
         self.progress, self.report, self.store = progress, report, store
         stream(seed=seed)  # raises InputError for what is no integer
@@ -256,7 +260,7 @@ class _Run:
 
     def _samples(self) -> Tensor:
         """Inputs to find the order of the layers with."""
-        batch = next(self.data.batches(min(self.batch_size, 2), seed=self.seed), None)
+        batch = next(self.data.batches(min(self.batch_size, 2), seed=self.seed, augment=self.augment), None)
         if batch is None:
             raise InputError(f"data {self.data.name!r} gave no batches; make it give some")
         return batch[0].to(self.device)
@@ -272,6 +276,7 @@ class _Run:
                 "skip": _named(self.skip),
                 "pretrained": pretrained,
                 "teacher": has_teacher,
+                "augment": self.augment,
             },
             "seed": self.seed,
             "data": {"name": self.data.name, "sha256": self.data.fingerprint()},
@@ -320,7 +325,7 @@ class _Run:
             self._enter(index)
         began = time.monotonic() - self.sums.seconds
         first = self.position.step
-        batches = self.data.batches(self.batch_size, seed=self.seed, epoch=epoch)
+        batches = self.data.batches(self.batch_size, seed=self.seed, epoch=epoch, augment=self.augment)
         number = first
         for number, batch in enumerate(islice(batches, first, None), first + 1):
             if number > self.steps:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fqtstats.errors import InputError
-from fqtstats.layers.swap import PREFIX
+from fqtstats.policy import PREFIX
 
 __all__ = ["Optimizer"]
 
@@ -50,6 +50,11 @@ class Optimizer:
         ):
             if not ok or not math.isfinite(value or 0):
                 raise InputError(f"expected {name} of the optimizer to be finite and {want}, got {value}")
+
+    def with_lr(self, lr: float) -> Optimizer:
+        """Another learning rate; that of linear layers keeps its ratio to it."""
+        linear = None if self.linear_lr is None else self.linear_lr * (lr / self.lr)
+        return replace(self, lr=lr, linear_lr=linear)
 
     def groups(self, model: nn.Module, *, decay_norms: bool = True) -> list[dict[str, Any]]:
         """The parameters of a model that are trained, by learning rate and weight decay.

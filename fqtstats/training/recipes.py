@@ -19,6 +19,7 @@ from fqtstats import policies
 from fqtstats.errors import InputError
 from fqtstats.policy import Policy
 from fqtstats.quantizers import quantizer
+from fqtstats.training import wide
 from fqtstats.training.distillation import Distillation
 from fqtstats.training.layer_rules import LayerRules, roles
 from fqtstats.training.optimizers import Optimizer
@@ -135,22 +136,18 @@ class Recipe:
         if not any(stage.quantizes for stage in self.stages):
             return self
         try:
-            overrides = self.rules.overrides(roles(model, inputs))
+            found = roles(model, inputs)
+
+            def resolved(policy: Policy) -> Policy:
+                return replace(policy, overrides={**self.rules.overrides(found, policy), **policy.overrides})
+
+            stages = [replace(own, policy=resolved(own.policy)) if own.quantizes else own for own in self.stages]
+            distillation = self.distillation
+            if distillation is not None:
+                distillation = replace(distillation, others=tuple(map(resolved, distillation.others)))
         except InputError as error:
             raise InputError(f"recipe {self.name!r} does not fit {type(model).__name__}: {error}") from error
-
-        def resolved(policy: Policy) -> Policy:
-            return replace(policy, overrides={**overrides, **policy.overrides})
-
-        return replace(
-            self,
-            stages=tuple(
-                replace(stage, policy=resolved(stage.policy)) if stage.quantizes else stage for stage in self.stages
-            ),
-            distillation=self.distillation
-            and replace(self.distillation, others=tuple(map(resolved, self.distillation.others))),
-            rules=NO_RULES,
-        )
+        return replace(self, stages=tuple(stages), distillation=distillation, rules=NO_RULES)
 
     def epochs(self, total: int) -> tuple[int, ...]:
         """How many of ``total`` epochs each stage has: at least one, and else its share, rounded.
@@ -270,7 +267,7 @@ _STATQUANT = [
 
 
 def _binary() -> Policy:
-    return Policy(activation=quantizer("sign"), weight=quantizer("sign_weight"), name="1bit-qat")
+    return Policy(activation=quantizer("sign"), weight=quantizer("scaled_sign"), name="1bit-qat")
 
 
 def _agp(bits: int) -> Policy:
@@ -290,19 +287,21 @@ def _psq1(bits: int) -> Policy:
     )
 
 
-BINARY_RULES = LayerRules(FULL, FULL, FULL)
-SMALL_ADAM = Optimizer("adam", lr=1e-3, weight_decay=1e-5)
-SMALL_SGD = Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=1e-5)
+SMALL_ADAM = Optimizer("adam", lr=5e-3, weight_decay=1e-5)
+SMALL_SGD = Optimizer("sgd", lr=0.1, momentum=0.9, weight_decay=1e-5)
 
 
 def _one_bit(policy: Callable[[int], Policy], optimizer: Optimizer) -> Callable[[int], Recipe]:
     def build(bits: int) -> Recipe:
+        # Behind a ReLU every sign is +1, which says nothing. There 1 bit tells whether the number is above 1/2, as in
+        # DoReFa; this is ours, the paper's networks have signs throughout.
+        rules = LayerRules(FULL, FULL, FULL, nonnegative=quantizer("dorefa_act", bits=1))
         stages = (
             Stage("full precision", FULL, 0.3),
             Stage("binary", _binary(), 0.3),
             Stage("fine-tuning", policy(bits), 0.4, lr_scale=0.3),
         )
-        return _recipe(stages, optimizer=optimizer, rules=BINARY_RULES)
+        return _recipe(stages, optimizer=optimizer, rules=rules)
 
     return build
 
@@ -331,7 +330,9 @@ _ONE_BIT = [
 
 def _lsq_policy(bits: int) -> Policy:
     return Policy(
-        activation=quantizer("lsq", bits=bits), weight=quantizer("lsq", bits=bits, signed=True), name=f"lsq{bits}"
+        activation=quantizer("lsq", bits=bits, on="activation"),
+        weight=quantizer("lsq", bits=bits, on="weight"),
+        name=f"lsq{bits}",
     )
 
 
@@ -362,10 +363,11 @@ _LSQ = [
 
 
 def _zhuang(bits: int) -> Policy:
+    name = f"dorefa{bits}"
+    if bits == wide.BITS:
+        return Policy(activation=wide.Wide("dorefa_act"), weight=wide.Wide("dorefa_weight"), name=name)
     return Policy(
-        activation=quantizer("dorefa_act", bits=bits),
-        weight=quantizer("dorefa_weight", bits=bits),
-        name=f"dorefa{bits}",
+        activation=quantizer("dorefa_act", bits=bits), weight=quantizer("dorefa_weight", bits=bits), name=name
     )
 
 
@@ -460,7 +462,7 @@ _EFFECTIVE = [
 
 
 def _int4(name: str) -> Policy:
-    return Policy(activation=quantizer("sawb", bits=4), weight=quantizer("sawb", bits=4, signed=True), name=name)
+    return Policy(activation=quantizer("sawb", on="activation"), weight=quantizer("sawb", on="weight"), name=name)
 
 
 def _luq_policy(samples: int = 1) -> Policy:
@@ -468,25 +470,26 @@ def _luq_policy(samples: int = 1) -> Policy:
     return replace(_int4(name), grad_input=quantizer("luq"), grad_weight=quantizer("luq", samples=samples))
 
 
+def _luq_recipe(*stages: Stage) -> Recipe:
+    # Activations that can be negative take the levels of the weights, which are symmetric about zero.
+    rules = LayerRules(FULL, FULL, signed=quantizer("sawb", on="weight"))
+    return _recipe(stages, rules=rules, optimizer=Optimizer(lr=0.05))
+
+
 def _luq(samples: int) -> Callable[[int], Recipe]:
-    return lambda bits: _recipe(Stage("training", _luq_policy(samples)), rules=EDGES_FULL, optimizer=LUQ_OPTIMIZER)
+    return lambda bits: _luq_recipe(Stage("training", _luq_policy(samples)))
 
 
 def _fnt(bits: int) -> Recipe:
     weights = replace(_int4("int4-weights"), activation=None)
-    stages = (
-        Stage("4 bits", _luq_policy(), 0.8),
-        Stage("high precision", weights, 0.2, lr_scale=0.1, schedule="triangle"),
-    )
-    return _recipe(stages, rules=EDGES_FULL, optimizer=LUQ_OPTIMIZER)
+    high = Stage("high precision", weights, 0.2, lr_scale=0.1, schedule="triangle")
+    return _luq_recipe(Stage("4 bits", _luq_policy(), 0.8), high)
 
 
 def _int4_sr(bits: int) -> Recipe:
-    policy = replace(_int4("int4-sr"), grad_input=quantizer("int4_sr"), grad_weight=quantizer("int4_sr"))
-    return _recipe(Stage("training", policy), rules=EDGES_FULL, optimizer=LUQ_OPTIMIZER)
+    sr = quantizer("int4_sr")
+    return _luq_recipe(Stage("training", replace(_int4("int4-sr"), grad_input=sr, grad_weight=sr)))
 
-
-LUQ_OPTIMIZER = Optimizer(lr=0.05)
 
 _LUQ = [
     Definition("luq", "4-bit integers forward, 4-bit logarithmic gradients", LUQ, _luq(1)),

@@ -59,18 +59,24 @@ class Checked:
         return {"name": self.name, "claim": self.claim, "holds": self.holds, **asdict(self.verdict)}
 
 
-def subjects(names: Sequence[str], bits: Sequence[int]) -> list[Subject]:
-    """Registered quantizers at several bits; where an option excludes a width, that pair is left out.
+def subjects(names: Sequence[str], bits: Sequence[int], *, any_width: bool = False) -> list[Subject]:
+    """Registered quantizers at several bits; where a quantizer does not come in a width, that pair is left out.
+
+    Args:
+        names: of the registry.
+        bits: widths.
+        any_width: whether a quantizer that comes in none of them is taken in those that it has.
 
     Raises:
-        InputError: a name is unknown, or no width suits a quantizer.
+        InputError: a name is unknown, or a quantizer comes in none of the widths.
     """
     found = []
     for name in names:
         if name not in QUANTIZERS:
             raise InputError(f"unknown quantizer {name!r}; known: {', '.join(QUANTIZERS)}, all")
         possible, refusal = [], None
-        for b in bits:
+        own = QUANTIZERS[name].widths
+        for b in own if any_width and not set(own) & set(bits) else bits:
             try:
                 q = quantizer(name, bits=b)
             except InputError as error:
