@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from commands import Run, run
 
+from fqtstats.errors import InputError
 from fqtstats.quantizers import QUANTIZERS
 from fqtstats.verdicts import claims
 
@@ -173,7 +174,13 @@ def test_bad_input_is_one_line_and_status_2(run: Run, arguments: tuple[str, ...]
 
 
 def test_all_of_the_registry_is_checked_and_widths_that_do_not_suit_are_left_out() -> None:
-    found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1))}
+    found = {subject.name for subject in claims.subjects(list(QUANTIZERS), (8, 1), suitable=True)}
     assert {f"{name} 8 bits" for name in QUANTIZERS if name not in ("luq", "flush")} < found
     assert "psq 1 bit" in found
     assert "symmetric 1 bit" not in found
+    assert not any(name.startswith("luq") for name in found)
+    for names in (["psq", "luq"], ["luq"]):
+        with pytest.raises(InputError, match="from 2 to 5, got bits=8"):
+            claims.subjects(names, (8,))
+    with pytest.raises(InputError, match="from 2 to 5, got bits=8"):
+        claims.subjects(["luq", "flush"], (8,), suitable=True)

@@ -105,7 +105,7 @@ def check(
         known = [name for name, cls in QUANTIZERS.items() if not products or cls.role == "gradient"]
         wanted = quantizer if quantizer is not None else "bhq" if products else "all"
         names = known if wanted == "all" else separated(wanted, "--quantizer")
-        subjects += claims.subjects(names, widths)
+        subjects += claims.subjects(names, widths, suitable=wanted == "all")
         if products and not set(names) <= set(known):
             raise InputError(f"--products takes gradient quantizers, got {wanted!r}; known: {', '.join(known)}")
     if module is not None:

@@ -59,17 +59,23 @@ class Checked:
         return {"name": self.name, "claim": self.claim, "holds": self.holds, **asdict(self.verdict)}
 
 
-def subjects(names: Sequence[str], bits: Sequence[int]) -> list[Subject]:
+def subjects(names: Sequence[str], bits: Sequence[int], *, suitable: bool = False) -> list[Subject]:
     """Registered quantizers at several bits; where an option excludes a width, that pair is left out.
+
+    Args:
+        names: of the registry.
+        bits: widths.
+        suitable: whether to leave out quantizers that none of the widths suits, as long as others stay.
 
     Raises:
         InputError: a name is unknown, or no width suits a quantizer.
     """
-    found = []
+    found: list[Subject] = []
+    refusal: InputError | None = None
     for name in names:
         if name not in QUANTIZERS:
             raise InputError(f"unknown quantizer {name!r}; known: {', '.join(QUANTIZERS)}, all")
-        possible, refusal = [], None
+        possible = []
         for b in bits:
             try:
                 q = quantizer(name, bits=b)
@@ -77,9 +83,11 @@ def subjects(names: Sequence[str], bits: Sequence[int]) -> list[Subject]:
                 refusal = error
                 continue
             possible.append(Subject(f"{name} {b} bit{'s' * (b != 1)}", q, q.claim))
-        if not possible and refusal is not None:
+        if not possible and refusal is not None and not suitable:
             raise refusal
         found += possible
+    if not found and refusal is not None:
+        raise refusal
     return found
 
 
