@@ -281,6 +281,7 @@ class Learned(nn.Module):
         self.share = share
         self.most = UninitializedParameter(requires_grad=False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("steps", torch.tensor(math.nan))
 
     def forward(self, x, stream):
         if is_lazy(self.most):
@@ -288,6 +289,9 @@ class Learned(nn.Module):
             self.most.fill_(self.share * x.abs().max())
         self.calls += 1
         return x.clamp(-self.most, self.most)
+
+    def update(self):
+        self.steps = torch.nan_to_num(self.steps) + 1
 
     def extra_repr(self):
         return f"share={self.share}"
@@ -302,6 +306,7 @@ def test_what_quantizers_learn_is_kept(digits):
     assert set(calls) == {f"{layer}.fqt_activation.calls" for layer in (1, 3, 5)}
     # A pass over the data and one over the test data; the third stage's quantizers are others.
     assert set(calls.values()) == {STEPS + 1}
+    assert {int(t) for name, t in whole.weights["model"].items() if name.endswith("steps")} == {STEPS}
     two_stages = replace(recipe, stages=(Stage("a", same, 0.5), Stage("b", same, 0.5)))
     kept = go(digits, two_stages, epochs=2)
     assert int(kept.weights["model"]["1.fqt_activation.calls"]) == 2 * (STEPS + 1)

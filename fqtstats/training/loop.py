@@ -248,6 +248,7 @@ class _Run:
         self.handle: Handle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.units: dict[str, str] = {}
+        self.updates: list[Callable[[], None]] = []
         self.position = Position()
         self.sums = _Sums()
         self.rows: dict[str, list[dict[str, Any]]] = {"epochs": [], "variance": []}
@@ -428,6 +429,8 @@ class _Run:
             except NonFiniteError as error:
                 raise _Diverged(str(error), objective) from error
             optimizer.step()
+            for update in self.updates:
+                update()
             self._check_far(self._count(logits, batch[1]), objective)
         return value
 
@@ -543,6 +546,9 @@ class _Run:
                     load_tensors(q, state)
             if stage.stochastic is not None:
                 self.units = stage.stochastic.units(self.whole, self.handle.layers)
+        # Quantizers that learn from a step what the next one needs.
+        quantizers = [] if self.handle is None else [q for _, q in _learners(self.handle)]
+        self.updates = [q.update for q in quantizers if callable(getattr(q, "update", None))]
         self.optimizer = self.recipe.build_optimizer(self.whole)
         self.position = Position(self.position.epoch, self.position.step, index)
 
@@ -557,7 +563,8 @@ class _Run:
         assert self.optimizer is not None
         tensors = tensors_of(self.whole)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            own = any(part.startswith(PREFIX) for part in name.split("."))  # of a quantizer, which may not know it yet
+            if not own and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise _Diverged(f"{name!r} has NaN or Inf")
         moments, values = optimizer_state(self.optimizer)
         return Checkpoint(
@@ -656,13 +663,21 @@ class _Run:
         return Training(**tables, metadata=metadata, weights=weights)
 
 
+def _learners(handle: Handle) -> list[tuple[tuple[str, str], Any]]:
+    """Quantizers that are modules, by layer and place."""
+    return [
+        ((name, place), q)
+        for name, layer in handle.layers.items()
+        for place in PLACES
+        if (q := layer._modules.get(PREFIX + place)) is not None
+    ]
+
+
 def _learned(handle: Handle) -> dict[tuple[str, str], tuple[str, dict[str, Tensor]]]:
     """What quantizers have learned, by layer and place, with what they are."""
     return {
         (name, place): (repr(getattr(handle.policy.for_layer(name), place)), tensors_of(q))
-        for name, layer in handle.layers.items()
-        for place in PLACES
-        if (q := layer._modules.get(PREFIX + place)) is not None
+        for (name, place), q in _learners(handle)
     }
 
 
