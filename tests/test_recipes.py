@@ -12,7 +12,6 @@ from torch import nn
 import fqtstats
 from fqtstats import Policy, models, quantizer
 from fqtstats.errors import InputError
-from fqtstats.quantizers import QUANTIZERS
 from fqtstats.training import recipes, runs
 from fqtstats.training.layer_rules import LayerRules, roles
 from fqtstats.training.optimizers import Optimizer
@@ -20,21 +19,7 @@ from fqtstats.training.recipes import RECIPES, Recipe, Stage
 from fqtstats.training.schedules import SCHEDULES, schedule, warmed_up
 from fqtstats.training.stochastic_precision import StochasticPrecision
 
-AWAITED = {"luq", "agp", "dorefa", "int4_sr", "lsq", "sawb", "sign", "scaled_sign", "dorefa_weight", "dorefa_act"}
-"""Quantizers of recipes that may not be in the registry yet; empty the set, and `get`, once they are."""
-
 FULL, OTHER = Policy(), Policy(weight=quantizer("symmetric", bits=2))
-
-
-def get(name, bits=None):
-    """The recipe; the test is skipped, and says so, while a quantizer of it is awaited."""
-    try:
-        return recipes.get(name, bits)
-    except InputError as error:
-        missing = [q for q in AWAITED - set(QUANTIZERS) if f"unknown quantizer {q!r}" in str(error)]
-        if missing:
-            pytest.skip(f"quantizer {missing[0]} is not in the registry yet")
-        raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +55,7 @@ CASES = [(name, bits) for name, row in RECIPES.items() for bits in (row.bits or 
 
 @pytest.mark.parametrize(("name", "bits"), CASES, ids=[f"{name}@{bits}" for name, bits in CASES])
 def test_every_recipe_fits_a_small_model_and_its_policies_run(name, bits):
-    recipe = get(name, bits)
+    recipe = recipes.get(name, bits)
     assert (recipe.name, recipe.bits, recipe.source) == (name, bits, RECIPES[name].source)
     net = small()
     found = recipe.for_model(net, torch.randn(3, 6), pretrained=True)
@@ -89,7 +74,7 @@ def test_every_recipe_fits_a_small_model_and_its_policies_run(name, bits):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits_every_model(recipe, name):
     net, _ = model(name)
-    found = get(recipe).for_model(net, pretrained=True)
+    found = recipes.get(recipe).for_model(net, pretrained=True)
     for stage in found.stages:
         if stage.quantizes:
             with fqtstats.quantized(net, stage.policy) as handle:
@@ -116,7 +101,7 @@ def test_statquant_recipes_are_the_policies():
 
 
 def test_one_bit_prunes_samples_for_inputs_and_channels_for_weights():
-    recipe = get("1bit-agp-adam", 8)
+    recipe = recipes.get("1bit-agp-adam", 8)
     policy = recipe.stages[-1].policy
     assert (policy.grad_input.groups, policy.grad_weight.groups) == ("sample", "channel")
     assert policy.grad_input.bits == policy.grad_weight.bits == 8
@@ -132,7 +117,7 @@ def test_one_bit_prunes_samples_for_inputs_and_channels_for_weights():
 
 
 def test_lsq_has_8_bits_at_both_ends_and_starts_from_full_precision():
-    recipe = get("lsq", 2)
+    recipe = recipes.get("lsq", 2)
     net, inputs = model("mlp")
     found = recipe.for_model(net, inputs, pretrained=True)
     assert {name: policy.weight.bits for name, policy in found.stages[0].policy.overrides.items()} == {"1": 8, "5": 8}
@@ -144,22 +129,22 @@ def test_lsq_has_8_bits_at_both_ends_and_starts_from_full_precision():
 
 
 def test_two_step_quantizes_weights_first():
-    first, second = (stage.policy for stage in get("two-step", 2).stages)
+    first, second = (stage.policy for stage in recipes.get("two-step", 2).stages)
     assert first.activation is None
     assert first.weight == second.weight
     assert second.activation is not None
 
 
 def test_progressive_bits_halve():
-    recipe = get("progressive", 2)
+    recipe = recipes.get("progressive", 2)
     assert [stage.name for stage in recipe.stages] == ["32 bits", "16 bits", "8 bits", "4 bits", "2 bits"]
     assert [stage.policy.weight.bits for stage in recipe.stages[1:]] == [16, 8, 4, 2]
     assert recipe.epochs(5) == (1, 1, 1, 1, 1)
-    assert [stage.name for stage in get("progressive", 8).stages] == ["32 bits", "16 bits", "8 bits"]
+    assert [stage.name for stage in recipes.get("progressive", 8).stages] == ["32 bits", "16 bits", "8 bits"]
 
 
 def test_16_bits_are_what_dorefa_would_give():
-    recipe = get("progressive", 8)
+    recipe = recipes.get("progressive", 8)
     wide = recipe.stages[1].policy
     s = fqtstats.stream()
     x = torch.randn(200, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -176,7 +161,7 @@ def test_16_bits_are_what_dorefa_would_give():
 
 
 def test_luq_takes_symmetric_levels_where_inputs_are_negative_and_fnt_keeps_only_weights():
-    recipe = get("luq-fnt")
+    recipe = recipes.get("luq-fnt")
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(6, 6), nn.ReLU())), nn.Linear(6, 6), nn.Linear(6, 6))
     found = recipe.for_model(net, torch.randn(50, 6))
     overrides = found.stages[0].policy.overrides
@@ -189,8 +174,8 @@ def test_luq_takes_symmetric_levels_where_inputs_are_negative_and_fnt_keeps_only
     last = found.stages[1].policy
     assert (last.activation, last.grad_input, last.grad_weight) == (None, None, None)
     assert last.weight == found.stages[0].policy.weight
-    assert get("luq-smp").stages[0].policy.grad_weight.samples == 2
-    assert get("luq-smp").stages[0].policy.grad_input.samples == 1
+    assert recipes.get("luq-smp").stages[0].policy.grad_weight.samples == 2
+    assert recipes.get("luq-smp").stages[0].policy.grad_input.samples == 1
 
 
 # --- which layers ----------------------------------------------------------------------------------------------------
@@ -396,7 +381,7 @@ def test_optimizer_groups():
 
 def test_a_learned_step_is_not_decayed():
     net = small()
-    recipe = get("lsq", 4)
+    recipe = recipes.get("lsq", 4)
     with fqtstats.quantized(net, recipe.for_model(net, pretrained=True).stages[0].policy):
         net(torch.randn(5, 6))
         groups = recipe.build_optimizer(net).param_groups
@@ -523,7 +508,7 @@ def test_published_runs_have_the_papers_numbers():
 
 
 def test_published_runs_of_other_recipes():
-    get("1bit-agp-adam")
+    recipes.get("1bit-agp-adam")
     run = runs.run("1bit-agp-adam/cifar100-vgg16")
     assert (run.epochs, run.batch_size, run.recipe.starts_from) == (60, 128, "full-precision")
     optimizer = run.recipe.optimizer

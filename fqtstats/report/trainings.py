@@ -75,6 +75,7 @@ def plot_variance(training: Training, ax: Axes | None = None, *, width: float | 
         ax.set_yscale("log")
         decades(ax, "y")
         ax.grid(axis="y", which="major")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="step", ylabel="gradient [(loss/parameter)$^2$]")
         ax.legend()
     return figure
