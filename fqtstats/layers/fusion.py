@@ -112,6 +112,10 @@ def _stage(modules: Sequence[nn.Module], start: int) -> tuple[Stage, int] | None
     relu = following is not None and _plain(following, nn.ReLU)
     if relu:
         stop, following = stop + 1, next(rest, None)
+    if hasattr(convolution.fqt_state.policy.weight, "output_scale") and (
+        normalization is None or convolution.bias is not None
+    ):
+        return None  # the scale of the output is part of the normalization
     pool = isinstance(following, nn.MaxPool2d) and _plain(following, nn.MaxPool2d) and _halves(following)
     return Stage(convolution, normalization, relu, pool), stop + pool
 
@@ -127,9 +131,7 @@ def _on_codes(convolution: QuantConv2d) -> bool:
     if state.plain:
         return False
     activation, weight = state.policy.activation, state.policy.weight
-    # A scale of the output would stand between the convolution and what follows it.
-    on_codes = has_codes(activation) and has_codes(weight) and not hasattr(weight, "output_scale")
-    return state.shared.backend == "native" and on_codes
+    return state.shared.backend == "native" and has_codes(activation) and has_codes(weight)
 
 
 def _halves(pool: nn.MaxPool2d) -> bool:

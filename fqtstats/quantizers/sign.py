@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +19,7 @@ from fqtstats.formats import uint
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.passage import Passage, masked
 from fqtstats.quantizers.ranged import (
+    Binary,
     LearnedQuantizer,
     RangedQuantizer,
     absolute_mean,
@@ -75,6 +77,12 @@ class Sign(RangedQuantizer):
     @property
     def recipe(self) -> Recipe:
         return Recipe(0 if self.scale == "channel" else None, "affine", self.bits, None)
+
+    @property
+    def binary(self) -> Binary | None:
+        """As :class:`Binary`; None where the scale is the input's."""
+        inside = float(np.nextafter(np.float32(1), np.float32(0)))
+        return Binary(0.0, (-1.0, 1.0), (-1.0, inside)) if self.scale == "one" else None
 
     def ranged(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         require_finite(x)
