@@ -31,7 +31,7 @@ from fqtstats.layers.state import Call, Site, WeightGradient
 from fqtstats.layers.swap import Skip, quantized
 from fqtstats.measurement import measure
 from fqtstats.measuring import Store
-from fqtstats.plans import Plan, assigned, plain_policy, uniform
+from fqtstats.plans import Plan, assigned, bits_are_free, plain_policy, uniform
 from fqtstats.policy import Policy, QuantizerLike
 from fqtstats.profiles import SITES, Profile
 from fqtstats.profiling import profile
@@ -96,8 +96,9 @@ def plan(
         model: any module; its training mode is left as it is.
         batch: anything ``loss_fn`` takes; on the model's device.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        policy: the quantizers. Those that are not stochastic quantizers of the package (or subclasses) stay as they
-            are; the bits of the others matter with a budget only, where planning starts from them.
+        policy: the quantizers. Those that are not stochastic quantizers of the package (or subclasses), or that do not
+            have all of 1 to 8 bits, stay as they are; the bits of the others matter with a budget only, where planning
+            starts from them.
         budget: sampling variance and quantization variance together are at most this many times the sampling variance,
             as far as predicted; above 1. It needs ``batches``.
         mean_bits: at most this mean over all gradient quantizers that have a number of bits.
@@ -350,7 +351,7 @@ class _Bench:
         widths = list(self.widths)
 
         def note(key: Key, q: QuantizerLike, variance: Callable[[StochasticQuantizer], float]) -> None:
-            if isinstance(q, StochasticQuantizer):
+            if bits_are_free(q):
                 with torch.no_grad():
                     values = [variance(replace(q, bits=b)) for b in (*widths, q.bits)]
                 found[key] = found.get(key, np.zeros(len(values))) + values

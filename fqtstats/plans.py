@@ -19,7 +19,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import pandas as pd
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COMPARISON", "TABLE", "Plan", "assigned", "load_plan", "plain_policy", "uniform"]
+__all__ = ["COMPARISON", "TABLE", "Plan", "assigned", "bits_are_free", "load_plan", "plain_policy", "uniform"]
 
 _SQUARE = "(loss/parameter)^2"
 
@@ -202,12 +202,22 @@ def assigned(policy: Policy, bits: Mapping[tuple[str, str], int]) -> Policy:
     return replace(policy, overrides={**overrides, **others})
 
 
+def bits_are_free(q: object) -> TypeGuard[StochasticQuantizer]:
+    """Whether it is a stochastic quantizer of the package that has all of 1 to 8 bits."""
+    if not isinstance(q, StochasticQuantizer):
+        return False
+    try:
+        return all(replace(q, bits=width) is not None for width in (1, 8))
+    except InputError:
+        return False
+
+
 def uniform(policy: Policy, bits: Mapping[str, int]) -> Policy:
-    """``policy`` with the same bits in all its stochastic quantizers of a site, by site."""
+    """``policy`` with the same bits in all quantizers of a site whose bits are free, by site."""
 
     def at(site: str) -> QuantizerLike | None:
         q = getattr(policy, site)
-        return replace(q, bits=bits[site]) if isinstance(q, StochasticQuantizer) else q
+        return replace(q, bits=bits[site]) if bits_are_free(q) else q
 
     overrides = {pattern: uniform(own, bits) for pattern, own in policy.overrides.items()}
     return replace(policy, grad_weight=at("grad_weight"), grad_input=at("grad_input"), overrides=overrides)

@@ -17,9 +17,13 @@ def _forward() -> Policy:
     return Policy(activation=quantizer("minmax", bits=8), weight=quantizer("zero_on_grid", bits=8))
 
 
+_PER_TENSOR = ("ptq", "luq", "int4_sr", "flush")
+
+
 def _statquant(grad_input: str) -> Callable[[int], Policy]:
-    # Section 3.1 (bifurcation): only the input gradient's bits vary, the weight gradient stays at 8.
-    grad_weight = "ptq" if grad_input == "ptq" else "pcq"
+    # Section 3.1 (bifurcation): only the input gradient's bits vary, the weight gradient stays at 8. There it has one
+    # scale where the input gradient has one, too.
+    grad_weight = "ptq" if grad_input in _PER_TENSOR else "pcq"
 
     def build(bits: int) -> Policy:
         return replace(

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 import fqtstats
-from fqtstats.quantizers import PSQ
+from fqtstats.quantizers import AGP, PSQ
+from fqtstats.quantizers.agp import Keep
 
 
 def _grid(x, bits):
@@ -161,6 +164,60 @@ def probability_off(x, s):
     y = (x - low) / step
     return (y.floor() + (s.uniform(x.shape) < (y - y.floor() + 1 / 256).clamp(max=1))).clamp(0, 15) * step + low
 
+
+@dataclass(frozen=True)
+class Unscaled(AGP):
+    """Prunes rows at random and does not divide those that stay by ``p``."""
+
+    def _keep(self, probability):
+        return Keep(probability, torch.ones_like(probability))
+
+
+@dataclass(frozen=True)
+class Literal(AGP):
+    """Takes ``p = N R / (b sum R)`` as it is: where it exceeds 1, a row is kept and divided by it."""
+
+    def _keep(self, probability):
+        return Keep(probability.clamp(max=1), 1 / torch.where(probability > 0, probability, 1.0))
+
+    def _probabilities(self, ranges):
+        p = ranges * (len(ranges) / (self.bits * ranges.sum()))
+        return (p * 2.0**24).round() * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Rounded(AGP):
+    """Divides by ``p`` rounded to two digits."""
+
+    def _keep(self, probability):
+        return Keep(probability, 1 / ((probability * 100).round() / 100).clamp(min=0.01))
+
+
+def logarithmic_without_underflow(x, s):
+    """What is below the smallest magnitude becomes zero: LUQ without its stochastic underflow."""
+    return fqtstats.quantizer("luq", underflow="flush")(x, s)
+
+
+def logarithmic_by_maximum(x, s):
+    """Scales by max(x) in place of max|x|, and keeps to the format: negative numbers are cut off."""
+    return fqtstats.quantizer("luq", maximum="hindsight", largest=float(x.max()))(x, s)
+
+
+PRUNING = {
+    "deterministic": fqtstats.quantizer("topk"),
+    "not divided by p": Unscaled(),
+    "literal p": Literal(),
+    "p of two digits": Rounded(),
+}
+"""Faults of pruning, by name."""
+
+LOGARITHMIC = {
+    "flush and nearest": fqtstats.quantizer("flush"),
+    "without underflow": logarithmic_without_underflow,
+    "underflow alone": fqtstats.quantizer("luq", rounding="nearest"),
+    "max for max|x|": logarithmic_by_maximum,
+}
+"""Faults of logarithmic quantizers, by name; to be judged where negative numbers dominate."""
 
 DEFECTS = {
     "nearest": nearest(),

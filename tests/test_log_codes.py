@@ -89,7 +89,7 @@ def test_codes_and_numbers_as_defined(variant, axis, random_bits):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-36, 1e-40, 3e-45, 1.6e38])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-36, 1e-40, 3e-45, 3e38])
 def test_tensors_of_every_size(variant, scale):
     x = heavy((12, 70), scale=scale)
     x[0] = 0
@@ -114,7 +114,7 @@ def test_tensors_of_every_size(variant, scale):
     magnitudes=st.sampled_from([5, 7, 8]),
 )
 def test_codes_of_any_numbers(values, magnitudes):
-    x = torch.tensor(values, dtype=torch.float32).view(1, -1).clamp(-1.7e38, 1.7e38)
+    x = torch.tensor(values, dtype=torch.float32).view(1, -1)
     recipe = recipe_of(None, magnitudes, 24)
     want = expected(x, recipe)
     for variant in VARIANTS:

@@ -17,15 +17,20 @@ from oracles import quantizers as oracle
 from words import Word, Words
 
 from fqtstats.errors import InputError, NonFiniteError
-from fqtstats.quantizers import QUANTIZERS, quantizer
+from fqtstats.quantizers import QUANTIZERS, options_of, quantizer
 from fqtstats.random import stream
 
-# Registry name and options; options other than the defaults are added by hand.
-CASES = [(name, {}) for name in QUANTIZERS] + [("ptq", {"grid": "affine"}), ("pcq", {"per_position": True})]
-GRADIENT = [case for case in CASES if QUANTIZERS[case[0]].role == "gradient"]
+# Registry name and options; options other than the defaults are added by hand. Those of AGP are in test_agp.py: its
+# codes are those of the groups that it keeps, and all elements of a group share a number.
+OWN_FILE = ("agp", "topk")
+CASES = [(name, {}) for name in QUANTIZERS if name not in OWN_FILE]
+CASES += [("ptq", {"grid": "affine"}), ("pcq", {"per_position": True}), ("luq", {"dynamic_range": 1})]
+STOCHASTIC = [case for case in CASES if "random_bits" in options_of(QUANTIZERS[case[0]]) and case[0] != "flush"]
+# Their grid reaches from one extreme of the input to the other; that of the other deterministic ones does not.
+NEAREST = [case for case in CASES if case[0] in ("minmax", "zero_on_grid", "symmetric", "nearest")]
 FORWARD = [case for case in CASES if QUANTIZERS[case[0]].role == "forward"]
-# Their grid reaches from one extreme of the input to the other; that of the other forward quantizers does not.
-MIN_MAX = [case for case in FORWARD if case[0] in ("minmax", "zero_on_grid", "symmetric")]
+# What rounds onto a logarithmic grid: no two steps are alike, no range is too large, and no grid is of integers.
+LOGARITHMIC = ("luq", "flush")
 BITS = (8, 4, 2, 1)  # the widths that fill bytes; between them they meet every branch
 
 
@@ -98,6 +103,13 @@ def law(q, x):
     n = frame.view[0]
     flat = x.detach().double().reshape(n, -1)
     step = frame.grid.step.double().expand(frame.view).reshape(n, -1)
+    if q.name in LOGARITHMIC:
+        one = torch.eye(n, dtype=torch.float64)
+        z = torch.where(step > 0, flat.abs() / step, 0.0)
+        step = step * torch.where(z > 0, z, 1.0).log2().floor().clamp(min=0).exp2()
+        inside = torch.where(step > 0, flat.abs() / step, 0.0)
+        fraction = torch.where(flat < 0, 1 - inside, inside)
+        return step, fraction - fraction.floor(), one, one
     inverse = torch.eye(n, dtype=torch.float64)
     if frame.transform is not None:
         inverse = frame.transform.inverse(inverse.view(n, n, 1)).view(n, n)
@@ -131,7 +143,7 @@ def arithmetic_tolerance(q, x):
 # --- mean and variance ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_claimed_unbiased_quantizers_are_exact_in_the_mean(case, kind):
     x = INPUTS[kind]()
@@ -176,7 +188,7 @@ def test_shapes_dtypes_bounds_and_storage(case, kind):
         assert torch.equal(x, before), "the input is left alone"
 
 
-@pytest.mark.parametrize("case", MIN_MAX, ids=label)
+@pytest.mark.parametrize("case", NEAREST, ids=label)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_forward_quantizers_round_to_nearest(case, kind):
     x = INPUTS[kind]()
@@ -191,7 +203,7 @@ def test_forward_quantizers_round_to_nearest(case, kind):
         assert bool(((out - x.double()).abs() <= step / 2 + arithmetic_tolerance(q, x)).all())
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 @pytest.mark.parametrize("random_bits", [1, 4, 7])
 def test_mean_and_variance_by_enumeration_of_all_random_words(case, random_bits):
     for kind, bits in [("heavy_rows", 3), ("NCHW", 8), ("offset", 2), ("subnormal", 4), ("float64", 1)]:
@@ -209,7 +221,7 @@ def test_mean_and_variance_by_enumeration_of_all_random_words(case, random_bits)
             assert torch.allclose(q.variance(x), variance, rtol=1e-9, atol=1e-24 * float(x.abs().max()) ** 2)
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 @pytest.mark.parametrize("random_bits", [16, 24, 32])
 def test_mean_by_bisection_of_the_switch_words(case, random_bits):
     """With many random bits: find how many words round each element up, which is its probability, exactly."""
@@ -230,7 +242,7 @@ def test_mean_by_bisection_of_the_switch_words(case, random_bits):
     assert torch.allclose(q.mean(x), expected, rtol=1e-12, atol=1e-13 * float(x.abs().max()))
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_few_random_bits_shift_down_by_the_truncated_fraction(case):
     x = INPUTS["heavy_rows"]().double()
     q = build(case, 4, random_bits=4)
@@ -250,10 +262,14 @@ VARIANCE_ORACLES = {
     "pcq-True": lambda x, s, b: oracle.grouped_variance(x, oracle.by_channel(x, 1), oracle.affine, b),
     "bhq": lambda x, s, b: oracle.bhq_variance(x, b),
     "bhq-adaptive": lambda x, s, b: oracle.bhq_adaptive_variance(x, b),
+    "luq": lambda x, s, b: oracle.logarithmic_variance(x, b // 2),
+    "luq-1": lambda x, s, b: oracle.logarithmic_variance(x, 1),
+    "dorefa": lambda x, s, b: oracle.grouped_variance(x, oracle.by_row(x), oracle.mirrored, b),
+    "int4_sr": lambda x, s, b: oracle.grouped_variance(x, oracle.whole(x), oracle.symmetric, b),
 }
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 @pytest.mark.parametrize("kind", ["heavy_rows", "NCHW", "one_sided", "negative", "rectified", "zero_rows", "NCL", "N"])
 def test_variance_against_the_oracle(case, kind):
     x = INPUTS[kind]()
@@ -294,7 +310,7 @@ def tensors(draw):
     return (x * scale).to(draw(st.sampled_from([torch.float32, torch.float64])))
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 @settings(max_examples=40, deadline=None)
 @given(x=tensors(), bits=st.integers(1, 8), random_bits=st.sampled_from([24, 32]))
 def test_mean_and_bound_on_any_input(case, x, bits, random_bits):
@@ -338,7 +354,7 @@ def squared_error(f, mean, x, draws):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_monte_carlo_agrees_with_the_exact_variance_within_one_percent(case, bits):
     """Summed squared error over summed exact variance, 1 +- .01.
 
@@ -382,7 +398,7 @@ class SharedByRows:
         return self.s.bits(self.width, n, dtype=dtype)[column].view(tuple(shape))
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_noise_is_independent_between_elements(case):
     """The noise summed over rounded elements, squared, over the sum of their variances, averaged over 256 draws.
 
@@ -473,7 +489,7 @@ def test_zero_on_grid_one_sided(bits, sign):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0, -2.7, 1e-42, 3e4])
-@pytest.mark.parametrize("case", GRADIENT + MIN_MAX, ids=label)
+@pytest.mark.parametrize("case", [*STOCHASTIC, ("flush", {}), *NEAREST], ids=label)
 def test_constant_tensors_are_exact(case, value, dtype):
     for shape in [(1,), (1, 1), (2, 3), (3, 2), (16, 4, 2, 2)]:
         x = torch.full(shape, value).to(dtype)
@@ -487,7 +503,7 @@ def test_constant_tensors_are_exact(case, value, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_scaling_by_a_power_of_two_changes_nothing(case, dtype):
     """From 2^-100 to 2^100 the same codes, so no absolute epsilon anywhere: one of 1e-8 would change them at once."""
     x = row_scales(gaussian(16, 40, dtype=dtype), 1.0)
@@ -511,7 +527,9 @@ def test_non_finite_input_is_counted(case, bad):
         assert (caught.value.count, caught.value.numel) == (3, 30)
 
 
-@pytest.mark.parametrize("case", [*GRADIENT, *MIN_MAX, ("lsq", {}), ("sawb", {})], ids=label)
+@pytest.mark.parametrize(
+    "case", [c for c in [*STOCHASTIC, *NEAREST, ("lsq", {}), ("sawb", {})] if c[0] not in LOGARITHMIC], ids=label
+)
 def test_a_range_that_overflows_is_an_error(case):
     x = torch.tensor([[-3e38, 3e38], [-3e38, 3e38]])
     x = x.T.contiguous() if "pcq" in label(case) else x
@@ -551,13 +569,13 @@ def test_bits_out_of_range(case, bits):
 
 
 @pytest.mark.parametrize("random_bits", [0, 33, 2.5, True, None])
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_random_bits_out_of_range(case, random_bits):
     with pytest.raises(InputError, match="random_bits"):
         build(case, 4, random_bits=random_bits)
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_claim(case):
     claims = [build(case, 4, random_bits=r).claim for r in range(1, 33)]
     assert claims == ["biased"] * 23 + ["unbiased"] * 9
@@ -619,7 +637,7 @@ def test_thread_count_changes_no_bit(case, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("case", GRADIENT, ids=label)
+@pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_streams_decide(case):
     x = gaussian(16, 40)
     q = build(case, 3)
@@ -636,9 +654,7 @@ def test_memory_format_changes_no_bit(case):
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize(
-    "case", [c for c in GRADIENT + MIN_MAX if c[0] not in ("bhq", "bhq-adaptive", "symmetric")], ids=label
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c[0] in ("ptq", "psq", "pcq", "nearest", "minmax")], ids=label)
 def test_grid_aligned_input_is_returned_exactly(case, bits):
     """Powers of two times codes, both ends in every row, column and position."""
     levels = 2**bits - 1

@@ -224,6 +224,7 @@ def test_a_run(run: Run) -> None:
     assert shown["metadata"]["weights"] == f"checkpoint {place}/model.pt"
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run) -> None:
     done = run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1", "--out", "r")
     assert done.status == 0, done.err

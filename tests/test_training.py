@@ -80,7 +80,9 @@ STAGES = Recipe(
     ),
 )
 JOINT = one(bhq(), distillation=Distillation(others=(qat(),)), label_smoothing=0.1)
+LSQ = Policy(activation=quantizer("lsq", bits=4, on="activation"), weight=quantizer("lsq", bits=4), name="lsq")
 RECIPES = {
+    "lsq": Recipe("lsq", "", None, (Stage("full", Policy(), 0.25), Stage("lsq", LSQ, 0.75)), decay_norms=False),
     "sgd": one(bhq()),
     "adam": one(bhq(), optimizer=Optimizer("adam", lr=1e-3)),
     "stages": STAGES,

@@ -35,6 +35,8 @@ __all__ = [
 Rule = Literal["affine", "zero_on_grid", "symmetric", "mirrored", "logarithmic"]
 
 _RULES: dict[Rule, int] = {"affine": 0, "zero_on_grid": 1, "symmetric": 2, "logarithmic": 3, "mirrored": 4}
+"""Those that the kernels have."""
+
 OK_WITH_OFFSET, _NOT_FINITE, _RANGE_OVERFLOWS = 1, 2, 3
 MOST_RANDOM_BITS = 24
 
@@ -92,8 +94,8 @@ def encode(
         variant: name of a kernel, by default the fastest.
 
     Returns:
-        None where there is no kernel: the extension is not in use, ``x`` is not float32 or bfloat16 on the CPU, or
-        more than 24 random bits.
+        None where there is no kernel: the extension is not in use, ``x`` is not float32 or bfloat16 on the CPU, a
+        rule that the kernels do not have, or more than 24 random bits.
 
     Raises:
         NonFiniteError: ``x`` (or, where they are given, an extreme) holds NaN or Inf, or a range overflows.
@@ -101,7 +103,7 @@ def encode(
     """
     random_bits = recipe.random_bits or 0
     native = native_for(x)
-    if native is None or random_bits > MOST_RANDOM_BITS:
+    if native is None or random_bits > MOST_RANDOM_BITS or recipe.rule not in _RULES:
         return None
     if random_bits and words is None:
         raise ValueError("stochastic rounding needs the words of a stream, got None")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from fqtstats.errors import InputError
+from fqtstats.quantizers.agp import AGP, TopK
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
+from fqtstats.quantizers.baselines import DoReFa, Int4, Nearest
 from fqtstats.quantizers.bhq import BHQ, AdaptiveBHQ
 from fqtstats.quantizers.dorefa_forward import DoReFaActivation, DoReFaWeight
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
 from fqtstats.quantizers.lsq import LSQ
+from fqtstats.quantizers.luq import LUQ, Flush
 from fqtstats.quantizers.sawb import SAWB
 from fqtstats.quantizers.sign import ScaledSign, Sign
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
@@ -22,6 +25,13 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
         PCQ,
         BHQ,
         AdaptiveBHQ,
+        LUQ,
+        AGP,
+        DoReFa,
+        Int4,
+        Nearest,
+        Flush,
+        TopK,
         MinMax,
         ZeroOnGrid,
         Symmetric,

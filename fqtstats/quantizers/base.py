@@ -15,11 +15,11 @@ from typing import ClassVar, Literal
 import torch
 
 from fqtstats.errors import InputError
-from fqtstats.formats import IntFormat, pack, uint, unpack
+from fqtstats.formats import IntFormat, LogFormat, pack, uint, unpack
 from fqtstats.ops import quantize as native
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.grid import RULES, Grid
-from fqtstats.quantizers.noise import Noise
+from fqtstats.quantizers.noise import Groups, Noise
 from fqtstats.random import Stream
 from fqtstats.rounding import nearest, stochastic, up_probability
 
@@ -75,6 +75,20 @@ class Quantizer(ABC):
             raise NotImplementedError(f"{type(self).__name__} is random: it must define noise()")
         n, c, s = rows(x).shape
         return Noise(x.shape, variance.reshape(n, c, s), variance.new_zeros(1, 1, 1))
+
+    @property
+    def factor_groups(self) -> Groups | None:
+        """Whose elements share a random factor by design; None: nobody's."""
+        return None
+
+    @property
+    def ladder_levels(self) -> int | None:
+        """The largest code of the grid, for inputs that try all fractions of a step; None where there is no grid."""
+        return None
+
+    def at_coordinates(self, places: torch.Tensor) -> torch.Tensor:
+        """The numbers at ``places`` of a grid, counted in codes, on which ``ladder_levels`` is the largest number."""
+        return places
 
     def bound(self, x: torch.Tensor) -> float | None:
         """A valid upper bound on the summed variance, or None."""
@@ -150,7 +164,7 @@ class Quantized:
     """
 
     payload: torch.Tensor
-    format: IntFormat
+    format: IntFormat | LogFormat
     frame: Frame
 
     def codes(self) -> torch.Tensor:
@@ -170,7 +184,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class UniformQuantizer(Quantizer):
-    """Rounding onto a uniform grid that is computed from the input.
+    """Rounding on a grid that is computed from the input: uniform, or uniform in a coordinate of its own.
 
     Args:
         bits: width of the codes, 1 to 8.
@@ -185,9 +199,13 @@ class UniformQuantizer(Quantizer):
         uint(self.bits)
 
     @property
-    def format(self) -> IntFormat:
+    def format(self) -> IntFormat | LogFormat:
         """Storage format of the codes."""
         return uint(self.bits)
+
+    @property
+    def ladder_levels(self) -> int | None:
+        return self.format.levels - (self.recipe.rule == "symmetric")
 
     @property
     @abstractmethod

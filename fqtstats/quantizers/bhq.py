@@ -28,7 +28,7 @@ from fqtstats.ops.quantize import Recipe, require_finite_ranges
 from fqtstats.quantizers.adaptive import adapt
 from fqtstats.quantizers.base import StochasticQuantizer, Transform, extremes, rows
 
-__all__ = ["BHQ", "AdaptiveBHQ", "BlockHouseholder", "Groups", "group_rows"]
+__all__ = ["BHQ", "AdaptiveBHQ", "BlockHouseholder", "Groups", "group_rows", "prefix_sums"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def group_rows(ranges: torch.Tensor) -> Groups:
     n_rows = ranges.numel()
     device = ranges.device
     sorted_ranges, by_range = torch.sort(ranges, descending=True, stable=True)
-    cumulative = _prefix_sums(sorted_ranges)
+    cumulative = prefix_sums(sorted_ranges)
     leaders_if = torch.arange(1, n_rows, device=device)  # G = 1 .. N - 1
     enough = (n_rows - leaders_if) * sorted_ranges[:-1] >= cumulative[:-1]
     leaders = int(leaders_if[enough].max())
@@ -92,7 +92,7 @@ def group_rows(ranges: torch.Tensor) -> Groups:
     )
 
 
-def _prefix_sums(values: torch.Tensor) -> torch.Tensor:
+def prefix_sums(values: torch.Tensor) -> torch.Tensor:
     """Inclusive prefix sums in a prescribed order (Hillis and Steele), the same on every device."""
     sums = values.clone()
     shift = 1

@@ -1,4 +1,4 @@
-"""Uniform grids: how real numbers become grid coordinates and codes become real numbers again.
+"""Grids: how real numbers become grid coordinates and codes become real numbers again.
 
 Shape legend: a tensor is viewed as ``[N, C, S]`` (sample, channel, space); a grid has one entry per group of elements
 and broadcasts against that view.
@@ -6,7 +6,8 @@ and broadcasts against that view.
 The arithmetic is prescribed operation by operation, so that every implementation gives the same codes bit for bit:
 per-group numbers are computed in float64 and rounded once to the compute dtype (float32, or float64 for float64
 input); per element there is one subtraction and one multiplication on the way in (no fused multiply-add), and one
-multiplication and one addition on the way out. Nothing adds an absolute epsilon.
+multiplication and one addition on the way out. Nothing adds an absolute epsilon. The coordinate of a logarithmic grid
+is linear between its points, so that rounding it up or down at random is what rounding between them is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from fqtstats.ops.quantize import Rule, require_finite_ranges
 
-__all__ = ["RULES", "Grid", "affine", "symmetric", "zero_on_grid"]
+__all__ = ["RULES", "Grid", "LogGrid", "affine", "logarithmic", "mirrored", "symmetric", "zero_on_grid"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,32 @@ class Grid:
     def nbytes(self) -> int:
         """Bytes of what decoding needs: step, offset and zero."""
         return sum(t.numel() * t.element_size() for t in (self.step, self.offset, self.zero) if t is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class LogGrid(Grid):
+    """Grid points ``sign(k) 2^(|k| - 1) step + offset`` for ``k = code - zero``, and ``offset`` itself for ``k = 0``.
+
+    ``step`` is the smallest magnitude, alpha. A number of magnitude ``z`` alpha has the coordinate ``z`` up to 1, and
+    ``n + z / 2^n`` in the octave ``2^n <= z <= 2^(n + 1)``, with its sign.
+    """
+
+    def coordinates(self, x: torch.Tensor) -> torch.Tensor:
+        """Coordinate of ``x``, fresh memory: by one multiplication ``z = |x| scale``, and one addition ``n + z / 2^n``.
+
+        ``z / 2^n`` is exact.
+        """
+        z = Grid.coordinates(self, x)
+        sign = z.sign()
+        z.abs_()
+        octave = torch.frexp(z).exponent.sub_(1).clamp_(min=0)
+        return torch.ldexp(z, -octave).add_(octave).mul_(sign)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        assert self.zero is not None
+        k = codes.sub_(self.zero)
+        x = torch.ldexp(k.sign(), (k.abs() - 1).clamp_(min=0)).mul_(self.step)
+        return x if self.offset is None else x.add_(self.offset)
 
 
 def affine(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
@@ -130,6 +157,34 @@ def symmetric(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     return _grid(largest / half, span == 0, levels, offset=offset, zero=zero, dtype=low.dtype)
 
 
+def mirrored(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
+    """The affine grid from ``-m`` to ``m = max|x|``: zero lies in the middle of a bin.
+
+    Raises:
+        NonFiniteError: ``2 m`` is not finite.
+    """
+    require_finite_ranges(low, high)
+    largest = torch.maximum(low.abs(), high.abs())
+    constant = low == high
+    return affine(torch.where(constant, low, -largest), torch.where(constant, high, largest), levels)
+
+
+def logarithmic(low: torch.Tensor, high: torch.Tensor, levels: int) -> LogGrid:
+    """The logarithmic grid of ``levels / 2`` magnitudes whose largest one is ``max|x|``."""
+    magnitudes = levels // 2
+    largest = torch.maximum(low.abs(), high.abs()).double()
+    constant = low == high
+    grid = _grid(
+        largest / 2.0 ** (magnitudes - 1),
+        constant,
+        levels,
+        offset=torch.where(constant, low, torch.zeros_like(low)) if bool(constant.any()) else None,
+        zero=torch.full_like(largest, float(magnitudes)),
+        dtype=low.dtype,
+    )
+    return LogGrid(grid.levels, grid.step, grid.scale, grid.offset, grid.zero, grid.prescale)
+
+
 def _covering_step(minimum: torch.Tensor, maximum: torch.Tensor, zero: torch.Tensor, levels: int) -> torch.Tensor:
     below = torch.where(minimum < 0, -minimum / zero, 0.0)
     above = torch.where(maximum > 0, maximum / (levels - zero), 0.0)
@@ -170,5 +225,7 @@ RULES: Mapping[Rule, Callable[[torch.Tensor, torch.Tensor, int], Grid]] = {
     "affine": affine,
     "zero_on_grid": zero_on_grid,
     "symmetric": symmetric,
+    "mirrored": mirrored,
+    "logarithmic": logarithmic,
 }
 """How a grid follows from the groups' minimum and maximum and the largest code."""

@@ -112,12 +112,14 @@ def store(
     if isinstance(q, LearnedQuantizer):
         q = q.fixed(x)
     if isinstance(q, UniformQuantizer):
-        if q.view_shape(x.shape)[1] != x.shape[1]:
+        if q.view_shape(x.shape)[1] != x.shape[1] or q.recipe.rule == "logarithmic":
             return None
         stored = _store_native(q, x, stream, pad, extremes)
         if stored is not None:
             return stored
     quantized: Quantized = q.encode(x, stream)  # type: ignore[attr-defined]
+    if type(quantized) is not Quantized:
+        return None
     affine = _affine(quantized)
     if affine is None or quantized.frame.view[1] != x.shape[1]:
         return None

@@ -18,11 +18,11 @@ from fqtstats.errors import InputError
 from fqtstats.ops.quantize import Recipe, Rule
 from fqtstats.quantizers.base import StochasticQuantizer, extremes, step_bound
 
-__all__ = ["PCQ", "PSQ", "PTQ"]
+__all__ = ["PCQ", "PSQ", "PTQ", "GroupedQuantizer"]
 
 
 @dataclass(frozen=True)
-class _Grouped(StochasticQuantizer):
+class GroupedQuantizer(StochasticQuantizer):
     """Stochastic rounding on one grid per group of elements."""
 
     def _recipe(self, axis: int | None, rule: Rule = "affine") -> Recipe:
@@ -43,7 +43,7 @@ class _Grouped(StochasticQuantizer):
 
 
 @dataclass(frozen=True)
-class PTQ(_Grouped):
+class PTQ(GroupedQuantizer):
     """Per-tensor quantizer: one grid for the whole gradient.
 
     Args:
@@ -70,7 +70,7 @@ class PTQ(_Grouped):
 
 
 @dataclass(frozen=True)
-class PSQ(_Grouped):
+class PSQ(GroupedQuantizer):
     """Per-sample quantizer: one affine grid per row.
 
     Bound ``D / (4 B^2) sum_i R_i^2``.
@@ -84,7 +84,7 @@ class PSQ(_Grouped):
 
 
 @dataclass(frozen=True)
-class PCQ(_Grouped):
+class PCQ(GroupedQuantizer):
     """Per-channel (per-column) quantizer: one affine grid per channel, over samples and space.
 
     The scale then does not sit on the index that the weight-gradient product contracts, so that product stays integer.

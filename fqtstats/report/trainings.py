@@ -216,7 +216,7 @@ def _table(training: Training, network: str) -> RenderableType:
 
 def _diagnosis(found: Mapping[str, Any]) -> Text:
     first = found.get("first")
-    told = f"diverged in epoch {found['epoch']}, step {found['step']}: {found['reason']}"
+    told = f"diverged at step {found['step']}, in epoch {found['epoch']}: {found['reason']}"
     if first is not None:
         told += (
             f"\nfirst in: {first['tensor']} of layer {first['layer']!r}, "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,10 +89,6 @@ class Checkpoint:
         }
         return Checkpoint(Position(**about["position"]), tensors, about["progress"])
 
-    def at(self, position: Position) -> Checkpoint:
-        """The same state, to continue from another position."""
-        return replace(self, position=position)
-
 
 def identity_of(settings: Mapping[str, object]) -> str:
     """SHA-256 of what defines a run."""
@@ -124,16 +120,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         InputError: a name or a shape is not the model's.
     """
     own = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, value in tensors.items():
-            target = own.get(name)
-            if target is not None and is_lazy(target):
-                target.materialize(tuple(value.shape), dtype=value.dtype)
-            if target is None or target.shape != value.shape:
-                raise InputError(
-                    f"the state has {name!r} {list(value.shape)}, which the model does not; give its model"
-                )
-            target.copy_(value)
+    for name, value in tensors.items():
+        target = own.get(name)
+        if target is not None and is_lazy(target):
+            target.materialize(tuple(value.shape), dtype=value.dtype)
+        if target is None or target.shape != value.shape:
+            raise InputError(f"the state has {name!r} {list(value.shape)}, which the model does not; give its model")
+    # Modules may have states beside parameters and buffers, which they set themselves.
+    model.load_state_dict(dict(tensors), strict=False)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:

@@ -13,10 +13,10 @@ import torch
 from fqtstats.errors import InputError
 from fqtstats.quantizers.base import UniformQuantizer
 from fqtstats.random import Stream
-from fqtstats.verdicts.expectation import Law
+from fqtstats.verdicts.expectation import Law, Shared
 from fqtstats.verdicts.probe import StreamFunction, call, replay
 
-__all__ = ["Decisions", "of_grid", "of_law", "of_steps"]
+__all__ = ["Decisions", "of_grid", "of_groups", "of_law", "of_steps"]
 
 _ROUNDED = 2.0**-24  # a probability in float32
 
@@ -94,6 +94,41 @@ def of_law(f: StreamFunction, x: torch.Tensor, law: Law) -> Decisions:
 
     along = torch.where(moves, x / torch.where(moves, gap, 1.0), 0.0)
     return Decisions(along.view(rows, -1), p, torch.full_like(p, _ROUNDED), p, ups)
+
+
+def of_groups(f: StreamFunction, x: torch.Tensor, shared: Shared) -> Decisions:
+    """The decisions that samples (or channels) make for all their elements, ``[K, 1]``.
+
+    Up is out of the quietest state, the one in which elements take the fewest values: a group that was dropped. Groups
+    with a single state have ``p = 0`` and never go up.
+
+    Args:
+        f: the callable.
+        x: ``[N, ...]``.
+        shared: what probing has found of the groups.
+    """
+    quiet = min(shared.states, key=lambda state: state.law.values)
+    moves = (quiet.probability > 0) & (quiet.probability < 1)
+    p = torch.where(moves, 1 - quiet.probability, 0.0).view(-1, 1)
+    known = [state for state in shared.states if state.law.values <= 2]
+    all_known = len(known) == len(shared.states)
+
+    def ups(s: Stream) -> tuple[torch.Tensor, int]:
+        out = call(f, x, s).double().movedim(shared.axis, 0).flatten(1)
+        fits = {id(state): _within(state.law, out, shared.axis) for state in known}
+        beyond = int((~torch.stack(list(fits.values())).any(0)).sum()) if all_known else 0
+        quiets = fits.get(id(quiet), torch.zeros_like(moves))
+        return (moves & ~quiets).view(-1, 1), beyond
+
+    size = x.double().abs().movedim(shared.axis, 0).flatten(1).mean(1, keepdim=True)
+    along = size / size.max().clamp(min=1e-300)
+    return Decisions(along, p, torch.full_like(p, _ROUNDED), p, ups)
+
+
+def _within(law: Law, out: torch.Tensor, axis: int) -> torch.Tensor:
+    """Whether all elements of a group have one of their two values."""
+    low, high = (t.movedim(axis, 0).flatten(1) for t in (law.low, law.high))
+    return ((out == low) | (out == high)).all(1)
 
 
 def of_steps(f: StreamFunction, x: torch.Tensor, step: float | torch.Tensor, offset: float | torch.Tensor) -> Decisions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from fqtstats.errors import InputError, NotExact
 from fqtstats.random import Stream
 
-__all__ = ["Outlet", "Probe", "StreamFunction", "attempt", "call", "replay", "require_input"]
+__all__ = ["Held", "Outlet", "Probe", "StreamFunction", "attempt", "call", "replay", "require_input"]
 
 StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
@@ -41,8 +41,7 @@ class Outlet:
 
 @dataclass(slots=True)
 class _Record:
-    outlets: set[Outlet] = field(default_factory=set)
-    largest: int = 0  # one past the largest element index that was asked for
+    largest: dict[Outlet, int] = field(default_factory=dict)  # one past the largest index that was asked for
 
 
 class Probe(Stream):
@@ -53,12 +52,14 @@ class Probe(Stream):
         key: of the stream that it stands for; a callable may look at it.
         record: of what was asked for; a child writes into its parent's.
         path: of a child, in place of the key's.
+        others: by outlet, the words that it has instead; at least as many as are asked for.
     """
 
-    __slots__ = ("_record", "_words")
+    __slots__ = ("_others", "_record", "_words")
 
     _record: _Record
     _words: torch.Tensor
+    _others: Mapping[Outlet, torch.Tensor]
 
     def __init__(
         self,
@@ -66,20 +67,27 @@ class Probe(Stream):
         key: Stream,
         record: _Record | None = None,
         path: tuple[str, ...] | None = None,
+        others: Mapping[Outlet, torch.Tensor] | None = None,
     ) -> None:
         path = key.path if path is None else path
         super().__init__(key.seed, key.step, key.layer, key.site, key.draw, key.call, key.replica, path)
         # The base class is frozen.
         object.__setattr__(self, "_words", words)
         object.__setattr__(self, "_record", _Record() if record is None else record)
+        object.__setattr__(self, "_others", {} if others is None else others)
 
     @property
     def outlets(self) -> frozenset[Outlet]:
         """What was asked for so far."""
-        return frozenset(self._record.outlets)
+        return frozenset(self._record.largest)
+
+    @property
+    def counts(self) -> dict[Outlet, int]:
+        """How many numbers each outlet was asked for."""
+        return dict(self._record.largest)
 
     def child(self, name: str) -> Probe:
-        return Probe(self._words, self, self._record, (*self.path, name))
+        return Probe(self._words, self, self._record, (*self.path, name), self._others)
 
     def words(self) -> tuple[int, int, int, int]:
         raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
@@ -95,11 +103,12 @@ class Probe(Stream):
     ) -> torch.Tensor:
         size = (shape,) if isinstance(shape, int) else tuple(shape)
         count = math.prod(size)
-        self._record.outlets.add(Outlet(self.path, n))
-        self._record.largest = max(self._record.largest, start + count)
-        if start + count > self._words.numel():
+        outlet = Outlet(self.path, n)
+        self._record.largest[outlet] = max(self._record.largest.get(outlet, 0), start + count)
+        words = self._others.get(outlet, self._words)
+        if start + count > words.numel():
             raise NotExact(f"it asks for {start + count} numbers for a result of {self._words.numel()} elements")
-        numbers = self._words[start : start + count] >> (_WIDEST - n)
+        numbers = words[start : start + count] >> (_WIDEST - n)
         return numbers.to(device=device or "cpu", dtype=dtype).view(size)
 
     def require_one_outlet(self) -> Outlet | None:
@@ -108,18 +117,65 @@ class Probe(Stream):
         Raises:
             NotExact: there are several, or fewer numbers than elements.
         """
-        if not self._record.outlets:
+        if not self.outlets:
             return None
-        if len(self._record.outlets) > 1:
+        if len(self.outlets) > 1:
             uses = ", ".join(f"{o.n} bits of {'/'.join(o.path) or 'the stream'}" for o in sorted(self.outlets, key=str))
-            raise NotExact(f"it uses several numbers per element ({uses})")
-        if self._record.largest < self._words.numel():
+            # So few numbers cannot leave every element one of its own.
+            shared = sum(self.counts.values()) < self._words.numel()
+            raise NotExact(f"it uses several numbers per element ({uses})", shared=shared)
+        ((outlet, largest),) = self._record.largest.items()
+        if largest < self._words.numel():
             raise NotExact(
-                f"it draws {self._record.largest} numbers for {self._words.numel()} elements, "
-                "which therefore share them",
+                f"it draws {largest} numbers for {self._words.numel()} elements, which therefore share them",
                 shared=True,
             )
-        return next(iter(self._record.outlets))
+        return outlet
+
+
+class Held(Stream):
+    """A stream of which one outlet has prescribed numbers, and all others their own.
+
+    Args:
+        stream: where the others come from.
+        outlet: the one that is held; its path counts from ``stream``.
+        words: ``[K]`` int64 in ``[0, 2^32)``, number ``i`` of ``n`` bits being ``words[i] >> (32 - n)``.
+        path: of a child, what it adds to that of ``stream``.
+    """
+
+    __slots__ = ("_base", "_outlet", "_own", "_words")
+
+    _base: Stream
+    _outlet: Outlet
+    _words: torch.Tensor
+    _own: tuple[str, ...]
+
+    def __init__(self, stream: Stream, outlet: Outlet, words: torch.Tensor, path: tuple[str, ...] = ()) -> None:
+        s = stream
+        super().__init__(s.seed, s.step, s.layer, s.site, s.draw, s.call, s.replica, s.path)
+        for name, value in (("_base", stream), ("_outlet", outlet), ("_words", words), ("_own", path)):
+            object.__setattr__(self, name, value)
+
+    def child(self, name: str) -> Held:
+        return Held(self._base.child(name), self._outlet, self._words, (*self._own, name))
+
+    def words(self) -> tuple[int, int, int, int]:
+        raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
+
+    def bits(
+        self,
+        shape: int | Sequence[int],
+        n: int = 24,
+        *,
+        dtype: torch.dtype = torch.int64,
+        device: torch.device | str | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        if (self._own, n) != (self._outlet.path, self._outlet.n):
+            return self._base.bits(shape, n, dtype=dtype, device=device, start=start)
+        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        numbers = self._words[start : start + math.prod(size)] >> (_WIDEST - n)
+        return numbers.to(device=device or "cpu", dtype=dtype).view(size)
 
 
 def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:

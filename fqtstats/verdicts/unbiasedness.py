@@ -10,19 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from fqtstats.determinism import single_thread
 from fqtstats.errors import BiasDetected, InputError, NotExact
-from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.quantizers.agp import AGP
+from fqtstats.quantizers.base import Quantizer, UniformQuantizer
 from fqtstats.random import Stream, stream
 from fqtstats.verdicts import blackbox, designs
 from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
 from fqtstats.verdicts.blackbox import BlackBox
-from fqtstats.verdicts.decisions import Decisions, of_grid, of_law, of_steps
-from fqtstats.verdicts.expectation import Law, coupled_codes, law
-from fqtstats.verdicts.probe import StreamFunction, require_input
+from fqtstats.verdicts.decisions import Decisions, of_grid, of_groups, of_law, of_steps
+from fqtstats.verdicts.expectation import Law, Shared, coupled_codes, law
+from fqtstats.verdicts.probe import Held, StreamFunction, require_input
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
@@ -36,23 +38,25 @@ class Verdict:
 
     Attributes:
         unbiased: no bias was found, whatever the tests of independence say.
-        independent: no dependence between elements or draws was found; None where a bias was found first, or where
-            nothing could be tested.
+        independent: no dependence between elements or draws was found; ``"between groups"`` where the elements of a
+            sample (or channel) share a number, as the quantizer declares (``factor_groups``), and nothing else depends
+            on anything; None where a bias was found first, or where nothing could be tested.
         p_value: the smallest, adjusted for everything that was tested: an unbiased quantizer gives a value below
             ``false_alarm`` with at most that probability. 0 where the failure is certain.
         evidence: what showed it, a sentence; or what was looked at.
         draws: how many were made, in all designs.
         seed: gives the same verdict again.
         false_alarm: the level.
-        method: how the expectation was judged: ``"exact"``, ``"exact on the codes"`` (which are decoded linearly),
-            ``"deterministic"``, ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do.
+        method: how the expectation was judged: ``"exact"``, ``"exact over samples and elements"`` (which have a random
+            number each; or channels), ``"exact on the codes"`` (which are decoded linearly), ``"deterministic"``,
+            ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do.
         minimum_detectable_bias: smallest bias, in steps, that the draws on the first design find with probability .99,
             by its shape; empty for a black box.
         worst_bias: largest ``|E - x|`` found without sampling, in steps; None where it was not computed.
     """
 
     unbiased: bool
-    independent: bool | None
+    independent: bool | Literal["between groups"] | None
     p_value: float
     evidence: str
     draws: int
@@ -164,6 +168,8 @@ class _Judge:
         self.best: Finding | None = None  # the smallest adjusted p-value of any test
         self.detectable: dict[str, float] = {}
         self.coupled = coupled_codes(f, x) is not None
+        self.sharing: str | None = None  # what shares a number: "sample" or "channel"
+        self.parts = 1  # of a design that are tested on draws
 
     def verdict(self) -> Verdict:
         planned = list(self._designs())
@@ -179,6 +185,11 @@ class _Judge:
             if exact.n == 0:
                 # What does not look at its stream has no decisions to test.
                 return self._result(True, True, 1.0, "a deterministic map that gives back its input")
+            if exact.shared is not None:
+                found = self._groups(design, exact.shared, len(planned))
+                if found is not None:
+                    return found
+                continue
             if exact.values > 2:
                 # There is no "up" and "down" to test; the mean is known all the same.
                 if self.x.numel() < blackbox.FEWEST:
@@ -193,9 +204,39 @@ class _Judge:
             if failure is not None:
                 return self._failed(failure, design, level)
         assert self.best is not None
-        adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES)
+        adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES * self.parts)
         evidence = f"E = x within {self.worst:.1g} steps, by probing; the draws show nothing"
-        return self._result(True, True, adjusted, evidence)
+        if self.sharing is None:
+            return self._result(True, True, adjusted, evidence)
+        if self.sharing == getattr(self.f, "factor_groups", None):
+            return self._result(True, "between groups", adjusted, evidence)
+        evidence += f"; but the elements of a {self.sharing} share a number, and it has no factor_groups that says so"
+        return self._result(True, False, adjusted, evidence)
+
+    def _groups(self, design: designs.Design, shared: Shared, planned: int) -> Verdict | None:
+        """What the draws show of a callable whose samples or channels have a number each: what is wrong, if anything.
+
+        The common numbers' decisions are tested on the first design; and on all of them those of the elements, with the
+        common numbers held where most elements are random.
+        """
+        self.sharing = ("sample", "channel")[shared.axis]
+        parts = [of_groups(self.f, design.x, shared)] if design.name == "natural" else []
+        loudest = max(shared.states, key=lambda state: int((state.law.high > state.law.low).sum()))
+        if loudest.law.values == 2:
+
+            def held(x: torch.Tensor, s: Stream) -> torch.Tensor:
+                return self.f(x, Held(s, shared.outlet, loudest.words))
+
+            parts.append(of_law(held, design.x, loudest.law))
+        self.parts = 2
+        level = self.false_alarm / (planned * len(LOOKS) * FAMILIES * self.parts)
+        for decisions in parts:
+            if not self.detectable and loudest.law.values == 2:
+                self.detectable = detectable(parts[-1], self.most or design.draws, level)
+            failure = self._battery(design, decisions, level)
+            if failure is not None:
+                return self._failed(failure, design, level)
+        return None
 
     def _on_grid(self, design: designs.Design, decisions: Decisions, reason: str) -> Verdict:
         """By the battery alone; a dependence, which its tests of a bias cannot bear, leaves the black box's."""
@@ -228,15 +269,17 @@ class _Judge:
         x = self.x
         yield designs.Design("natural", x, 0.0)
         q = self.f
-        if isinstance(q, UniformQuantizer) and not self.coupled and x.dtype in (torch.float32, torch.float64):
-            levels = q.format.levels - (q.recipe.rule == "symmetric")
+        levels = q.ladder_levels if isinstance(q, Quantizer) else None
+        if isinstance(q, Quantizer) and levels and not self.coupled and x.dtype in (torch.float32, torch.float64):
             for high in (False, True):
-                ladder = designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype)
+                ladder = q.at_coordinates(designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype))
                 if coupled_codes(q, ladder) is None:  # a quantizer may mix these rows, and not those of x
                     yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
 
     def _steps(self, design: designs.Design, exact: Law) -> torch.Tensor:
         """Distance of the two values of each element; of a quantizer without chance, its grid's step."""
+        if exact.shared is not None:
+            return exact.shared.gap
         if exact.n > 0 or not isinstance(self.f, UniformQuantizer):
             return exact.high - exact.low
         _, frame = self.f._frame(design.x)
@@ -247,19 +290,21 @@ class _Judge:
 
         On the ladders, which are exact, a fixed part of a step; else four units in the last place of the largest number
         that shares the element's grid (subtraction, scale, product and the decoder's two operations, each rounded once,
-        of numbers up to twice as large), and what 24 random bits leave.
+        of numbers up to twice as large), and what 24 random bits leave. A grid that ends beyond the numbers, or is
+        divided by a probability, doubles them.
         """
         if design.tolerance:
             return design.tolerance * torch.where(step > 0, step, 1.0)
         magnitude = design.x.double().abs()
-        q = self.f
+        q = self.f.rounding if isinstance(self.f, AGP) else self.f
         if isinstance(q, UniformQuantizer):
             view = magnitude.view(q.view_shape(design.x.shape))
             largest = view.amax(q.recipe.shared, keepdim=True).expand_as(view).reshape(magnitude.shape)
         else:
             largest = magnitude.amax().expand_as(magnitude)  # who shares a grid is not known
         # float32 is what narrower types are quantized in, and their own rounding is part of the output.
-        return 4 * torch.finfo(design.x.dtype).eps * largest + 2.0**-24 * step
+        doubled = isinstance(self.f, AGP) or (isinstance(q, UniformQuantizer) and q.recipe.rule == "mirrored")
+        return (8 if doubled else 4) * torch.finfo(design.x.dtype).eps * largest + 2.0**-24 * step
 
     # --- exact ------------------------------------------------------------------------------------------------------
 
@@ -387,10 +432,17 @@ class _Judge:
         return self._result(smallest.p_value >= level, independent, adjusted, evidence, method)
 
     def _result(
-        self, unbiased: bool, independent: bool | None, p_value: float, evidence: str, method: str | None = None
+        self,
+        unbiased: bool,
+        independent: bool | Literal["between groups"] | None,
+        p_value: float,
+        evidence: str,
+        method: str | None = None,
     ) -> Verdict:
         if method is None:
             method = "deterministic" if self.deterministic else "exact on the codes" if self.coupled else "exact"
+            if self.sharing is not None:
+                method = f"exact over {self.sharing}s and elements"
         return Verdict(
             unbiased=unbiased,
             independent=independent,

@@ -62,6 +62,38 @@ def zero_on_grid(values: list[float], levels: int) -> tuple[float, float]:
     return affine(values, levels) if step == math.inf else (-k * step, step)
 
 
+def mirrored(values: list[float], levels: int) -> tuple[float, float]:
+    """Lowest point and step of the grid from minus to plus the largest magnitude; no step for equal values."""
+    if min(values) == max(values):
+        return min(values), 0.0
+    largest = max(map(abs, values))
+    return -largest, 2 * largest / levels
+
+
+def symmetric(values: list[float], levels: int) -> tuple[float, float]:
+    """Likewise with one point fewer, so that zero is a point."""
+    low, step = mirrored(values, levels - 1)
+    return low, step
+
+
+def logarithmic_variance(x: Matrix, magnitudes: int) -> Matrix:
+    """``|x| (alpha - |x|)`` below alpha, ``alpha^2 (z - 2^n) (2^(n + 1) - z)`` above, in exact arithmetic."""
+    values = [abs(Fraction(v)) for row in x for v in row]
+    if len({v for row in x for v in row}) == 1:
+        return [[0.0] * len(row) for row in x]
+    alpha = max(values) / 2 ** (magnitudes - 1)
+
+    def one(size: Fraction) -> float:
+        if size < alpha:
+            return float(size * (alpha - size))
+        low = alpha
+        while 2 * low <= size:
+            low *= 2
+        return float((size - low) * (2 * low - size))
+
+    return [[one(abs(Fraction(v))) for v in row] for row in x]
+
+
 def grouped_variance(x: Matrix, groups: list[list[tuple[int, int]]], grid, levels: int) -> Matrix:
     """Variance of stochastic rounding where each group of positions ``(row, column)`` has a grid of its own."""
     variance = [[0.0] * len(row) for row in x]

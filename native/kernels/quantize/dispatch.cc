@@ -167,6 +167,7 @@ class Encoder {
     const bool finite = std::isfinite(low) && std::isfinite(high);
     double span = static_cast<double>(high) - low;
     if (recipe_.rule == Rule::mirrored && span > 0) span = 2.0 * std::max(std::abs(low), std::abs(high));
+    if (recipe_.rule == Rule::log) span = 0;  // none is too wide for it
     if (!finite || span > std::numeric_limits<float>::max()) {
       (finite ? overflows_ : not_finite_).store(true, std::memory_order_relaxed);
       return false;

@@ -114,7 +114,7 @@ struct Grid {
 //   log           step = max(|low|, |high|) / 2^(m - 1), zero = m = levels / 2: the points are 0 and +-step 2^e, e < m;
 //   mirrored      the affine grid from -max(|low|, |high|) to max(|low|, |high|).
 // A subnormal step is rounded up. prescale (1 or 2^100) lifts tiny groups, scale = 1 / (step * prescale).
-// Precondition: low and high are finite and high - low <= the largest float.
+// Precondition: low and high are finite; high - low <= the largest float, but for rule `log`.
 Grid make_grid(Rule rule, float low, float high, int levels);
 
 struct Input {

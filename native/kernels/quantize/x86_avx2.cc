@@ -131,14 +131,13 @@ static inline Line line(const Grids& g, std::int64_t i, std::int64_t count) {
   return {load(g.offset + i, count), load(g.prescale + i, count), load(g.scale + i, count), load(g.zero + i, count)};
 }
 
-// The coordinate of rule `log`. For numbers z from 1 on, the exponent is n and the fraction that of z / 2^n.
+// The coordinate of rule `log`. For numbers z from 1 on, n is the exponent, and z / 2^n has the exponent 0.
 static inline __m256 bend(__m256 y) {
   const __m256i z = _mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7FFFFFFF));
   const __m256i n = _mm256_sub_epi32(_mm256_srli_epi32(z, 23), _mm256_set1_epi32(127));
-  const __m256i fraction = _mm256_and_si256(z, _mm256_set1_epi32(0x7FFFFF));
-  const __m256i quotient = _mm256_or_si256(fraction, _mm256_set1_epi32(0x3F800000));
+  const __m256i quotient = _mm256_sub_epi32(z, _mm256_slli_epi32(n, 23));
   const __m256 bent = _mm256_add_ps(_mm256_cvtepi32_ps(n), _mm256_castsi256_ps(quotient));
-  const __m256 sign = _mm256_and_ps(y, _mm256_set1_ps(-0.0f));
+  const __m256 sign = _mm256_xor_ps(y, _mm256_castsi256_ps(z));
   // n < 0 has its sign bit set, by which the blend decides.
   return _mm256_blendv_ps(_mm256_or_ps(bent, sign), y, _mm256_castsi256_ps(n));
 }

@@ -133,16 +133,16 @@ enum class Form : std::uint8_t { from_low, from_zero, log };
 
 }  // namespace
 
-// The coordinate of rule `log`. For numbers z from 1 on, the exponent is n and the fraction that of z / 2^n.
+// The coordinate of rule `log`. For numbers z from 1 on, n is the exponent, and z / 2^n has the exponent 0.
 static inline __m512 bend(__m512 y) {
-  const __m512i z = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(0x7FFFFFFF));
+  const __m512i bits = _mm512_castps_si512(y);
+  const __m512i z = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
   const __m512i n = _mm512_sub_epi32(_mm512_srli_epi32(z, 23), _mm512_set1_epi32(127));
-  const __m512i fraction = _mm512_and_si512(z, _mm512_set1_epi32(0x7FFFFF));
-  const __m512i quotient = _mm512_or_si512(fraction, _mm512_set1_epi32(0x3F800000));
-  const __m512i bent = _mm512_castps_si512(_mm512_add_ps(_mm512_cvtepi32_ps(n), _mm512_castsi512_ps(quotient)));
-  const __m512i sign = _mm512_andnot_si512(_mm512_set1_epi32(0x7FFFFFFF), _mm512_castps_si512(y));
+  const __m512i quotient = _mm512_sub_epi32(z, _mm512_slli_epi32(n, 23));
+  const __m512 bent = _mm512_add_ps(_mm512_cvtepi32_ps(n), _mm512_castsi512_ps(quotient));
   const __mmask16 large = _mm512_cmpge_epi32_mask(n, _mm512_setzero_si512());
-  return _mm512_castsi512_ps(_mm512_mask_or_epi32(_mm512_castps_si512(y), large, bent, sign));
+  const __m512i sign = _mm512_xor_si512(bits, z);
+  return _mm512_castsi512_ps(_mm512_mask_or_epi32(bits, large, _mm512_castps_si512(bent), sign));
 }
 
 // And back: |k| - 1 is the exponent.
