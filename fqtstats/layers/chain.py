@@ -30,21 +30,22 @@ from fqtstats.layers.modules import QuantConv2d
 from fqtstats.layers.multiply import Saved
 from fqtstats.layers.operand import Operand
 from fqtstats.layers.passing import Passed
-from fqtstats.layers.state import Call
+from fqtstats.layers.state import Call, LayerState
 from fqtstats.ops import fused
+from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers.forward import MinMax, Symmetric, ZeroOnGrid
 from fqtstats.quantizers.passage import nbytes
 from fqtstats.quantizers.ranged import Binary, binary
-from fqtstats.quantizers.storage import Stored
+from fqtstats.quantizers.storage import Extremes, Stored
 
 __all__ = ["Normalization", "Output", "Stage", "run"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A convolution and what follows it."""
+    """A convolution and what follows it; the first one of a chain may be in full precision."""
 
-    convolution: QuantConv2d
+    convolution: nn.Conv2d
     normalization: nn.BatchNorm2d | None
     relu: bool
     pool: bool
@@ -59,18 +60,28 @@ class Stage:
     @property
     def binary(self) -> Binary | None:
         """The input's quantizer, if it gives one bit, whatever its input's range is."""
-        return binary(self.convolution.fqt_state.policy.activation)
+        return binary(self.activation)
+
+    @property
+    def state(self) -> LayerState | None:
+        """What the layer knows of its quantization; None in full precision."""
+        return self.convolution.fqt_state if isinstance(self.convolution, QuantConv2d) else None
+
+    @property
+    def activation(self) -> QuantizerLike | None:
+        """The quantizer of the input."""
+        return None if self.state is None else self.state.policy.activation
 
     @property
     def own(self) -> tuple[torch.Tensor, ...]:
         """Parameters of the input's quantizer that its surrogate has gradients for."""
-        q = self.convolution.fqt_state.policy.activation
+        q = self.activation
         return tuple(q.parameters()) if isinstance(q, nn.Module) and hasattr(q, "surrogate") else ()
 
     @property
     def codes_of_input(self) -> MinMax | Symmetric | ZeroOnGrid | None:
         """The input's quantizer, if its codes can be made in the pass over the output before."""
-        q = self.convolution.fqt_state.policy.activation
+        q = self.activation
         return q if isinstance(q, (MinMax, Symmetric, ZeroOnGrid)) and q.format.storage_bits == 8 else None
 
 
@@ -184,7 +195,7 @@ class Output:
     def read_backward(self, following: Stage | None) -> bool:
         """Whether the backward pass reads ``y``."""
         changed = self.normalization is not None or self.map.relu or self.map.pool
-        q = None if following is None else following.convolution.fqt_state.policy.activation
+        q = None if following is None else following.activation
         return changed or hasattr(q, "surrogate")
 
     @staticmethod
@@ -238,10 +249,17 @@ def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
         stages: at least one.
     """
     # Opened here: within an autograd function gradients are off, as in an evaluation, whose calls do not count.
-    calls, passed, parameters = [], [], []
+    calls: list[Call | None] = []
+    passed: list[Passed | None] = []
+    parameters: list[torch.Tensor | None] = []
     for stage in stages:
+        state = stage.state
+        if state is None:
+            calls.append(None)
+            passed.append(None)
+            parameters += [*stage.parameters, None]
+            continue
         guards.check(stage.convolution)
-        state = stage.convolution.fqt_state
         if state.shared.outputs is not None:
             raise UnsupportedError("a fused model has no outputs of single layers; leave out fuse_()")
         calls.append(state.call())
@@ -259,11 +277,29 @@ def run(x: torch.Tensor, stages: tuple[Stage, ...]) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class _Plain:
+    """The adjoint of a convolution in full precision."""
+
+    layer: nn.Conv2d
+
+    def gradients(
+        self, g: torch.Tensor, data: Sequence[torch.Tensor], needs: Sequence[bool], extremes: Extremes | None
+    ) -> Sequence[torch.Tensor | None]:
+        """As :meth:`Saved.gradients`."""
+        own, (x, w) = self.layer, data
+        outputs = None if own.bias is None else [own.out_channels]
+        found: Sequence[torch.Tensor | None] = torch.ops.aten.convolution_backward(
+            g, x, w, outputs, own.stride, own.padding, own.dilation, False, [0, 0], own.groups, list(needs)
+        )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class _Record:
     """What the backward pass of a stage needs, but for the large tensors."""
 
     stage: Stage
-    saved: Saved
+    saved: Saved | _Plain
     map: fused.Map
     normalization: Normalization | None
 
@@ -275,8 +311,8 @@ _OWN = 5
 class _Run(torch.autograd.Function):
     """A chain: ``forward(x, stages, a call of each, what their weights passed, *parameters)``.
 
-    The parameters are :data:`_OWN` of every stage, the weight behind its surrogate first and the scale of its output last,
-    and then those of the quantizers between the stages.
+    The parameters are :data:`_OWN` of every stage, the weight behind its surrogate first and the scale of its output
+    last, and then those of the quantizers between the stages.
     """
 
     @staticmethod
@@ -284,8 +320,8 @@ class _Run(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         stages: tuple[Stage, ...],
-        calls: list[Call],
-        passed: list[Passed],
+        calls: list[Call | None],
+        passed: list[Passed | None],
         *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
         records: list[_Record] = []
@@ -293,7 +329,17 @@ class _Run(torch.autograd.Function):
         output: Output | None = None
         scales = parameters[_OWN - 1 : _OWN * len(stages) : _OWN]
         for stage, call, way, scale, following in zip_longest(stages, calls, passed, scales, stages[1:]):
-            layer, product = stage.convolution, stage.convolution._product()
+            layer = stage.convolution
+            if call is None:
+                x = x.contiguous(memory_format=torch.channels_last)
+                y = layer._conv_forward(x, layer.weight, layer.bias).contiguous(memory_format=torch.channels_last)
+                output = Output.of(stage, y, following, None)
+                large += [x, layer.weight, y]
+                records.append(_Record(stage, _Plain(layer), output.map, output.normalization))
+                continue
+            assert isinstance(layer, QuantConv2d)
+            assert way is not None
+            product = layer._product()
             pad = product.pad("activation", layer.kernel_size)
             a = call.operand("activation", x, pad) if output is None else output.operand(stage, call, pad)
             b = call.operand("weight", layer.weight)
@@ -333,7 +379,7 @@ def _through(
     stage: Stage, y: torch.Tensor, f: fused.Map, g: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """The gradient before the quantizer of a stage's input ``f(y)``, and those of the quantizer's parameters."""
-    q = stage.convolution.fqt_state.policy.activation
+    q = stage.activation
     if not hasattr(q, "surrogate") or stage.binary is not None:  # the adjoint of a map knows where one bit passes
         return g, []
     with torch.enable_grad():

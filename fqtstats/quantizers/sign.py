@@ -17,7 +17,7 @@ from torch import nn
 from fqtstats.errors import InputError
 from fqtstats.formats import uint
 from fqtstats.ops.quantize import Recipe
-from fqtstats.quantizers.passage import Passage, masked
+from fqtstats.quantizers.passage import Passage, clipped
 from fqtstats.quantizers.ranged import (
     Binary,
     LearnedQuantizer,
@@ -90,8 +90,8 @@ class Sign(RangedQuantizer):
         return signs(x, x.new_ones(1) if axis is None else absolute_mean(x, axis).to(x.dtype), axis)
 
     def surrogate(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, with the clipped straight-through estimator; keeps one bit per element."""
-        return masked(x, _passes(x.detach()))
+        """``x``, with the clipped straight-through estimator; keeps one bit per element, or a parameter."""
+        return clipped(x, -1.0, 1.0)
 
     def passage(self, w: torch.Tensor) -> Passage:
         """What the surrogate does to the gradient of ``w``."""
