@@ -5,8 +5,8 @@ last three each where the model has it. Before them there may be one whose convo
 
 Activations stay codes from one convolution to the next: where it takes codes of 8 bits on one grid, or of one bit,
 normalization, ReLU, pooling and its quantizer are one pass over the output before (:mod:`fqtstats.ops.fused`);
-backward, the adjoints of one bit, pooling, ReLU and normalization are two. A scale of a weight's output channels is part of the
-normalization behind it.
+backward, the adjoints of one bit, pooling, ReLU and normalization are two. A scale of a
+weight's output channels is part of the normalization behind it.
 """
 
 from __future__ import annotations
