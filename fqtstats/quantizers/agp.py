@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.formats import IntFormat, pack, uint
 from fqtstats.ops.quantize import require_finite_ranges
 from fqtstats.quantizers.base import Claim, Frame, Quantized, Quantizer, Role, extremes, rows
-from fqtstats.quantizers.bhq import prefix_sums
 from fqtstats.quantizers.grid import Grid
 from fqtstats.quantizers.noise import Factors, Groups, Noise
 from fqtstats.quantizers.uniform import PCQ, PSQ
@@ -44,21 +44,26 @@ def keep_probabilities(ranges: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         ``[G]`` float64, multiples of 2^-24, at least that for a positive range, and 0 for a range of 0.
     """
-    groups = ranges.numel()
+    # A few numbers: NumPy takes a fifth of torch's time for each operation, and is the same for every device.
+    p = _water_filling(ranges.cpu().numpy(), bits)
+    return torch.from_numpy(p).to(ranges.device)
+
+
+def _water_filling(ranges: np.ndarray, bits: int) -> np.ndarray:
+    groups = ranges.size
     share = groups / bits
     positive = ranges > 0
-    if int(positive.sum()) <= share:
-        return positive.double()
+    if np.count_nonzero(positive) <= share:
+        return positive.astype(np.float64)
     scaled = ranges / ranges.max()  # so that sums of float64 ranges are finite
-    ordered = torch.sort(scaled, descending=True, stable=True).values
-    tail = prefix_sums(ordered.flip(0)).flip(0)  # of the ranges from each one on
+    ordered = np.sort(scaled)[::-1]
+    tail = np.cumsum(ordered[::-1])[::-1]  # of the ranges from each one on
     # The k largest have probability 1, for the smallest k with which nothing else exceeds it.
-    certain = torch.arange(groups, dtype=torch.float64, device=ranges.device)
-    enough = ((share - certain) * ordered <= tail) & (certain <= share)
-    k = int(torch.nonzero(enough)[0])
-    p = (scaled * ((share - k) / tail[k])).clamp(max=1.0)
-    p = (p * 2.0**_BITS).round().clamp(min=1.0) * 2.0**-_BITS
-    return torch.where(positive, p, 0.0)
+    certain = np.arange(groups)
+    k = int(np.argmax(((share - certain) * ordered <= tail) & (certain <= share)))
+    p = np.minimum(scaled * ((share - k) / tail[k]), 1.0)
+    p = np.maximum(np.round(p * 2.0**_BITS), 1.0) * 2.0**-_BITS
+    return np.where(positive, p, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,14 @@ class AGP(Quantizer):
         Raises:
             NonFiniteError: ``x`` holds NaN or Inf, or a range that overflows.
         """
-        low, high = extremes(rows(x), self.axis)
+        return self.keep_of(*extremes(rows(x), self.axis))
+
+    def keep_of(self, low: torch.Tensor, high: torch.Tensor) -> Keep:
+        """:meth:`keep` from the groups' minimum and maximum.
+
+        Raises:
+            NonFiniteError: a range overflows.
+        """
         ranges = require_finite_ranges(low, high).view(-1)
         constant = (ranges == 0) & (low.view(-1) != 0)
         return self._keep(torch.where(constant, 1.0, self._probabilities(ranges)))
@@ -184,28 +196,38 @@ class AGP(Quantizer):
         """Coordinates of all groups on grids of their own; the frame that decodes them if they are kept."""
         y, frame = self.rounding._frame(x)
         keep = self.keep(x)
+        return y, replace(frame, grid=self.weighted(frame.grid, keep, x.dtype)), keep
+
+    def grid(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
+        """The grids of all groups, from their minimum and maximum."""
+        return self.rounding._grid(low, high)
+
+    def weighted(self, grid: Grid, keep: Keep, dtype: torch.dtype) -> Grid:
+        """The grids that decode groups of a tensor of ``dtype`` if they are kept.
+
+        Raises:
+            NonFiniteError: numbers exceed ``dtype`` after the division by p.
+        """
         view = [1, 1, 1]
         view[self.axis] = -1
         weight = keep.weight.view(view)
-        grid = frame.grid
         assert grid.offset is not None
         # All of a group's numbers lie between its ends, which are its first and last point.
         ends = [grid.offset.double(), grid.offset.double() + grid.levels * grid.step.double()]
         largest = torch.stack([end.abs() * weight for end in ends]).amax(0)
-        beyond = int(((largest > torch.finfo(x.dtype).max) & (weight > 1)).sum())
+        beyond = int(((largest > torch.finfo(dtype).max) & (weight > 1)).sum())
         if beyond:
             raise NonFiniteError(
-                f"expected numbers that {x.dtype} holds after division by p, got {beyond} of {largest.numel()} "
+                f"expected numbers that {dtype} holds after division by p, got {beyond} of {largest.numel()} "
                 f"{self.groups}s that exceed it; rescale the loss",
                 count=beyond,
                 numel=largest.numel(),
             )
-        scaled = replace(
+        return replace(
             grid,
             step=(grid.step.double() * weight).to(grid.step.dtype),
             offset=(grid.offset.double() * weight).to(grid.step.dtype),
         )
-        return y, replace(frame, grid=scaled), keep
 
     def _kept(self, keep: Keep, stream: Stream) -> torch.Tensor:
         """Which groups are kept in this draw, ``[G]`` bool."""
@@ -215,9 +237,13 @@ class AGP(Quantizer):
         bits = stream.child("mask").bits(p.shape, _BITS, dtype=torch.int32, device=p.device)
         return bits < (p * 2.0**_BITS).to(torch.int32)
 
+    def drawn(self, keep: Keep, stream: Stream) -> torch.Tensor:
+        """Which groups are kept in this draw, ``[K]`` int64, ascending."""
+        return torch.nonzero(self._kept(keep, stream)).view(-1)
+
     def _codes(self, x: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, Frame, Keep, torch.Tensor]:
         y, frame, keep = self._prepared(x)
-        index = torch.nonzero(self._kept(keep, stream)).view(-1)
+        index = self.drawn(keep, stream)
         # Element i takes number i, whichever groups are kept.
         rounded = self.rounding._round(y, stream).index_select(self.axis, index)
         grid = _of_groups(frame.grid, self.axis, index)

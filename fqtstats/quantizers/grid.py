@@ -70,6 +70,11 @@ class Grid:
         return x if self.offset is None else x.add_(self.offset)
 
     @property
+    def magnitudes(self) -> int:
+        """Of a logarithmic grid, how many there are, unless it is one (evenly spaced points); else 0."""
+        return 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what decoding needs: step, offset and zero."""
         return sum(t.numel() * t.element_size() for t in (self.step, self.offset, self.zero) if t is not None)
@@ -93,6 +98,10 @@ class LogGrid(Grid):
         z.abs_()
         octave = torch.frexp(z).exponent.sub_(1).clamp_(min=0)
         return torch.ldexp(z, -octave).add_(octave).mul_(sign)
+
+    @property
+    def magnitudes(self) -> int:
+        return self.levels // 2 if self.levels > 2 else 0
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         assert self.zero is not None

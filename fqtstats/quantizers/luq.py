@@ -128,7 +128,7 @@ class LUQ(StochasticQuantizer):
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(None, "logarithmic", self.bits, self.random_bits)
+        return Recipe(None, "logarithmic", self.bits, self.random_bits, self.magnitudes)
 
     @property
     def ladder_levels(self) -> int:
@@ -138,6 +138,11 @@ class LUQ(StochasticQuantizer):
     def claim(self) -> Claim:
         fair = (self.underflow, self.rounding, self.maximum) == ("stochastic", "stochastic", "exact")
         return super().claim if fair else "biased"
+
+    @property
+    def by_coordinate(self) -> bool:
+        """Whether all coordinates are rounded at random, as the native kernels do it."""
+        return (self.underflow, self.rounding) == ("stochastic", "stochastic")
 
     def at_coordinates(self, places: torch.Tensor) -> torch.Tensor:
         """The numbers that lie at ``places`` of the grid with alpha = 1, counted from its lowest point."""
@@ -169,17 +174,18 @@ class LUQ(StochasticQuantizer):
     def _law(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return up_probability(self._certain(y), self.random_bits)
 
-    def _streams(self, stream: Stream) -> list[Stream]:
+    def streams(self, stream: Stream) -> list[Stream]:
+        """Those of the samples."""
         return [stream] if self.samples == 1 else [stream.child(f"sample {i}") for i in range(self.samples)]
 
     def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         y, frame = self._frame(x)
-        drawn = [self._codes(y, frame, s) for s in self._streams(stream)]
+        drawn = [self._codes(y, frame, s) for s in self.streams(stream)]
         return _mean([frame.decode(codes) for codes in drawn]).to(x.dtype)
 
     def encode(self, x: torch.Tensor, stream: Stream) -> LogQuantized:
         y, frame = self._frame(x)
-        steps = torch.stack([self._codes(y, frame, s) for s in self._streams(stream)]) - self.magnitudes
+        steps = torch.stack([self._codes(y, frame, s) for s in self.streams(stream)]) - self.magnitudes
         return LogQuantized(pack(sign_magnitude(steps, self.format), self.format), self.format, frame, self.samples)
 
     def _codes(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
@@ -275,8 +281,12 @@ class Hindsight(nn.Module, Quantizer):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """:class:`LUQ` with the current maximum; notes ``max|x|`` for the next one."""
-        self.seen = torch.maximum(self.seen, x.detach().abs().amax().double())
+        self.note(x)
         return self.current(x, stream)
+
+    def note(self, x: torch.Tensor) -> None:
+        """Note ``max|x|`` for the next maximum."""
+        self.seen = torch.maximum(self.seen, x.detach().abs().amax().double())
 
     def update(self) -> None:
         """End a step: the next one's maximum from what was seen in this one."""

@@ -6,20 +6,27 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fqtstats.errors import NonFiniteError
 from fqtstats.listening import LISTENERS, asked
 from fqtstats.ops import fused, native_module
 from fqtstats.ops import quantize as native
-from fqtstats.ops.codes import Affine, Codes, Kept
+from fqtstats.ops.codes import Affine, Codes, Kept, empty_codes
 from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
 from fqtstats.quantizers import QUANTIZERS
+from fqtstats.quantizers.agp import AGP, Pruned
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
 from fqtstats.quantizers.lsq import Steps
+from fqtstats.quantizers.luq import LUQ, Hindsight, LogQuantized
 from fqtstats.quantizers.ranged import Binary, LearnedQuantizer, RangedQuantizer, binary, require_finite
 from fqtstats.random import Stream, key_words
 
 __all__ = ["Extremes", "Stored", "has_codes", "store"]
+
+
+_LARGE = 1e38
+"""Numbers up to this, the first and last point of a grid, are below the largest of float32 and bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +118,28 @@ def store(
         return None
     if isinstance(q, LearnedQuantizer):
         q = q.fixed(x)
+    if isinstance(q, Hindsight):
+        q.note(x)
+        q = q.current
+    if isinstance(q, AGP):
+        stored = _store_pruned(q, x, stream, pad, extremes)
+        return _packed_pruned(q.encode(x, stream), pad) if stored is None else stored
     if isinstance(q, UniformQuantizer):
-        if q.view_shape(x.shape)[1] != x.shape[1] or q.recipe.rule == "logarithmic":
+        if q.view_shape(x.shape)[1] != x.shape[1]:
             return None
         stored = _store_native(q, x, stream, pad, extremes)
         if stored is not None:
             return stored
     quantized: Quantized = q.encode(x, stream)  # type: ignore[attr-defined]
-    if type(quantized) is not Quantized:
+    if type(quantized) not in (Quantized, LogQuantized):
         return None
     affine = _affine(quantized)
     if affine is None or quantized.frame.view[1] != x.shape[1]:
         return None
-    codes = quantized.codes().view(x.shape)
-    return Stored(Codes.pack(codes, quantized.format.storage_bits, affine, pad), quantized.frame.transform)
+    samples = quantized.samples if isinstance(quantized, LogQuantized) else 1
+    codes = quantized.codes().reshape(samples * x.shape[0], *x.shape[1:])
+    packed = Codes.pack(codes, quantized.format.storage_bits, affine, pad)
+    return Stored(packed, quantized.frame.transform, samples=samples)
 
 
 def _store_native(
@@ -140,6 +155,8 @@ def _store_native(
     if not (ours and known):
         return None
     groups = None if extremes is None else _of_groups(extremes, q.recipe.axis)
+    if isinstance(q, LUQ):
+        return _store_logarithmic(q, x, stream, pad, groups)
     if isinstance(q, BHQ):
         stored = _store_transformed(q, x, stream, pad, groups)
     else:
@@ -176,6 +193,86 @@ def _bits(x: torch.Tensor, bit: Binary, pad: tuple[int, int]) -> Codes:
         codes = fused.bits(pixels.permute(0, 3, 1, 2), whole, bit.threshold, bit.affine, pad)
         return codes if x.dim() == 4 else replace(codes, data=codes.data.view(len(x), -1), shape=tuple(x.shape))
     return Codes.pack((x >= bit.threshold).to(torch.uint8), 1, bit.affine, pad)
+
+
+def _store_logarithmic(
+    q: LUQ, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
+) -> Stored | None:
+    if not q.by_coordinate or native.native_for(x) is None:
+        return None
+    if q.largest is not None or (q.samples > 1 and extremes is None):
+        extremes = native.extremes(x, None) if extremes is None else extremes
+        assert extremes is not None
+        native.require_finite(*extremes, x)
+    if q.largest is not None:
+        largest = torch.full((1,), q.largest, dtype=torch.float32, device="cpu")
+        extremes = -largest, largest
+    parts: list[Codes] = []
+    for one in q.streams(stream):
+        codes = native.encode(x, q.recipe, key_words(one), pad, extremes=extremes)
+        if codes is None:
+            return None
+        asked(one, 0, x.numel(), q.random_bits)
+        parts.append(codes)
+    first = parts[0]
+    if len(parts) == 1:
+        return Stored(first)
+    data = torch.cat([codes.data for codes in parts])
+    return Stored(replace(first, data=data, shape=(len(parts) * x.shape[0], *x.shape[1:])), samples=len(parts))
+
+
+def _store_pruned(
+    q: AGP, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
+) -> Stored | None:
+    """The groups that are kept, and nothing of the others: neither are they rounded nor have they codes."""
+    ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
+    if not ours or native.native_for(x) is None or q.random_bits > native.MOST_RANDOM_BITS or x.numel() == 0:
+        return None
+    groups = native.extremes(x, q.axis) if extremes is None else _of_groups(extremes, q.axis)
+    assert groups is not None
+    low, high = groups
+    try:
+        keep = q.keep_of(low, high)
+    except NonFiniteError:
+        native.require_finite(low, high, x)
+        raise
+    if float(torch.maximum(high, -low).amax()) * float(keep.weight.amax()) > _LARGE:
+        # Rarely: what exceeds the largest number is found on the grids of all groups.
+        view = (-1, 1, 1) if q.axis == 0 else (1, -1, 1)
+        q.weighted(q.grid(low.view(view), high.view(view)), keep, x.dtype)
+    index = q.drawn(keep, stream)
+    kept = Kept(q.axis, index, x.shape[q.axis])
+    asked(stream, 0, x.numel(), q.random_bits)
+    if len(index) == 0:
+        return _nothing(x.shape, q.format.storage_bits, pad, kept)
+    ends = low[index], high[index]
+    codes = native.encode(x, q.rounding.recipe, key_words(stream), pad, extremes=ends, kept=kept)
+    assert codes is not None
+    affine, weight = codes.affine, keep.weight[index]
+    assert affine.offset is not None
+    step, offset = ((t.double() * weight).float() for t in (affine.step, affine.offset))
+    return Stored(replace(codes, affine=replace(affine, step=step, offset=offset)), kept=kept)
+
+
+def _packed_pruned(quantized: Pruned, pad: tuple[int, int]) -> Stored | None:
+    shape, axis = quantized.shape, quantized.axis
+    affine = _affine(quantized)
+    if affine is None:
+        return None
+    kept = Kept(axis, quantized.index, shape[axis])
+    bits = quantized.format.storage_bits
+    if len(kept.indices) == 0:
+        return _nothing(shape, bits, pad, kept)
+    part = [len(kept.indices) if i == axis else size for i, size in enumerate(shape)]
+    return Stored(Codes.pack(quantized.codes().view(part), bits, affine, pad), kept=kept)
+
+
+def _nothing(shape: tuple[int, ...], bits: int, pad: tuple[int, int], kept: Kept) -> Stored:
+    """No codes at all, of a tensor of zeros."""
+    affine = Affine(torch.empty(0, dtype=torch.float32, device="cpu"), axis=kept.axis)
+    part = tuple(0 if i == kept.axis else size for i, size in enumerate(shape))
+    data = empty_codes(part, bits, pad)
+    return Stored(Codes(data if len(part) == 4 else data.flatten(1), bits, part, pad, affine), kept=kept)
 
 
 def _store_transformed(
@@ -220,4 +317,5 @@ def _affine(quantized: Quantized) -> Affine | None:
         zero=None if grid.zero is None else grid.zero.flatten().to(torch.int32),
         offset=None if grid.offset is None else grid.offset.flatten(),
         axis=axis,
+        magnitudes=grid.magnitudes,
     )
