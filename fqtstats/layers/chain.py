@@ -224,8 +224,8 @@ class Output:
         bit = stage.binary
         if bit is not None and self.moments is not None:
             # The ends of all pixels, those outside of windows among them: they only have to be finite.
-            ends = fused.extremes(self.y, self.moments, replace(self.map, pool=False))
-            if bool(torch.isfinite(torch.stack(ends)).all()):
+            low_high = fused.extremes(self.y, self.moments, replace(self.map, pool=False))
+            if bool(torch.isfinite(torch.stack(low_high)).all()):
                 return Operand(Stored(fused.bits(self.y, self.map, bit.threshold, bit.affine, pad)))
         q = stage.codes_of_input
         if q is not None and self.moments is not None:

@@ -91,7 +91,8 @@ class _Piece:
 def _pieces(modules: Sequence[nn.Module]) -> Iterator[_Piece]:
     position = 0
     while position < len(modules):
-        start, stages = position, []
+        start = position
+        stages: list[Stage] = []
         while (found := _stage(modules, position, not stages)) is not None:
             stage, position = found
             stages.append(stage)

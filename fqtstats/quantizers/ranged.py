@@ -74,7 +74,9 @@ class Binary:
     def affine(self) -> Affine:
         """What the codes mean."""
         low, high = (torch.tensor([end], dtype=torch.float32, device="cpu") for end in self.ends)
-        return Affine(step=high - low, offset=low if self.ends[0] != 0 else None)
+        if self.ends[0] == 0:
+            return Affine(step=high, zero=torch.zeros(1, dtype=torch.int32, device="cpu"))
+        return Affine(step=high - low, offset=low)
 
 
 def binary(q: object) -> Binary | None:
