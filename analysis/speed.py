@@ -80,7 +80,25 @@ def table(content: dict[str, Any]) -> str:
             "" if row["of_peak"] is None else f"{row['of_peak']:.0%} of {row['peak']}",
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join([*lines, *_short(content["rows"])]) + "\n"
+    return "\n".join([*lines, *_shares(content["rows"]), *_short(content["rows"])]) + "\n"
+
+
+def _shares(rows: list[dict[str, Any]]) -> list[str]:
+    """Of training steps, the share of our time by kind of work."""
+    known = [row for row in rows if row.get("shares")]
+    if not known:
+        return []
+    kinds = list(known[0]["shares"])
+    about = (
+        "By `torch.profiler`, with the library's own functions marked; recording slows small operations down. The pass "
+        "that normalizes, pools and makes codes counts as quantizing."
+    )
+    lines = ["", "## Share of our time by kind of work", "", about, ""]
+    lines += ["| " + " | ".join(["what", "threads", "memory", *kinds]) + " |", "|---" * (len(kinds) + 3) + "|"]
+    for row in known:
+        cells = [row["name"], str(row["threads"]), row["allocator"], *(f"{row['shares'][kind]:.0%}" for kind in kinds)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _short(rows: list[dict[str, Any]]) -> list[str]:

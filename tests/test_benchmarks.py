@@ -94,11 +94,19 @@ def test_unknown_peak() -> None:
         machine.peak("nope")
 
 
+def tiny() -> nn.Module:
+    """Three convolutions and a head; the recipes leave the first and the last layer as they are."""
+    layers: list[nn.Module] = []
+    for before in (3, 8, 8):
+        layers += [nn.Conv2d(before, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
 SMALL: dict[str, dict[str, Any]] = {
     "quantization": {"ROUNDING": ((8, 16),), "CHAINS": ((32, 16, 32),), "TRANSFORMS": ((8, None),), "COLUMNS": 16},
     "products": {"SHAPES": ((32, 16, 64),)},
     "convolutions": {"SHAPES": ((2, 8, 8, 4),)},
-    "step": {"BATCH": 2},
+    "step": {"BATCH": 2, "MODELS": {"VGG-16": tiny, "ResNet-18": tiny}},
 }
 
 
@@ -222,3 +230,19 @@ def test_the_committed_table_is_that_of_the_committed_rows() -> None:
     # Every row that has a target is one that the benchmarks still list.
     listed = {(case.name, case.shape, case.must) for name in benchmarks.BENCHMARKS for case in benchmarks.cases(name)}
     assert {(row["name"], row["shape"], row["must"]) for row in content["rows"] if row["must"]} <= listed
+
+
+def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
+    from fqtstats.benchmarks import shares, step
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        for name, value in SMALL["step"].items():
+            patch.setattr(step, name, value)
+        found = shares.shares(step._step("VGG-16", "native", step._ONE_BIT))
+    assert tuple(found) == shares.KINDS
+    assert abs(sum(found.values()) - 1) < 1e-9
+    assert all(share > 0 for share in found.values())
+    # What was wrapped is itself again.
+    assert all(not getattr(module, name).__qualname__.startswith("_recorded") for module, name, _ in shares._OWN)
+    full = shares.shares(lambda: torch.relu(torch.zeros(1 << 16)))
+    assert {kind for kind, share in full.items() if share > 0} <= {"normalization, activation, pooling", "the rest"}

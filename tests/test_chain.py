@@ -326,3 +326,57 @@ def test_what_is_not_finite_names_the_layer():
     fuse_(model, fqtstats.prepare_(model, policy(), backend="native"))
     with pytest.raises(NonFiniteError, match=r"layer '0', grad_weight"):
         model(X).backward(images(6, 4, 12, 10) * float("inf"))
+
+
+def binary(activation="sign"):
+    """1-bit forward, and a first layer in full precision."""
+    bits = {"activation": fqtstats.quantizer(activation, bits=1), "weight": fqtstats.quantizer("scaled_sign")}
+    return fqtstats.Policy(**bits, overrides={"0": fqtstats.Policy()})
+
+
+@pytest.mark.parametrize("activation", ["sign", "dorefa_act"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_binary_chains_are_the_modules_one_by_one(activation, training, relu):
+    model = network(pools=(False, True, False, True), channels=12).train(training)
+    layers = [m for m in model if relu or not isinstance(m, nn.ReLU)]
+    one, other, handles, chains = twins(nn.Sequential(*layers), binary(activation))
+    assert [len(chain) for chain in chains] == [len(layers) - 3]
+    for name, layer in handles[0].layers.items():
+        if name != str(len(layers) - 1):
+            torch.manual_seed(int(name))
+            scale = torch.randn(12).abs_() + 0.3
+            scale[3] *= -1  # it is learned: its sign may change
+            for handle in handles:
+                handle.layers[name].fqt_weight.scale.data = scale.clone()
+        assert type(layer) is type(handles[1].layers[name])
+    for a, b in zip(passed(other, X, G), passed(one, X, G), strict=True):
+        assert a.shape == b.shape
+        # The gradient of a scale before statistics of the batch is what their eps leaves: differences of large numbers.
+        assert relative(a, b) < 1e-4 or float((a - b).abs().max()) < 1e-5
+    for a, b in zip(other.buffers(), one.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_scale_before_statistics_of_the_batch():
+    """Against float64: it is in proportion to eps."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=0.5), nn.ReLU())
+    policy = fqtstats.Policy(activation=fqtstats.quantizer("sign"), weight=fqtstats.quantizer("scaled_sign"))
+    handle = fqtstats.prepare_(model, policy, backend="native")
+    assert fuse_(model, handle) == [["0", "1", "2"]]
+    scale = model[0].fqt_weight.scale
+    scale.data = torch.linspace(-0.4, 0.3, 8)
+    g = images(6, 8, 10, 8, seed=2)
+    model(X).backward(g)
+    exact = nn.BatchNorm2d(8, eps=0.5).double()
+    y = F.conv2d(torch.where(X >= 0, 1.0, -1.0).double(), torch.where(model[0].weight >= 0, 1.0, -1.0).double())
+    s = scale.detach().double().requires_grad_()
+    exact(y * s.view(1, -1, 1, 1)).relu().backward(g.double())
+    assert relative(scale.grad, s.grad) < 1e-5
+    assert relative(model[1].weight.grad, exact.weight.grad) < 1e-5
+
+
+def test_a_layer_in_full_precision_alone_is_no_chain():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(320, 4))
+    handle = fqtstats.prepare_(model, fqtstats.Policy(weight=fqtstats.quantizer("sign")), "0", backend="native")
+    assert fuse_(model, handle) == []

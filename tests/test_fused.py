@@ -16,9 +16,11 @@ from torch import nn
 
 from fqtstats.errors import InputError
 from fqtstats.ops import fused
+from fqtstats.ops.codes import Affine
 from fqtstats.ops.extension import kernels, native_module
 from fqtstats.quantizers.grid import affine, symmetric, zero_on_grid
 
+ONE_BIT = Affine(step=torch.tensor([2.0]), offset=torch.tensor([-1.0]))
 VARIANTS = [k.variant for k in kernels() if k.op == "fused" and k.available and k.variant != "torch"]
 native = pytest.mark.skipif(native_module() is None, reason="the extension is not in use")
 
@@ -33,6 +35,7 @@ def everything(y, g, f, adjoint, grid, pad, variant=None):
     m = fused.moments(y, variant=variant)
     out = [m.mean, m.square, m.low, m.high, *fused.extremes(y, m, f, variant=variant)]
     out += [fused.encode(y, f, grid, pad, variant=variant).data, fused.apply(y, f, variant=variant)]
+    out += [fused.bits(y, f, 0.25, ONE_BIT, pad, variant=variant).data, fused.signs(y, ONE_BIT, variant=variant).data]
     out += fused.gradient_sums(g, y, f, adjoint.mean, variant=variant)
     out += fused.gradient(g, y, f, adjoint, variant=variant)
     return out
@@ -43,7 +46,8 @@ def case(n, c, h, w, relu, pool, seed, ties=False):
     y = images(n, c, h, w, seed=seed, scale=3, shift=1)
     y = y.round() if ties else y
     a, b, mean, p, q, r = torch.randn(6, c, generator=torch.Generator().manual_seed(seed + 1))
-    f = fused.Map(a, b, relu, pool)
+    passes = (-1.0, 2.0) if seed % 2 else (-math.inf, math.inf)
+    f = fused.Map(a, b, relu, pool, passes)
     g = images(n, c, *f.size(h, w), seed=seed + 2)
     low, high = fused.extremes(y, fused.moments(y), f)
     grid = affine(low.amin().view(1, 1, 1), high.amax().view(1, 1, 1), 255)
@@ -222,15 +226,27 @@ def boundary_arguments():
     ends = {"low": torch.zeros(3), "high": torch.zeros(3)}
     wide = torch.zeros(3, dtype=torch.float64)
     grid = {"offset": 0.0, "prescale": 1.0, "scale": 1.0, "zero": 0, "levels": 255, "pad_h": 1, "pad_w": 0}
-    codes = torch.zeros(2, 4, 2, 4, dtype=torch.uint8)
+    codes, bits = torch.zeros(2, 4, 2, 4, dtype=torch.uint8), torch.zeros(2, 4, 2, 8, dtype=torch.uint8)
     images_and_ends = {"out": y.clone(), "low": torch.zeros(2, 3), "high": torch.zeros(2, 3)}
     return {
         "fused_moments": {"y": torch.zeros(5, 3), "sum": wide, "square": wide.clone(), **ends},
         "fused_window_extremes": {"y": y, "flip": torch.zeros(3, dtype=torch.int32), **ends},
         "fused_encode": {"y": y, **line, **grid, "out": codes},
+        "fused_bits": {"y": y, **line, "threshold": 0.5, "pad_h": 1, "pad_w": 0, "out": bits},
+        "fused_signs": {"w": torch.zeros(2, 3, 9), "out": torch.zeros(2, 9, 8, dtype=torch.uint8)},
         "fused_apply": {"y": y, **line, "out": small},
-        "fused_gradient_sums": {"g": small, "y": y, **line, "mean": c, "sum": wide, "dot": wide.clone()},
-        "fused_gradient": {"g": small, "y": y, **line, "mean": c, "p": c, "q": c, "r": c, **images_and_ends},
+        "fused_gradient_sums": {"g": small, "y": y, **line, "top": 1.0, "mean": c, "sum": wide, "dot": wide.clone()},
+        "fused_gradient": {
+            "g": small,
+            "y": y,
+            **line,
+            "top": 1.0,
+            "mean": c,
+            "p": c,
+            "q": c,
+            "r": c,
+            **images_and_ends,
+        },
     }
 
 

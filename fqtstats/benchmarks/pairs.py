@@ -52,6 +52,7 @@ class Row:
         rate: our operations or bytes per second, or None.
         peak: of which rate of the machine this is the bound: a kind of :func:`fqtstats.benchmarks.machine.peak`.
         of_peak: ``rate`` over that rate times ``threads``, both measured in this run, or None.
+        shares: of our time, by kind of work, or None.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Row:
     rate: float | None
     peak: str | None
     of_peak: float | None
+    shares: dict[str, float] | None = None
 
     @property
     def missed(self) -> bool:
@@ -89,6 +91,7 @@ class Case:
         pair: opens what the two functions need and gives them.
         work: operations or bytes of one call of ours, in the unit of ``peak``.
         peak: kind of :func:`fqtstats.benchmarks.machine.peak`.
+        shares: what finds the share of time of every kind of work in our function.
     """
 
     name: str
@@ -100,6 +103,7 @@ class Case:
     aim: float | None = None
     work: float | None = None
     peak: str | None = None
+    shares: Callable[[Callable[[], object]], dict[str, float]] | None = None
 
 
 def run(case: Case, rounds: int, tell: Callable[[], None], allocator: str = "default") -> Row:
@@ -115,6 +119,7 @@ def run(case: Case, rounds: int, tell: Callable[[], None], allocator: str = "def
                 tell()
 
             times = compare(ours, baseline, rounds, after_round)
+            shares = None if case.shares is None else case.shares(ours)
     finally:
         torch.set_num_threads(before)
     mine, theirs = np.array(times[0]), np.array(times[1])
@@ -139,6 +144,7 @@ def run(case: Case, rounds: int, tell: Callable[[], None], allocator: str = "def
         rate=rate,
         peak=case.peak,
         of_peak=of_peak,
+        shares=shares,
     )
 
 

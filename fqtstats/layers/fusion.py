@@ -1,9 +1,12 @@
 """Convolutions of an ``nn.Sequential`` and what lies between them, run as one.
 
 A chain is a run of stages, each a quantized 2-D convolution, then batch normalization, ReLU and 2x2 max pooling, the
-last three each where the model has it. Activations stay codes from one convolution to the next: where it takes
-codes of 8 bits on one grid, normalization, ReLU, pooling and its quantizer are one pass over the output before
-(:mod:`fqtstats.ops.fused`); backward, the adjoints of pooling, ReLU and normalization are two.
+last three each where the model has it. Before them there may be one whose convolution is in full precision.
+
+Activations stay codes from one convolution to the next: where it takes codes of 8 bits on one grid, or of one bit,
+normalization, ReLU, pooling and its quantizer are one pass over the output before (:mod:`fqtstats.ops.fused`);
+backward, the adjoints of one bit, pooling, ReLU and normalization are two. A scale of a
+weight's output channels is part of the normalization behind it.
 """
 
 from __future__ import annotations
@@ -88,22 +91,29 @@ class _Piece:
 def _pieces(modules: Sequence[nn.Module]) -> Iterator[_Piece]:
     position = 0
     while position < len(modules):
-        start, stages = position, []
-        while (found := _stage(modules, position)) is not None:
+        start = position
+        stages: list[Stage] = []
+        while (found := _stage(modules, position, not stages)) is not None:
             stage, position = found
             stages.append(stage)
-        if len(stages) > 1 or (stages and position - start > 1):
+        if stages and stages[-1].state is not None and position - start > 1:
             yield _Piece(start, position, tuple(stages))
         else:
             position = max(position, start + 1)
             yield _Piece(start, position)
 
 
-def _stage(modules: Sequence[nn.Module], start: int) -> tuple[Stage, int] | None:
-    """The stage that begins at ``start``, and where it ends."""
+def _stage(modules: Sequence[nn.Module], start: int, first: bool) -> tuple[Stage, int] | None:
+    """The stage that begins at ``start``, and where it ends; the ``first`` one may be in full precision."""
     rest = iter(modules[start : start + 4])
     convolution = next(rest, None)
-    if not isinstance(convolution, QuantConv2d) or not _plain(convolution, QuantConv2d) or not _on_codes(convolution):
+    if isinstance(convolution, QuantConv2d):
+        state = convolution.fqt_state
+        if not _plain(convolution, QuantConv2d) or not _on_codes(convolution):
+            return None
+    elif first and isinstance(convolution, nn.Conv2d) and _in_full_precision(convolution):
+        state = None
+    else:
         return None
     stop, following = start + 1, next(rest, None)
     normalization = None
@@ -112,6 +122,12 @@ def _stage(modules: Sequence[nn.Module], start: int) -> tuple[Stage, int] | None
     relu = following is not None and _plain(following, nn.ReLU)
     if relu:
         stop, following = stop + 1, next(rest, None)
+    if (
+        state is not None
+        and hasattr(state.policy.weight, "output_scale")
+        and (normalization is None or convolution.bias is not None)
+    ):
+        return None  # the scale of the output is part of the normalization
     pool = isinstance(following, nn.MaxPool2d) and _plain(following, nn.MaxPool2d) and _halves(following)
     return Stage(convolution, normalization, relu, pool), stop + pool
 
@@ -122,14 +138,21 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and "forward" not in vars(module) and not any(hooks)
 
 
+def _in_full_precision(convolution: nn.Conv2d) -> bool:
+    """Whether it is a plain one with zeros around the image, as many on both sides."""
+    return (
+        _plain(convolution, nn.Conv2d)
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+    )
+
+
 def _on_codes(convolution: QuantConv2d) -> bool:
     state = convolution.fqt_state
     if state.plain:
         return False
     activation, weight = state.policy.activation, state.policy.weight
-    # A scale of the output would stand between the convolution and what follows it.
-    on_codes = has_codes(activation) and has_codes(weight) and not hasattr(weight, "output_scale")
-    return state.shared.backend == "native" and on_codes
+    return state.shared.backend == "native" and has_codes(activation) and has_codes(weight)
 
 
 def _halves(pool: nn.MaxPool2d) -> bool:
@@ -147,5 +170,5 @@ def _fusible(x: torch.Tensor, stages: Sequence[Stage]) -> bool:
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch_module._has_any_global_hook()
-        and all(stage.convolution.fqt_state.shared.inspector is None for stage in stages)
+        and all(stage.state is None or stage.state.shared.inspector is None for stage in stages)
     )

@@ -15,6 +15,7 @@ other, then one block after the other, whatever the number of threads. The nativ
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,25 @@ import torch
 import torch.nn.functional as F
 
 from fqtstats.errors import InputError
-from fqtstats.ops.codes import Affine, Codes, empty_images, row_bytes
+from fqtstats.ops.codes import Affine, Codes, empty_codes, empty_images, row_bytes
 from fqtstats.ops.extension import native_module
 
 if TYPE_CHECKING:
     from fqtstats.quantizers.grid import Grid
 
-__all__ = ["Adjoint", "Map", "Moments", "apply", "encode", "extremes", "gradient", "gradient_sums", "moments"]
+__all__ = [
+    "Adjoint",
+    "Map",
+    "Moments",
+    "apply",
+    "bits",
+    "encode",
+    "extremes",
+    "gradient",
+    "gradient_sums",
+    "moments",
+    "signs",
+]
 
 _BLOCK = 64
 
@@ -40,17 +53,24 @@ class Map:
     Attributes:
         a, b: ``[C]`` float32.
         relu, pool: whether ReLU and 2x2 max pooling follow.
+        passes: ``(low, top)``: gradients of ``x`` pass where ``low < x <= top``, as the quantizer behind it has it.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     relu: bool
     pool: bool
+    passes: tuple[float, float] = (-math.inf, math.inf)
 
     @property
     def floor(self) -> float:
         """The smallest value of ``x``."""
         return 0.0 if self.relu else float("-inf")
+
+    @property
+    def opening(self) -> tuple[float, float]:
+        """Gradients of ``t`` pass where it is above the first and not above the second number."""
+        return max(self.floor, self.passes[0]), self.passes[1]
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """``(OH, OW)``."""
@@ -171,6 +191,44 @@ def encode(y: torch.Tensor, f: Map, grid: Grid, pad: tuple[int, int], *, variant
     return Codes(data, 8, (n, c, height, width), pad, affine)
 
 
+def bits(
+    y: torch.Tensor, f: Map, threshold: float, affine: Affine, pad: tuple[int, int], *, variant: str | None = None
+) -> Codes:
+    """1-bit codes of ``x``: 1 where ``x >= threshold``, else 0.
+
+    Args:
+        y: finite.
+        f: from ``y`` to ``x``.
+        threshold: a float32 number.
+        affine: what the codes mean.
+        pad: pixels of zeros around every image.
+        variant: of the kernel.
+    """
+    inner = _inner("y", y)
+    n, c, *space = y.shape
+    height, width = f.size(*space)
+    native = _native(y)
+    if native is None:
+        return Codes.pack((apply(y, f) >= threshold).to(torch.uint8), 1, affine, pad)
+    data = empty_codes((n, c, height, width), 1, pad)
+    native.fused_bits(inner.numpy(), *_map(f), threshold, *pad, data.numpy(), torch.get_num_threads(), variant)
+    return Codes(data, 1, (n, c, height, width), pad, affine)
+
+
+def signs(w: torch.Tensor, affine: Affine, *, variant: str | None = None) -> Codes | None:
+    """1-bit codes of a weight ``[O, C]`` or ``[O, C, kh, kw]``, 1 where it is at least 0; None: not finite."""
+    if _native(w) is None:
+        finite = bool(torch.isfinite(w).all())
+        return Codes.pack((w >= 0).to(torch.uint8), 1, affine) if finite else None
+    shape = tuple(w.shape)
+    data = empty_codes(shape, 1, (0, 0))
+    o, c, taps = shape[0], shape[1], math.prod(shape[2:])
+    arrays = w.detach().contiguous().view(o, c, taps).numpy(), data.view(o, taps, -1).numpy()
+    if not native_module().fused_signs(*arrays, torch.get_num_threads(), variant):
+        return None
+    return Codes(data if len(shape) == 4 else data.view(o, -1), 1, shape, (0, 0), affine)
+
+
 def apply(y: torch.Tensor, f: Map, *, variant: str | None = None) -> torch.Tensor:
     """``x [N, C, OH, OW]`` float32 in channels-last memory of its own."""
     inner = _inner("y", y)
@@ -208,7 +266,7 @@ def gradient_sums(
     native.fused_gradient_sums(
         incoming.numpy(),
         inner.numpy(),
-        *_map(f),
+        *_adjoint_map(f),
         mean.numpy(),
         total.numpy(),
         dot.numpy(),
@@ -253,7 +311,7 @@ def gradient(
     native.fused_gradient(
         incoming.numpy(),
         inner.numpy(),
-        *_map(f),
+        *_adjoint_map(f),
         adjoint.mean.numpy(),
         adjoint.p.numpy(),
         adjoint.q.numpy(),
@@ -290,6 +348,10 @@ def _incoming(g: torch.Tensor, y: torch.Tensor, f: Map) -> torch.Tensor:
 
 def _map(f: Map) -> tuple[Any, Any, float, bool]:
     return f.a.numpy(), f.b.numpy(), f.floor, f.pool
+
+
+def _adjoint_map(f: Map) -> tuple[Any, Any, float, float, bool]:
+    return f.a.numpy(), f.b.numpy(), *f.opening, f.pool
 
 
 def _columns(values: torch.Tensor) -> torch.Tensor:
@@ -330,7 +392,8 @@ def _window_extremes(y: torch.Tensor, flip: torch.Tensor, variant: str | None) -
 
 
 def _open(t: torch.Tensor, f: Map) -> torch.Tensor:
-    return t > f.floor
+    low, top = f.opening
+    return (t > low) & ~(t > top)
 
 
 def _selected(g: torch.Tensor, y: torch.Tensor, f: Map) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.passage import Passage, keeps, masked
-from fqtstats.quantizers.ranged import RangedQuantizer, absolute_mean, require_finite
+from fqtstats.quantizers.ranged import Binary, RangedQuantizer, absolute_mean, require_finite
 from fqtstats.quantizers.sign import signs
 
 __all__ = ["DoReFaActivation", "DoReFaWeight"]
@@ -32,6 +33,13 @@ class DoReFaActivation(RangedQuantizer):
     @property
     def recipe(self) -> Recipe:
         return Recipe(None, "zero_on_grid", self.bits, None)
+
+    @property
+    def binary(self) -> Binary | None:
+        """As :class:`Binary`, where there is one bit: 1/2 is rounded to 0, the even one."""
+        above_half = float(np.nextafter(np.float32(0.5), np.float32(1)))
+        below_zero = float(np.nextafter(np.float32(0), np.float32(-1)))
+        return Binary(above_half, (0.0, 1.0), (below_zero, 1.0)) if self.bits == 1 else None
 
     def ranged(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         require_finite(x)

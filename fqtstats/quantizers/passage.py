@@ -20,7 +20,7 @@ import torch
 
 from fqtstats.formats import pack, uint, unpack
 
-__all__ = ["Functional", "PackedMask", "Passage", "keeps", "leaves", "masked", "nbytes"]
+__all__ = ["Functional", "PackedMask", "Passage", "clipped", "keeps", "leaves", "masked", "nbytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,29 @@ class _Masked(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, None]:
         (bits,) = ctx.saved_tensors
         return None if g is None else g * ctx.layout.unpack(bits), None
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        ctx.low, ctx.high = low, high
+        keeps(ctx, x)
+        ctx.fqt_nbytes = 0  # a parameter is there anyway
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        return None if g is None else torch.ops.aten.hardtanh_backward(g, x, ctx.low, ctx.high), None, None
+
+
+def clipped(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """``x``, with a gradient that passes where ``low < x < high``; keeps one bit per element, or a parameter itself."""
+    if torch.is_grad_enabled() and x.requires_grad and isinstance(x, torch.nn.Parameter):
+        out: torch.Tensor = _Clipped.apply(x, low, high)  # type: ignore[no-untyped-call]
+        return out
+    detached = x.detach()
+    return masked(x, (detached > low) & (detached < high))
 
 
 def masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,16 @@ from torch import nn
 from fqtstats.errors import InputError
 from fqtstats.formats import IntFormat, uint
 from fqtstats.ops import quantize as native
+from fqtstats.ops.codes import Affine
 from fqtstats.quantizers.base import Claim, Frame, NearestQuantizer, Quantized, Quantizer, Role, rows
 from fqtstats.random import Stream
 
 __all__ = [
+    "Binary",
     "LearnedQuantizer",
     "RangedQuantizer",
     "absolute_mean",
+    "binary",
     "require_choice",
     "require_finite",
     "thread_free_sum",
@@ -50,6 +54,35 @@ class RangedQuantizer(NearestQuantizer):
         grid = self._grid(low.view(shape), high.view(shape))
         n, c, s = view.shape
         return grid.coordinates(y), Frame(x.shape, (n, c, s), grid, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """A quantizer of one bit that is the same for every input.
+
+    Attributes:
+        threshold: the code is 1 where ``x >= threshold``, else 0.
+        ends: what the codes 0 and 1 stand for.
+        passes: ``(low, top)``: gradients pass where ``low < x <= top``.
+    """
+
+    threshold: float
+    ends: tuple[float, float]
+    passes: tuple[float, float]
+
+    @property
+    def affine(self) -> Affine:
+        """What the codes mean."""
+        low, high = (torch.tensor([end], dtype=torch.float32, device="cpu") for end in self.ends)
+        if self.ends[0] == 0:
+            return Affine(step=high, zero=torch.zeros(1, dtype=torch.int32, device="cpu"))
+        return Affine(step=high - low, offset=low)
+
+
+def binary(q: object) -> Binary | None:
+    """What ``q`` is as a quantizer of one bit that does not depend on its input; None: it is none."""
+    own: Binary | None = getattr(q, "binary", None)
+    return own
 
 
 class LearnedQuantizer(nn.Module, Quantizer):

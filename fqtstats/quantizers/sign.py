@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from fqtstats.errors import InputError
 from fqtstats.formats import uint
 from fqtstats.ops.quantize import Recipe
-from fqtstats.quantizers.passage import Passage, masked
+from fqtstats.quantizers.passage import Passage, clipped
 from fqtstats.quantizers.ranged import (
+    Binary,
     LearnedQuantizer,
     RangedQuantizer,
     absolute_mean,
@@ -76,14 +78,20 @@ class Sign(RangedQuantizer):
     def recipe(self) -> Recipe:
         return Recipe(0 if self.scale == "channel" else None, "affine", self.bits, None)
 
+    @property
+    def binary(self) -> Binary | None:
+        """As :class:`Binary`; None where the scale is the input's."""
+        inside = float(np.nextafter(np.float32(1), np.float32(0)))
+        return Binary(0.0, (-1.0, 1.0), (-1.0, inside)) if self.scale == "one" else None
+
     def ranged(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         require_finite(x)
         axis = self.recipe.axis
         return signs(x, x.new_ones(1) if axis is None else absolute_mean(x, axis).to(x.dtype), axis)
 
     def surrogate(self, x: torch.Tensor) -> torch.Tensor:
-        """``x``, with the clipped straight-through estimator; keeps one bit per element."""
-        return masked(x, _passes(x.detach()))
+        """``x``, with the clipped straight-through estimator; keeps one bit per element, or a parameter."""
+        return clipped(x, -1.0, 1.0)
 
     def passage(self, w: torch.Tensor) -> Passage:
         """What the surrogate does to the gradient of ``w``."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from fqtstats.errors import NonFiniteError
 from fqtstats.listening import LISTENERS, asked
-from fqtstats.ops import native_module
+from fqtstats.ops import fused, native_module
 from fqtstats.ops import quantize as native
 from fqtstats.ops.codes import Affine, Codes, Kept, empty_codes
 from fqtstats.ops.householder import householder_encode
@@ -20,8 +19,7 @@ from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
 from fqtstats.quantizers.lsq import Steps
 from fqtstats.quantizers.luq import LUQ, Hindsight, LogQuantized
-from fqtstats.quantizers.ranged import LearnedQuantizer, RangedQuantizer, require_finite
-from fqtstats.quantizers.sign import Sign
+from fqtstats.quantizers.ranged import Binary, LearnedQuantizer, RangedQuantizer, binary, require_finite
 from fqtstats.random import Stream, key_words
 
 __all__ = ["Extremes", "Stored", "has_codes", "store"]
@@ -170,27 +168,31 @@ def _store_native(
 
 
 def _store_ranged(q: RangedQuantizer, x: torch.Tensor, pad: tuple[int, int]) -> Stored | None:
-    if isinstance(q, Sign) and q.scale == "one":
-        return _store_signs(x.detach(), pad)
+    bit = binary(q)
+    if bit is not None:
+        return Stored(_bits(x.detach().float(), bit, pad))
     y, low, high = q.ranged(x.detach().float())
     native.require_finite_ranges(low, high)
     codes = native.encode(y, q.recipe, None, pad, extremes=(low, high))
     return None if codes is None else Stored(codes, None)
 
 
-def _store_signs(x: torch.Tensor, pad: tuple[int, int]) -> Stored:
-    """Codes 1 where ``x >= 0`` and 0 elsewhere, for 1 and -1."""
+def _bits(x: torch.Tensor, bit: Binary, pad: tuple[int, int]) -> Codes:
+    inner = x.movedim(1, -1)
+    if bit.threshold == 0 and pad == (0, 0) and x.is_contiguous():
+        codes = fused.signs(x, bit.affine)
+        if codes is None:
+            require_finite(x)
+        assert codes is not None
+        return codes
     require_finite(x)
-    shape, (ph, pw) = tuple(x.shape), pad
-    bits = torch.from_numpy(np.packbits((x >= 0).movedim(1, -1).numpy(), axis=-1, bitorder="little"))
-    data = empty_codes(shape, 1, pad).zero_()
-    if len(shape) == 4:
-        data[:, ph : ph + shape[2], pw : pw + shape[3], : bits.shape[-1]] = bits
-    else:
-        data = data.view(shape[0], -1)
-        data[:, : bits.shape[-1]] = bits
-    one = torch.ones(1, dtype=torch.float32, device="cpu")
-    return Stored(Codes(data, 1, shape, pad, Affine(step=2 * one, offset=-one)), None)
+    if inner.is_contiguous():
+        one = torch.ones(x.shape[1], dtype=torch.float32, device="cpu")
+        pixels = inner if x.dim() == 4 else inner.view(len(x), 1, 1, -1)
+        whole = fused.Map(one, torch.zeros_like(one), relu=False, pool=False)
+        codes = fused.bits(pixels.permute(0, 3, 1, 2), whole, bit.threshold, bit.affine, pad)
+        return codes if x.dim() == 4 else replace(codes, data=codes.data.view(len(x), -1), shape=tuple(x.shape))
+    return Codes.pack((x >= bit.threshold).to(torch.uint8), 1, bit.affine, pad)
 
 
 def _store_logarithmic(

@@ -36,11 +36,27 @@ def show(rows: Sequence[Row], console: Console) -> None:
             )
         console.print(table)
         console.print()
+    _show_shares([row for row in rows if row.shares is not None], console)
     told = "ratio: baseline's time over ours, median of interleaved pairs [quartiles]"
     console.print(told, highlight=False, markup=False)
     missed = sum(row.missed for row in rows)
     if missed:
         console.print(f"{missed} of {len(rows)} rows fall short of what they must reach", style="bold red")
+
+
+def _show_shares(rows: Sequence[Row], console: Console) -> None:
+    if not rows:
+        return
+    console.print(
+        Text("Share of our time by kind of work (torch.profiler, the library's own functions marked)", "bold")
+    )
+    for row in rows:
+        assert row.shares is not None
+        largest = sorted(row.shares.items(), key=lambda item: -item[1])
+        told = ", ".join(f"{kind} {share:.0%}" for kind, share in largest if share >= 0.005)
+        about = [str(row.threads), "thread" if row.threads == 1 else "threads"]
+        console.print(Text(f"{row.name}, {' '.join([*about, row.allocator, 'memory'])}: {told}"))
+    console.print()
 
 
 def _duration(seconds: float) -> str:

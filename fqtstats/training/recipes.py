@@ -288,7 +288,7 @@ def _psq1(bits: int) -> Policy:
 
 
 SMALL_ADAM = Optimizer("adam", lr=5e-3, weight_decay=1e-5)
-SMALL_SGD = Optimizer("sgd", lr=0.1, momentum=0.9, weight_decay=1e-5)
+SMALL_SGD = Optimizer("sgd", lr=0.03, momentum=0.9, weight_decay=1e-5)
 
 
 def _one_bit(policy: Callable[[int], Policy], optimizer: Optimizer) -> Callable[[int], Recipe]:

@@ -280,12 +280,14 @@ bool fused_chain() {
   const std::vector<float> y = numbers(kSize), a(kC, 0.25f), b(kC, 1), mean(kC, 2), p(kC, 0.5f), q(kC, 0.125f),
                            r(kC, 3);
   const std::vector<std::uint32_t> flip(kC, 0);
-  const fused::Map map{a.data(), b.data(), 0};
+  const fused::Map map{a.data(), b.data(), 0, 1};
   const fused::Adjoint adjoint{mean.data(), p.data(), q.data(), r.data()};
   struct Result {
     std::vector<float> numbers = std::vector<float>(2 * kSize + 4 * kC + 2 * kN * kC);
     std::vector<double> sums = std::vector<double>(4 * kC);
     std::vector<std::uint8_t> codes = std::vector<std::uint8_t>(kN * (kHeight + 2) * (kWidth + 2) * kC);
+    std::vector<std::uint8_t> bits = std::vector<std::uint8_t>(kN * (kHeight + 2) * (kWidth + 2) * 16);
+    std::vector<std::uint8_t> signs = std::vector<std::uint8_t>(kN * kHeight * 24);
     bool operator==(const Result&) const = default;
   };
   bool equal = true;
@@ -301,6 +303,8 @@ bool fused_chain() {
                    fused::window_extremes(kernel, {y.data(), kN, kHeight, kWidth, kC, true}, threads, flip.data(),
                                           high + kN * kC + 2 * kC, high + kN * kC + 3 * kC);
                    fused::encode(kernel, in, map, {0, 1, 1, 3, 255}, 1, 1, kC, threads, out.codes.data());
+                   fused::bits(kernel, in, map, 0.5f, 1, 1, 16, threads, out.bits.data());
+                   fused::signs(kernel, y.data(), kN * kHeight, kWidth, kC / 32, 8, threads, out.signs.data());
                    fused::apply(kernel, in, map, threads, x);
                    fused::gradient_sums(kernel, in, map, mean.data(), y.data(), threads, sums + 2 * kC, sums + 3 * kC);
                    fused::gradient(kernel, in, map, adjoint, y.data(), threads, dy, low, high);

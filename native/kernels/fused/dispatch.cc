@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -159,6 +160,30 @@ void encode(const Kernel& kernel, const Images& images, const Map& map, const Gr
              });
 }
 
+void bits(const Kernel& kernel, const Images& images, const Map& map, float threshold, std::int64_t pad_h,
+          std::int64_t pad_w, std::int64_t row, int threads, std::uint8_t* out) {
+  const Rows rows(images);
+  const std::int64_t padded = rows.height + 2 * pad_h, line = (rows.width + 2 * pad_w) * row;
+  const auto border = [&](std::uint8_t* at, std::int64_t pixels) {
+    std::memset(at, 0, static_cast<std::size_t>(pixels * row));
+  };
+  cpu::split(images.n * padded, grain((images.pooled ? 4 : 1) * rows.width * images.channels), threads,
+             [&](std::int64_t begin, std::int64_t end) {
+               for (std::int64_t i = begin; i < end; ++i) {
+                 const std::int64_t n = i / padded, h = i % padded - pad_h;
+                 std::uint8_t* at = out + i * line;
+                 if (h < 0 || h >= rows.height) {
+                   border(at, rows.width + 2 * pad_w);
+                   continue;
+                 }
+                 border(at, pad_w);
+                 at += pad_w * row;
+                 kernel.bits(rows.run(n * rows.height + h, 0, rows.width), map, threshold, row, at);
+                 border(at + rows.width * row, pad_w);
+               }
+             });
+}
+
 void apply(const Kernel& kernel, const Images& images, const Map& map, int threads, float* out) {
   const Rows rows(images);
   const std::int64_t line = rows.width * images.channels;
@@ -216,6 +241,16 @@ void gradient(const Kernel& kernel, const Images& images, const Map& map, const 
       nan_in_both(c, lo, hi);
     }
   });
+}
+
+bool signs(const Kernel& kernel, const float* w, std::int64_t outputs, std::int64_t channels, std::int64_t taps,
+           std::int64_t row, int threads, std::uint8_t* out) {
+  std::atomic<bool> finite = true;
+  cpu::split(outputs, grain(channels * taps), threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t o = begin; o < end; ++o)
+      if (!kernel.signs(w + o * channels * taps, channels, taps, row, out + o * taps * row)) finite = false;
+  });
+  return finite;
 }
 
 }  // namespace fqtstats::fused

@@ -5,7 +5,8 @@
 //   x = max over 2 x 2 windows  with pooling; an odd last row or column belongs to no window
 //
 // and its adjoint. With the gradient g = dL/dx taken to the pixel where a window has its maximum (the first of equals)
-// and cut where t <= floor, called h below, batch normalization over R = N H W pixels has
+// and cut where t <= floor or t > top, called h below (top: where a quantizer of x stops to pass gradients, or inf),
+// batch normalization over R = N H W pixels has
 //
 //   dL/dy = ((h - p_c) - (y - mean_c) q_c) r_c,   p = sum h / R,  q = sum h (y - mean) / (R (var + eps)),
 //                                                 r = gamma / sqrt(var + eps)
@@ -30,6 +31,7 @@ struct Map {
   const float* a;
   const float* b;
   float floor;
+  float top;  // read by the adjoint alone
 };
 
 // code = clamp(round(((x - offset) prescale) scale) + zero, 0, levels), ties to even; |coordinate| < 2^23.
@@ -62,6 +64,8 @@ struct Kernel {
   void (*window_extremes)(const Run& run, const std::uint32_t* flip, float* low, float* high);
   // Codes of a run, `row` bytes per pixel (at least C, less than C + 4): what is left is 0.
   void (*encode)(const Run& run, const Map& map, const Grid& grid, std::int64_t row, std::uint8_t* out);
+  // Bits of a run, `row` bytes per pixel (a multiple of 8, at least C / 8): whether x >= threshold; what is left is 0.
+  void (*bits)(const Run& run, const Map& map, float threshold, std::int64_t row, std::uint8_t* out);
   // x of a run.
   void (*apply)(const Run& run, const Map& map, float* out);
   // Adds sum h and sum h (y - mean), the difference in float32, the product in float64. [C] each.
@@ -69,6 +73,8 @@ struct Kernel {
   // dL/dy of a run into `out` (and `out_below`), and widens its extremes; a NaN stays in low. g = nullptr stands for 0.
   void (*gradient)(const Run& run, const Map& map, const Adjoint& adjoint, const float* g, float* out, float* out_below,
                    float* low, float* high);
+  // Whether each of x [channels, taps] is at least 0, as bits [taps, row]. Returns whether all of x is finite.
+  bool (*signs)(const float* x, std::int64_t channels, std::int64_t taps, std::int64_t row, std::uint8_t* out);
 };
 
 // Every variant that was built, fastest first.
@@ -92,6 +98,10 @@ void window_extremes(const Kernel& kernel, const Images& images, int threads, co
 void encode(const Kernel& kernel, const Images& images, const Map& map, const Grid& grid, std::int64_t pad_h,
             std::int64_t pad_w, std::int64_t row, int threads, std::uint8_t* out);
 
+// out: [N, OH + 2 pad_h, OW + 2 pad_w, row], with zeros at the padding.
+void bits(const Kernel& kernel, const Images& images, const Map& map, float threshold, std::int64_t pad_h,
+          std::int64_t pad_w, std::int64_t row, int threads, std::uint8_t* out);
+
 // out: [N, OH, OW, C].
 void apply(const Kernel& kernel, const Images& images, const Map& map, int threads, float* out);
 
@@ -103,5 +113,9 @@ void gradient_sums(const Kernel& kernel, const Images& images, const Map& map, c
 // NaN).
 void gradient(const Kernel& kernel, const Images& images, const Map& map, const Adjoint& adjoint, const float* g,
               int threads, float* out, float* low, float* high);
+
+// Bits of w [O, channels, taps] as out [O, taps, row]; false where w is not finite.
+bool signs(const Kernel& kernel, const float* w, std::int64_t outputs, std::int64_t channels, std::int64_t taps,
+           std::int64_t row, int threads, std::uint8_t* out);
 
 }  // namespace fqtstats::fused

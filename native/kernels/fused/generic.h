@@ -8,13 +8,16 @@
 //   D       them in float64: + - *    wide(x), load_wide, store_wide
 //   T       the lanes of a tail       first(n)
 //   encode<kTail>(out, x, zero, levels, channels, row)
+//   bits<kTail>(out, m, channels)      what m does not choose, one bit per channel
 //
 // Everything here is static: the files that include it are compiled for instruction sets of their own.
 #pragma once
 
+#include <cstring>
 #include <limits>
 
 #include "kernels/fused/fused.h"
+#include "kernels/fused/signs.h"
 
 #define FQTSTATS_INLINE __attribute__((always_inline)) static inline
 #define FQTSTATS_OPERATOR __attribute__((always_inline)) friend inline
@@ -136,6 +139,19 @@ static void encode(const Run& run, const Map& map, const Grid& grid, std::int64_
 }
 
 template <class V>
+static void bits(const Run& run, const Map& map, float threshold, std::int64_t row, std::uint8_t* out) {
+  const auto least = V::set(threshold);
+  const std::int64_t used = (run.channels + 7) / 8;
+  for (std::int64_t i = 0; i < run.count; ++i, out += row) {
+    over_channels<V>(run.channels, [&]<bool kTail>(std::int64_t c, typename V::T tail) __attribute__((always_inline)) {
+      const auto x = value<V, kTail>(run, map, i, c, tail);
+      V::template bits<kTail>(out + c / 8, V::greater(least, x), run.channels - c);
+    });
+    std::memset(out + used, 0, static_cast<std::size_t>(row - used));
+  }
+}
+
+template <class V>
 static void apply(const Run& run, const Map& map, float* out) {
   for (std::int64_t i = 0; i < run.count; ++i)
     over_channels<V>(run.channels, [&]<bool kTail>(std::int64_t c, typename V::T tail) __attribute__((always_inline)) {
@@ -163,14 +179,21 @@ FQTSTATS_INLINE Maximum<V> maximum(typename V::F a, typename V::F b, typename V:
   return {V::pick(m3, t3, t012), y, V::without(m1, V::either(m2, m3)), V::without(m2, m3), m3};
 }
 
+// Where gradients pass: floor < t <= top.
+template <class V>
+FQTSTATS_INLINE typename V::M passing(typename V::F t, typename V::F floor, typename V::F top) {
+  return V::without(V::greater(t, floor), V::greater(t, top));
+}
+
 template <class V, bool kTail>
 FQTSTATS_INLINE void gradient_sums_of(const Run& run, const Map& map, const float* mean, const float* g, double* sum,
                                       double* dot, std::int64_t c, typename V::T tail) {
   const auto load = [&](const float* p) __attribute__((always_inline)) { return V::template load<kTail>(p + c, tail); };
-  const auto a = load(map.a), b = load(map.b), center = load(mean), floor = V::set(map.floor);
+  const auto a = load(map.a), b = load(map.b), center = load(mean);
+  const auto floor = V::set(map.floor), top = V::set(map.top);
   auto s = V::template load_wide<kTail>(sum + c, tail), q = V::template load_wide<kTail>(dot + c, tail);
   const auto take = [&](typename V::F t, typename V::F y, std::int64_t i) __attribute__((always_inline)) {
-    const auto h = V::wide(V::keep(V::greater(t, floor), load(g + i * run.channels)));
+    const auto h = V::wide(V::keep(passing<V>(t, floor, top), load(g + i * run.channels)));
     s = s + h;
     q = q + h * V::wide(y - center);
   };
@@ -203,7 +226,7 @@ template <class V, bool kPooled, bool kTail>
 FQTSTATS_INLINE void gradient_of(const Run& run, const Map& map, const Adjoint& adjoint, const float* g, float* out,
                                  float* out_below, float* low, float* high, std::int64_t c, typename V::T tail) {
   const auto load = [&](const float* p) __attribute__((always_inline)) { return V::template load<kTail>(p + c, tail); };
-  const auto a = load(map.a), b = load(map.b), floor = V::set(map.floor);
+  const auto a = load(map.a), b = load(map.b), floor = V::set(map.floor), top = V::set(map.top);
   const auto mean = load(adjoint.mean), p = load(adjoint.p), q = load(adjoint.q), r = load(adjoint.r);
   auto lo = load(low), hi = load(high);
   auto bad = V::unordered(lo);
@@ -220,7 +243,7 @@ FQTSTATS_INLINE void gradient_of(const Run& run, const Map& map, const Adjoint& 
       const Window w = window(run, i);
       const auto y0 = load(w.y0), y1 = load(w.y1), y2 = load(w.y2), y3 = load(w.y3);
       const Maximum<V> m = maximum<V>(a, b, y0, y1, y2, y3);
-      const auto h = V::keep(V::greater(m.t, floor), incoming);
+      const auto h = V::keep(passing<V>(m.t, floor, top), incoming);
       float *top = out + 2 * i * run.channels, *bottom = out_below + 2 * i * run.channels;
       emit(V::drop(V::either(m.at1, V::either(m.at2, m.at3)), h), y0, top);
       emit(V::keep(m.at1, h), y1, top + run.channels);
@@ -228,7 +251,7 @@ FQTSTATS_INLINE void gradient_of(const Run& run, const Map& map, const Adjoint& 
       emit(V::keep(m.at3, h), y3, bottom + run.channels);
     } else {
       const auto y = load(run.y + i * run.channels);
-      emit(V::keep(V::greater(affine<V>(y, a, b), floor), incoming), y, out + i * run.channels);
+      emit(V::keep(passing<V>(affine<V>(y, a, b), floor, top), incoming), y, out + i * run.channels);
     }
   }
   V::template store<kTail>(low + c, V::pick(bad, V::set(std::numeric_limits<float>::quiet_NaN()), lo), tail);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/fused/fused.h"
+#include "kernels/fused/signs.h"
 
 namespace fqtstats::fused {
 namespace {
@@ -78,6 +79,14 @@ void encode(const Run& run, const Map& map, const Grid& grid, std::int64_t row, 
   }
 }
 
+void bits(const Run& run, const Map& map, float threshold, std::int64_t row, std::uint8_t* out) {
+  for (std::int64_t i = 0; i < run.count; ++i, out += row) {
+    std::memset(out, 0, static_cast<std::size_t>(row));
+    for (std::int64_t c = 0; c < run.channels; ++c)
+      out[c / 8] = static_cast<std::uint8_t>(out[c / 8] | (value(run, map, i, c) >= threshold) << c % 8);
+  }
+}
+
 void apply(const Run& run, const Map& map, float* out) {
   for (std::int64_t i = 0; i < run.count; ++i)
     for (std::int64_t c = 0; c < run.channels; ++c) out[i * run.channels + c] = value(run, map, i, c);
@@ -89,7 +98,7 @@ void gradient_sums(const Run& run, const Map& map, const float* mean, const floa
       int which;
       float y;
       const float t = window_maximum(run, map, i, c, &which, &y);
-      const float h = t > map.floor ? g[i * run.channels + c] : 0;
+      const float h = t > map.floor && !(t > map.top) ? g[i * run.channels + c] : 0;
       sum[c] += static_cast<double>(h);
       dot[c] += static_cast<double>(h) * static_cast<double>(y - mean[c]);
     }
@@ -101,7 +110,8 @@ void gradient(const Run& run, const Map& map, const Adjoint& adjoint, const floa
     for (std::int64_t c = 0; c < run.channels; ++c) {
       int which;
       float y;
-      const bool open = window_maximum(run, map, i, c, &which, &y) > map.floor;
+      const float t = window_maximum(run, map, i, c, &which, &y);
+      const bool open = t > map.floor && !(t > map.top);
       std::int64_t at[4] = {};
       const int count = pixels(run, i, at);
       for (int k = 0; k < count; ++k) {
@@ -116,7 +126,7 @@ void gradient(const Run& run, const Map& map, const Adjoint& adjoint, const floa
 
 }  // namespace
 
-extern const Kernel scalar{"scalar", cpu::Isa::scalar, moments, window_extremes, encode,
-                           apply,    gradient_sums,    gradient};
+extern const Kernel scalar{"scalar",      cpu::Isa::scalar, moments, window_extremes, encode, bits, apply,
+                           gradient_sums, gradient,         signs};
 
 }  // namespace fqtstats::fused

@@ -77,11 +77,16 @@ struct V {
     const std::int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
     std::memcpy(out, &bytes, kTail ? static_cast<std::size_t>(row < kLanes ? row : kLanes) : kLanes);
   }
+  template <bool kTail>
+  FQTSTATS_INLINE void bits(std::uint8_t* out, M m, std::int64_t channels) {
+    const int lanes = kTail ? (1 << channels) - 1 : 0xff;
+    *out = static_cast<std::uint8_t>(~_mm256_movemask_ps(m) & lanes);
+  }
 };
 
 }  // namespace
 
-extern const Kernel avx2{"avx2",    cpu::Isa::avx2, moments<V>,       window_extremes<V>,
-                         encode<V>, apply<V>,       gradient_sums<V>, gradient<V>};
+extern const Kernel avx2{"avx2",  cpu::Isa::avx2, moments<V>,       window_extremes<V>, encode<V>,
+                         bits<V>, apply<V>,       gradient_sums<V>, gradient<V>,        signs};
 
 }  // namespace fqtstats::fused

@@ -1,6 +1,8 @@
 // AVX-512: 16 channels; tails are masked.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels/fused/generic.h"
 
 namespace fqtstats::fused {
@@ -72,11 +74,16 @@ struct V {
     else
       _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(code));
   }
+  template <bool kTail>
+  FQTSTATS_INLINE void bits(std::uint8_t* out, M m, std::int64_t channels) {
+    const auto word = static_cast<std::uint16_t>(~m & (kTail ? first(channels) : 0xffff));
+    std::memcpy(out, &word, kTail && channels <= 8 ? 1 : 2);
+  }
 };
 
 }  // namespace
 
-extern const Kernel avx512{"avx512",  cpu::Isa::avx512, moments<V>,       window_extremes<V>,
-                           encode<V>, apply<V>,         gradient_sums<V>, gradient<V>};
+extern const Kernel avx512{"avx512", cpu::Isa::avx512, moments<V>,       window_extremes<V>, encode<V>,
+                           bits<V>,  apply<V>,         gradient_sums<V>, gradient<V>,        signs};
 
 }  // namespace fqtstats::fused
