@@ -6,7 +6,7 @@
   ``operands``, the inputs of the quantized layers as they are kept, with what their quantizers' surrogates keep
   (``Handle.kept``), and ``graph``, every tensor that autograd holds for the backward pass, but for parameters, each
   storage once (``torch.autograd.graph.saved_tensors_hooks``): outputs before batch normalization and what layers in
-  full precision keep are in it;
+  full precision keep are in it, and so are codes of weights;
 * ``memory.png``: how many times less than in float32.
 
 The simulated backend multiplies float32 numbers and keeps them as such: it has no saving to show. A chain keeps what

@@ -210,10 +210,10 @@ def test_every_benchmark_is_listed_by_its_error(run: Run) -> None:
     assert all(field in Row.__dataclass_fields__ for field in ("must", "aim"))
 
 
-def analysis_speed() -> Any:
+def analysis(name: str) -> Any:
     # It stands in the repository, not in the installed package.
-    path = Path(__file__).parents[1] / "analysis" / "speed.py"
-    spec = importlib.util.spec_from_file_location("analysis_speed", path)
+    path = Path(__file__).parents[1] / "analysis" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"analysis_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -222,7 +222,7 @@ def analysis_speed() -> Any:
 
 
 def test_the_committed_table_is_that_of_the_committed_rows() -> None:
-    speed = analysis_speed()
+    speed = analysis("speed")
     content = json.loads((speed.FOLDER / "rows.json").read_text())
     assert (speed.FOLDER / "table.md").read_text() == speed.table(content)
     assert {row["allocator"] for row in content["rows"]} == set(machine.ALLOCATORS)
@@ -246,3 +246,12 @@ def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
     assert all(not getattr(module, name).__qualname__.startswith("_recorded") for module, name, _ in shares._OWN)
     full = shares.shares(lambda: torch.relu(torch.zeros(1 << 16)))
     assert {kind for kind, share in full.items() if share > 0} <= {"normalization, activation, pooling", "the rest"}
+
+
+def test_what_a_graph_holds_is_counted_once_and_without_parameters() -> None:
+    memory = analysis("memory")
+    layer = nn.Linear(8, 4, bias=False)
+    x = torch.randn(16, 8)
+    assert memory._graph(layer, x)[0] == x.nbytes
+    # The second layer's input is the ReLU's result.
+    assert memory._graph(nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2)), x)[0] == x.nbytes + 16 * 4 * 4
