@@ -94,7 +94,7 @@ struct Quantized {
 };
 
 // Of bfloat16 rows, a few of them large: several groups.
-bool householder_codes() {
+bool householder_codes(bool adaptive) {
   constexpr std::int64_t kRows = 70, kColumns = 7001;
   std::vector<std::uint16_t> x(kRows * kColumns);
   for (std::int64_t i = 0; i < std::ssize(x); ++i) {
@@ -112,7 +112,7 @@ bool householder_codes() {
     for (const quantize::Kernel& row : quantize::kernels())
       if (row.isa == kernel.isa) rounding = &row;
     const householder::Encoded encoded = householder::encode(
-        kernel, *rounding, in, 255, 24, {1, 2, 3, 4}, {8, 1, 1, 0, 0}, nullptr, nullptr, threads,
+        kernel, *rounding, in, 255, 24, {1, 2, 3, 4}, {8, 1, 1, 0, 0}, nullptr, nullptr, threads, adaptive,
         {order.data(), heads.data(), sizes.data(), offset + kRows}, out.codes.data(), step, zero.data(), offset);
     if (encoded.groups < 1) out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
     return out;
@@ -322,7 +322,8 @@ constexpr struct {
     {"philox, int32", philox_bits<std::int32_t>},
     {"philox, int64", philox_bits<std::int64_t>},
     {"householder", householder_both_ways},
-    {"householder, codes", householder_codes},
+    {"householder, codes", [] { return householder_codes(false); }},
+    {"householder, codes of adaptive groups", [] { return householder_codes(true); }},
     {"quantize", quantize_both_ways},
     {"product8", product8_all},
     {"product1", product1_all},
