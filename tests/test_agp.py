@@ -65,6 +65,14 @@ def test_probabilities_fill_up(bits, sigma):
         assert torch.equal(p, keep_probabilities(r * 2.0**40, bits))
 
 
+def test_rows_of_nothing_beside_the_largest_keep_the_smallest_probability():
+    r = torch.tensor([1e300] + [1e-300] * 7, dtype=torch.float64)
+    p = keep_probabilities(r, 4)
+    assert float(p[0]) == 1
+    assert torch.equal(p[1:], torch.full((7,), float(p[1]), dtype=torch.float64))
+    assert float(p.sum()) == pytest.approx(2, abs=8 * 2.0**-24)
+
+
 def test_few_rows_that_are_not_zero_are_all_kept():
     r = torch.zeros(16, dtype=torch.float64)
     r[[2, 5, 11]] = torch.tensor([1.0, 1e-9, 3.0], dtype=torch.float64)
@@ -115,6 +123,15 @@ def test_published_bound_is_violated_and_ours_holds():
         variance = float(q.variance(x).sum())
         assert variance > 5 * q.published_bound(x)
         assert variance <= q.bound(x)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-42, 1e-44])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_bound_holds_for_subnormal_numbers(scale, bits):
+    q = quantizer("agp", bits=bits)
+    for seed in range(10):
+        x = rows(24, 30, sigma=0.5, seed=seed) * scale
+        assert float(q.variance(x).sum()) <= q.bound(x)
 
 
 def test_four_bits_are_best():

@@ -209,7 +209,7 @@ def test_storage():
         ({"samples": 0}, "samples must be an integer of at least 1"),
         ({"eta": 1.0}, "eta must be in"),
         ({"largest": 2.0}, "largest must be None"),
-        ({"largest": 0.0, "maximum": "hindsight"}, "positive and finite"),
+        *(({"largest": m, "maximum": "hindsight"}, "normal number of float32") for m in (0.0, 1e-50, 1e39, math.inf)),
     ],
 )
 def test_bad_options(options, message):
@@ -246,6 +246,44 @@ def test_hindsight_recursion():
         Hindsight(LUQ())
     with pytest.raises(NonFiniteError):
         q(torch.full((2, 2), math.nan), stream())
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("backend", ["simulated", "native"])
+def test_what_is_refused_leaves_no_trace_in_the_hindsight_maximum(backend, bad):
+    model = nn.Linear(4, 3)
+    x, g = torch.randn(5, 4), torch.randn(5, 3)
+    with fqtstats.quantized(model, fqtstats.Policy(grad_weight=quantizer("luq", maximum="hindsight")), backend=backend):
+        own = model.fqt_grad_weight
+        model(x).backward(g)
+        own.update()
+        known = float(own.largest)
+        g[2, 1] = bad
+        with pytest.raises(NonFiniteError):
+            model(x).backward(g)
+        assert float(own.seen) == 0
+        own.update()
+        assert float(own.largest) == known == float(torch.where(g.isfinite(), g, 0.0).abs().max().clamp(min=known))
+
+
+def test_layers_learn_a_hindsight_maximum_that_is_not_given():
+    policy = fqtstats.Policy(
+        grad_input=quantizer("luq", maximum="hindsight"),
+        grad_weight=quantizer("luq", maximum="hindsight", largest=2.0),
+    )
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    with fqtstats.quantized(model, policy) as handle:
+        assert model[0].fqt_grad_input is not model[1].fqt_grad_input
+        assert isinstance(model[0].fqt_grad_input, Hindsight)
+        assert handle.layers["0"].fqt_state.policy.grad_weight == policy.grad_weight
+        own = model[1].fqt_grad_input
+        model(torch.randn(5, 4)).square().sum().backward()
+        own.update()
+        before = float(own.largest)
+        model.half().float()
+        assert own.largest.dtype == torch.float64
+        assert float(own.largest) == before > 0
+    assert not model.state_dict().keys() & {"0.fqt_grad_input.largest"}
 
 
 def test_hindsight_is_saved_with_the_model():

@@ -138,6 +138,23 @@ def test_hindsight_notes_the_maximum_on_codes():
         q.update()
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(1, 4), (5, 4), (2, 4, 3, 3)])
+def test_several_samples_of_equal_numbers(samples, shape):
+    """Nothing is drawn: a tensor of equal numbers is its own offset."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 1) if len(shape) == 2 else nn.Conv2d(4, 2, 2)
+    x, found = torch.randn(shape), []
+    policy = replace(policy_of("luq16"), grad_weight=LUQ(samples=samples))
+    for backend in ("simulated", "native"):
+        with fqtstats.quantized(layer, policy, backend=backend):
+            layer.zero_grad()
+            layer(x).sum().backward()
+            found.append([p.grad.clone() for p in layer.parameters()])
+    for simulated, native in zip(*found, strict=True):
+        torch.testing.assert_close(native, simulated, rtol=1e-5, atol=1e-6)
+
+
 GROUPED = "float32: part of the channels of g is kept, and they have groups"
 GRADIENTS = {
     "luq": (LUQ(), LUQ(samples=2)),

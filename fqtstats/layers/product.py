@@ -328,7 +328,9 @@ def _of_kept(
 def _mean(stored: Stored) -> Codes:
     """The codes of all samples, of which the weight gradient, a sum over all of them, is to be a mean."""
     affine = stored.codes.affine
-    return replace(stored.codes, affine=replace(affine, step=affine.step / stored.samples))
+    # A tensor of equal numbers has no step and is its own offset.
+    offset = None if affine.offset is None else affine.offset / stored.samples
+    return replace(stored.codes, affine=replace(affine, step=affine.step / stored.samples, offset=offset))
 
 
 def _repeated(codes: Codes, times: int) -> Codes:

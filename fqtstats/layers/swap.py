@@ -191,7 +191,7 @@ def prepare_(
     _require_matches("override", policy.overrides, names)
     _require_matches("skip", [] if skip is None or callable(skip) else _patterns(skip), names)
     # Copies first: if one fails, the model has not been touched.
-    own = {name: copy.deepcopy(replace(policy.for_layer(name), overrides={})) for name in chosen}
+    own = {name: _own(policy.for_layer(name)) for name in chosen}
     for name, module in chosen.items():
         _attach(name, module, own[name])
     for name, module in chosen.items():
@@ -202,6 +202,13 @@ def prepare_(
             if isinstance(q, nn.Module):  # its state moves, saves and trains with the layer
                 module.add_module(PREFIX + place, q)
     return Handle(chosen, tuple(unquantized), policy, shared)
+
+
+def _own(policy: Policy) -> Policy:
+    """A layer's own copy; a quantizer may say what layers get for it."""
+    own = copy.deepcopy(replace(policy, overrides={}))
+    learning = {place: q.for_layer() for place in PLACES if hasattr(q := getattr(own, place), "for_layer")}
+    return replace(own, **learning)
 
 
 @contextmanager

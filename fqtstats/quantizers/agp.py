@@ -55,7 +55,8 @@ def _water_filling(ranges: np.ndarray, bits: int) -> np.ndarray:
     positive = ranges > 0
     if np.count_nonzero(positive) <= share:
         return positive.astype(np.float64)
-    scaled = ranges / ranges.max()  # so that sums of float64 ranges are finite
+    # So that sums of float64 ranges are finite, and none is lost beside the largest.
+    scaled = np.where(positive, np.maximum(ranges / ranges.max(), np.finfo(np.float64).tiny), 0.0)
     ordered = np.sort(scaled)[::-1]
     tail = np.cumsum(ordered[::-1])[::-1]  # of the ranges from each one on
     # The k largest have probability 1, for the smallest k with which nothing else exceeds it.
@@ -300,12 +301,14 @@ class AGP(Quantizer):
         per_group = view.numel() / keep.probability.numel()
         # A decoded number is off by a few units in the last place of its group's largest.
         largest = torch.maximum(low.abs(), high.abs()).double().view(-1)
-        ulp = torch.finfo(view.dtype).eps * largest
+        info, p = torch.finfo(view.dtype), keep.probability
+        ulp = info.eps * largest
+        # Step and offset are rounded once more when they are divided by p: of tiny numbers by that much, times p.
+        tiny = info.smallest_normal * info.eps * p
         step = grid.step.double().view(-1)
-        gap = torch.where(step > 0, step + ulp, 0.0)
+        gap = torch.where(step > 0, step + ulp + 2 * tiny, 0.0)
         size = view.double().square().sum([axis for axis in range(3) if axis != self.axis]).sqrt()
-        size += 8 * ulp * math.sqrt(per_group)
-        p = keep.probability
+        size += (8 * ulp + (self.format.levels + 2) * tiny) * math.sqrt(per_group)
         each = per_group / 4 * gap.square() + (1 - p) * size.square()
         return float((each * keep.weight.square() * p).sum()) * (1 + 1e-6)
 

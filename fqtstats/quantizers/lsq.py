@@ -104,7 +104,8 @@ class LSQ(LearnedQuantizer):
     positive, and for ``p > 0``, where it starts, with the paper's gradient. Training that takes ``p`` below zero is
     reflected there; a clamp would need a smallest step, which no scale of the data gives. ``p = 0`` is a step that is
     not known yet: the first input that is not all zeros sets ``2 mean|v| / sqrt(Qp)``, and until then zeros are
-    quantized to zeros. Set it before replicas of the model start: it is not averaged over processes.
+    quantized to zeros. Set it before replicas of the model start, as it is not averaged over processes, and before a
+    step that recomputes a layer whose first input in it is all zeros.
 
     Args:
         bits: 1 to 8; 2 to 8 where signed.

@@ -17,7 +17,7 @@ Shape legend: one alpha for the whole tensor ``[N, ...]``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -34,6 +34,9 @@ from fqtstats.random import Stream
 from fqtstats.rounding import nearest, stochastic, up_probability
 
 __all__ = ["LUQ", "Flush", "Hindsight", "LogQuantized"]
+
+SMALLEST = torch.finfo(torch.float32).smallest_normal
+"""The smallest hindsight maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ class LUQ(StochasticQuantizer):
         samples: the mean of so many independent quantizations (SMP), with that fraction of the variance; meant for the
             weight gradient, whose product is then made as many times.
         maximum: ``"exact"``, or ``"hindsight"``: ``largest`` stands in for ``max|x|``, and larger magnitudes are
-            clipped to it, which is biased; :class:`Hindsight` keeps it.
+            clipped to it, which is biased. Where it is not given, layers get a :class:`Hindsight` that learns it.
         eta: of the hindsight maximum, ``m' = (1 - eta) max|x| + eta m``; in [0, 1).
         largest: ``m``; None (before there is one): the exact maximum.
 
@@ -115,7 +118,8 @@ class LUQ(StochasticQuantizer):
         _require(isinstance(self.eta, float | int) and 0 <= self.eta < 1, "eta", self.eta, "in [0, 1)")
         if self.largest is not None:
             _require(self.maximum == "hindsight", "largest", self.largest, "None where maximum is 'exact'")
-            _require(0 < self.largest < math.inf, "largest", self.largest, "positive and finite")
+            known = SMALLEST <= self.largest <= torch.finfo(torch.float32).max
+            _require(known, "largest", self.largest, "a normal number of float32")
 
     @property
     def format(self) -> LogFormat:
@@ -213,12 +217,16 @@ class LUQ(StochasticQuantizer):
     def published_bound(self, x: torch.Tensor) -> None:
         """None: the paper has no bound on the variance."""
 
+    def for_layer(self) -> LUQ | Hindsight:
+        """What a layer gets for it: one that learns its maximum, where it is a hindsight one that is not given."""
+        return Hindsight(self) if self.maximum == "hindsight" and self.largest is None else self
+
     def after(self, x: torch.Tensor) -> LUQ:
         """The quantizer of the next step, its hindsight maximum updated with this step's ``x`` (equation 25)."""
         low, high = extremes(self._view(x), None)
         seen = float(torch.maximum(low.abs(), high.abs()))
         known = seen if self.largest is None else (1 - self.eta) * seen + self.eta * self.largest
-        return replace(self, maximum="hindsight", largest=known if known > 0 else None)
+        return replace(self, maximum="hindsight", largest=max(known, SMALLEST) if known > 0 else None)
 
 
 @dataclass(frozen=True)
@@ -281,8 +289,9 @@ class Hindsight(nn.Module, Quantizer):
 
     def forward(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
         """:class:`LUQ` with the current maximum; notes ``max|x|`` for the next one."""
+        out = self.current(x, stream)  # refuses what is not finite, which is nothing to note
         self.note(x)
-        return self.current(x, stream)
+        return out
 
     def note(self, x: torch.Tensor) -> None:
         """Note ``max|x|`` for the next maximum."""
@@ -294,8 +303,18 @@ class Hindsight(nn.Module, Quantizer):
         seen = float(self.seen)
         if seen > 0:
             eta = self.luq.eta
-            self.largest = torch.full_like(self.largest, seen if math.isnan(known) else (1 - eta) * seen + eta * known)
+            new = seen if math.isnan(known) else (1 - eta) * seen + eta * known
+            self.largest = torch.full_like(self.largest, min(max(new, SMALLEST), torch.finfo(torch.float32).max))
         self.seen = torch.zeros_like(self.seen)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Hindsight:
+        # A model that is cast leaves the maximum what it is.
+        before = self.largest, self.seen
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.largest, self.seen = (
+            old.to(new.device) for old, new in zip(before, (self.largest, self.seen), strict=True)
+        )
+        return self
 
     def encode(self, x: torch.Tensor, stream: Stream) -> LogQuantized:
         """As :meth:`LUQ.encode`."""

@@ -119,8 +119,10 @@ def store(
     if isinstance(q, LearnedQuantizer):
         q = q.fixed(x)
     if isinstance(q, Hindsight):
-        q.note(x)
-        q = q.current
+        stored = store(q.current, x, stream, pad, extremes)  # refuses what is not finite, which is nothing to note
+        if stored is not None:
+            q.note(x)
+        return stored
     if isinstance(q, AGP):
         stored = _store_pruned(q, x, stream, pad, extremes)
         return _packed_pruned(q.encode(x, stream), pad) if stored is None else stored
