@@ -182,6 +182,15 @@ def test_the_table(digits):
     assert tensor_digest(found.weights["model"]) == found.metadata["hashes"]["model"]
 
 
+def test_what_is_kept_with_stochastic_precision_is_the_most_of_the_epoch(digits):
+    stage = Stage("training", bhq(), stochastic=StochasticPrecision("layer"))
+    found = go(digits, Recipe("own", "", None, (stage,)))
+    most = go(digits, one(bhq()), epochs=1).epochs["kept_bytes"][0]
+    # Nothing is quantized in the very first step, and everything from the half of the run on.
+    assert 0 < found.epochs["kept_bytes"][0] <= most
+    assert found.epochs["kept_bytes"][2] == most
+
+
 # --- the variance on the way ------------------------------------------------------------------------------------------
 
 

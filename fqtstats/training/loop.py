@@ -176,7 +176,7 @@ class _Sums:
         targets: predictions made.
         variances, norms: of the measured gradients, in total.
         measured: how many.
-        kept: bytes as the epochs' table has them; None where no layer is quantized.
+        kept: bytes as the epochs' table has them, of the step with most; None where no layer is quantized.
         seconds, variance_seconds: wall times, up to the checkpoint.
     """
 
@@ -418,8 +418,9 @@ class _Run:
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise _Diverged(f"the loss became {value}", objective)
-                if index == 0 and self.handle is not None:
-                    self.sums.kept = _kept(self.handle)
+                # With stochastic precision no step stands for the others.
+                if self.handle is not None and (index == 0 or self._stage.stochastic is not None):
+                    self.sums.kept = max(self.sums.kept or [0, 0], _kept(self.handle))
                 torch.autograd.backward(loss)
                 del loss
                 if not self._gradients_finite():
