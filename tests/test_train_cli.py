@@ -317,6 +317,7 @@ def test_list_recipes(run: Run) -> None:
         (("--checkpoint", "other.pt"), "does not fit the model"),
         (("--checkpoint", "lsq.pt"), "does not fit the model: unexpected (1): 1.fqt_weight.step"),
         (("--teacher", "fits.pt"), "has no teacher"),
+        (("--recipe", "exact", "--variance-every", "5"), "recipe 'exact' quantizes no gradient"),
         (("--data", "cifar10"), "needs a root directory"),
         (("--data", "cifar10", "--data-root", "cifar"), "cifar"),
         (("--data", "text"), "takes image or features"),

@@ -245,6 +245,11 @@ class _Run:
                 self.networks[f"student-{number}"] = student
             self.networks["teacher"] = self.joint.teacher
         self.whole = model if self.joint is None else self.joint
+        if variance_every and not any(self._policy(stage).quantizes_gradients for stage in self.recipe.stages):
+            raise InputError(
+                f"recipe {recipe.name!r} quantizes no gradient, so there is no variance to measure at every "
+                f"{variance_every} steps; leave it out, or choose a recipe that does"
+            )
         self.handle: Handle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.units: dict[str, str] = {}
