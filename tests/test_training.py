@@ -410,6 +410,51 @@ def test_divergence_is_diagnosed(digits, how, tensor):
     assert not go(digits, one(bhq())).diverged
 
 
+def test_finite_weights_that_no_step_can_be_made_from_are_not_good(digits):
+    own, initial = mlp(), tensor_digest(mlp().state_dict())
+
+    def report(table, row):
+        with torch.no_grad():
+            for p in own.parameters():
+                p.mul_(1e30)
+
+    with pytest.raises(TrainingDiverged) as caught:
+        go(digits, one(Policy()), own, report=report)
+    assert (caught.value.diagnosis["step"], caught.value.diagnosis["last_good_step"]) == (STEPS, 0)
+    assert tensor_digest(own.state_dict()) == initial
+
+
+def test_what_a_divergence_falls_back_to_depends_on_steps_alone(digits):
+    def planted(after):
+        model = mlp()
+        model[3] = Planted("activation", after)
+        with torch.no_grad():
+            for p in model[3].parameters():
+                p.fill_(0.05)
+        return model
+
+    def diverged(after, **options):
+        model = planted(after)
+        with pytest.raises(TrainingDiverged) as caught:
+            go(digits, one(bhq()), model, **options)
+        found = caught.value.diagnosis
+        return found["step"], found["last_good_step"], tensor_digest(model.state_dict())
+
+    whole = diverged(STEPS + 3)
+    assert whole[:2] == (STEPS + 3, STEPS)
+    assert diverged(STEPS + 3, store=Memory()) == whole  # it keeps every step
+    for stop in (STEPS, STEPS + 2):
+        store = Memory()
+
+        def progress(epoch, epochs, step, steps, loss, stop=stop):
+            if (epoch - 1) * STEPS + step == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            go(digits, one(bhq()), planted(STEPS + 3), store=store, progress=progress)
+        assert diverged(STEPS + 3 - stop, store=store) == whole
+
+
 def test_a_loss_that_stays_far_off_is_a_divergence(digits, monkeypatch):
     monkeypatch.setattr(loop, "LONG", 4)
     go(digits, one(bhq()))
@@ -453,6 +498,8 @@ def test_weights_and_test_data_that_are_not_finite(digits):
     inputs = {"train": digits.inputs["train"], "test": digits.inputs["test"] * math.inf}
     with pytest.raises(TrainingDiverged, match="epoch 1, step 6 of 6: on the test data: layer '1', activation"):
         go(replace(digits, inputs=inputs), one(bhq()))
+    with pytest.raises(TrainingDiverged, match="epoch 1, step 6 of 6: on the test data: the loss became nan"):
+        go(replace(digits, inputs=inputs), one(Policy()))
 
 
 def test_what_is_no_recipe_and_no_data(digits):
