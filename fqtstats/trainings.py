@@ -52,7 +52,7 @@ EPOCHS: tuple[Column, ...] = (
     Column("test_accuracy", "float64", "1", "share of right predictions on the test data after the epoch"),
     Column("variance", "float64", _SQUARE, "mean of the measured variances of the quantized gradient"),
     Column("snr", "float64", "1", "mean squared gradient norm of the same steps over that"),
-    Column("kept_bytes", "Int64", "byte", "activations that quantized layers keep of a minibatch"),
+    Column("kept_bytes", "Int64", "byte", "most that quantized layers keep of the activations of a minibatch"),
     Column("kept_float32_bytes", "Int64", "byte", "the same in float32"),
     Column("seconds", "float64", "s", "wall time of the epoch"),
     Column("variance_seconds", "float64", "s", "part of it spent on measuring variances"),

@@ -532,3 +532,19 @@ def test_unknown_runs():
         runs.run("nope")
     with pytest.raises(InputError, match=r"'lsq' has no run 'lsq/cifar10'; known: lsq/digits, lsq/text\Z"):
         runs.run("lsq/cifar10")
+
+
+def test_layers_that_are_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.a(input=self.b(input=x))
+
+    net = Keyword()
+    assert roles(net, -torch.ones(2, 6)).order == ("b", "a")
+    expected = net(torch.ones(2, 6))
+    with fqtstats.quantized(net, Policy(weight=quantizer("symmetric", bits=8))):
+        torch.testing.assert_close(net(torch.ones(2, 6)), expected, rtol=0.1, atol=0.1)

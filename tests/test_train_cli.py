@@ -236,6 +236,19 @@ def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_a_run_keeps_its_augmentation_where_its_own_data_are_named(run: Run) -> None:
+    Path("cifar").mkdir()
+    for name in [*(f"data_batch_{index}.bin" for index in range(1, 6)), "test_batch.bin"]:
+        Path("cifar", name).write_bytes(bytes(3073 * 2))
+    command = ("train", "--recipe", "statquant-psq/cifar10", "--model", "mlp", "--epochs", "1")
+    own = ("--data", "cifar10", "--data-root", "cifar", "--batch-size", "4")
+    for place, words, augment in (("own", own, True), ("other", ("--data", "digits"), False)):
+        done = run(*command, *words, "--out", place)
+        assert done.status == 0, done.err
+        assert fqtstats.load_training(place).metadata["arguments"]["augment"] is augment
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_divergence_is_an_outcome(run: Run) -> None:
     command = (*FAST, "--lr", "1e6", "--out", "r")
     done = run(*command)
@@ -304,6 +317,7 @@ def test_list_recipes(run: Run) -> None:
         (("--checkpoint", "other.pt"), "does not fit the model"),
         (("--checkpoint", "lsq.pt"), "does not fit the model: unexpected (1): 1.fqt_weight.step"),
         (("--teacher", "fits.pt"), "has no teacher"),
+        (("--recipe", "exact", "--variance-every", "5"), "recipe 'exact' quantizes no gradient"),
         (("--data", "cifar10"), "needs a root directory"),
         (("--data", "cifar10", "--data-root", "cifar"), "cifar"),
         (("--data", "text"), "takes image or features"),

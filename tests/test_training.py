@@ -182,6 +182,15 @@ def test_the_table(digits):
     assert tensor_digest(found.weights["model"]) == found.metadata["hashes"]["model"]
 
 
+def test_what_is_kept_with_stochastic_precision_is_the_most_of_the_epoch(digits):
+    stage = Stage("training", bhq(), stochastic=StochasticPrecision("layer"))
+    found = go(digits, Recipe("own", "", None, (stage,)))
+    most = go(digits, one(bhq()), epochs=1).epochs["kept_bytes"][0]
+    # Nothing is quantized in the very first step, and everything from the half of the run on.
+    assert 0 < found.epochs["kept_bytes"][0] <= most
+    assert found.epochs["kept_bytes"][2] == most
+
+
 # --- the variance on the way ------------------------------------------------------------------------------------------
 
 
@@ -235,7 +244,8 @@ class Memory:
 
 @pytest.mark.parametrize(("name", "backend"), [*((name, "simulated") for name in RECIPES), ("sgd", "native")])
 def test_continued_runs_end_with_the_same_bits(digits, name, backend):
-    recipe, options = RECIPES[name], {"epochs": 4, "variance_every": 5, "variance_draws": 2, "backend": backend}
+    every = 0 if name == "lsq" else 5  # whose gradients are exact
+    recipe, options = RECIPES[name], {"epochs": 4, "variance_every": every, "variance_draws": 2, "backend": backend}
     whole = go(digits, recipe, cnn(), **options)
     store, last = Memory(), 0
     # In the first epoch, right at the end of one, and in others.
@@ -400,6 +410,51 @@ def test_divergence_is_diagnosed(digits, how, tensor):
     assert not go(digits, one(bhq())).diverged
 
 
+def test_finite_weights_that_no_step_can_be_made_from_are_not_good(digits):
+    own, initial = mlp(), tensor_digest(mlp().state_dict())
+
+    def report(table, row):
+        with torch.no_grad():
+            for p in own.parameters():
+                p.mul_(1e30)
+
+    with pytest.raises(TrainingDiverged) as caught:
+        go(digits, one(Policy()), own, report=report)
+    assert (caught.value.diagnosis["step"], caught.value.diagnosis["last_good_step"]) == (STEPS, 0)
+    assert tensor_digest(own.state_dict()) == initial
+
+
+def test_what_a_divergence_falls_back_to_depends_on_steps_alone(digits):
+    def planted(after):
+        model = mlp()
+        model[3] = Planted("activation", after)
+        with torch.no_grad():
+            for p in model[3].parameters():
+                p.fill_(0.05)
+        return model
+
+    def diverged(after, **options):
+        model = planted(after)
+        with pytest.raises(TrainingDiverged) as caught:
+            go(digits, one(bhq()), model, **options)
+        found = caught.value.diagnosis
+        return found["step"], found["last_good_step"], tensor_digest(model.state_dict())
+
+    whole = diverged(STEPS + 3)
+    assert whole[:2] == (STEPS + 3, STEPS)
+    assert diverged(STEPS + 3, store=Memory()) == whole  # it keeps every step
+    for stop in (STEPS, STEPS + 2):
+        store = Memory()
+
+        def progress(epoch, epochs, step, steps, loss, stop=stop):
+            if (epoch - 1) * STEPS + step == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            go(digits, one(bhq()), planted(STEPS + 3), store=store, progress=progress)
+        assert diverged(STEPS + 3 - stop, store=store) == whole
+
+
 def test_a_loss_that_stays_far_off_is_a_divergence(digits, monkeypatch):
     monkeypatch.setattr(loop, "LONG", 4)
     go(digits, one(bhq()))
@@ -419,6 +474,7 @@ def test_a_loss_that_stays_far_off_is_a_divergence(digits, monkeypatch):
         (one(bhq()), {"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
         (one(bhq()), {"batch_size": 0}, "batch_size must be"),
         (one(bhq()), {"variance_draws": 1}, "variance_draws must be"),
+        (one(qat()), {"variance_every": 5}, "recipe 'own' quantizes no gradient, so there is no variance"),
         (one(bhq()), {"seed": 1.5}, "seed must be an integer"),
         (one(bhq()), {"backend": "cuda"}, "unknown backend"),
         (one(bhq()), {"skip": "nothing"}, "matches no layer"),
@@ -442,6 +498,8 @@ def test_weights_and_test_data_that_are_not_finite(digits):
     inputs = {"train": digits.inputs["train"], "test": digits.inputs["test"] * math.inf}
     with pytest.raises(TrainingDiverged, match="epoch 1, step 6 of 6: on the test data: layer '1', activation"):
         go(replace(digits, inputs=inputs), one(bhq()))
+    with pytest.raises(TrainingDiverged, match="epoch 1, step 6 of 6: on the test data: the loss became nan"):
+        go(replace(digits, inputs=inputs), one(Policy()))
 
 
 def test_what_is_no_recipe_and_no_data(digits):

@@ -79,7 +79,7 @@ def train(
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     chosen, own = _recipe(recipe, bits, lr)
-    if not _is_default(context, "data"):
+    if not _is_default(context, "data") and data != own.get("data"):
         own = {name: value for name, value in own.items() if name not in ("augment", "image_size")}
     defaults = {name: value for name, value in own.items() if _is_default(context, name)}
     arguments = experiments.arguments_of(context, leave_out=["tensorboard"], **defaults)

@@ -66,8 +66,9 @@ class _Quantized(nn.Module):
 class QuantLinear(_Quantized, nn.Linear):
     """``nn.Linear`` on quantized operands; the input ``[*, in_features]`` is flattened to rows first."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[*, out_features]`` for ``x`` ``[*, in_features]``."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (called by this name, as the original)
+        """``[*, out_features]`` for ``input`` ``[*, in_features]``."""
+        x = input
         guards.check(self)
         if self.fqt_state.plain:
             return super().forward(x)
@@ -79,8 +80,9 @@ class QuantLinear(_Quantized, nn.Linear):
 class _QuantConv(_Quantized, nn.modules.conv._ConvNd):
     """A convolution on quantized operands, with every option of the original."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[N, out_channels, *space]`` for ``x`` ``[N, in_channels, *space]``; both without N if ``x`` has none."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  (called by this name, as the original)
+        """``[N, out_channels, *space]`` for ``input`` ``[N, in_channels, *space]``, each without N if that has none."""
+        x = input
         guards.check(self)
         if self.fqt_state.plain:
             plain: torch.Tensor = super().forward(x)  # that of the convolution

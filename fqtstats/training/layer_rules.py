@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,12 +77,15 @@ def _calls(model: nn.Module, layers: dict[str, nn.Module], inputs: Tensor) -> li
     """The calls of layers in a forward pass, in order: the name, and whether the input has negative numbers."""
     called: list[tuple[str, bool]] = []
     modes = {module: module.training for module in model.modules()}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, name=name: called.append((name, bool((args[0] < 0).any())))
-        )
-        for name, layer in layers.items()
-    ]
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            called.append((name, bool((x < 0).any())))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.no_grad(), seeded(0):
             model.eval()(inputs)

@@ -23,7 +23,7 @@ from fqtstats.errors import InputError, NonFiniteError, RunDirectoryError, Train
 from fqtstats.hashing import tensor_digest
 from fqtstats.layers.swap import Handle, Skip, prepare_, quantized
 from fqtstats.measurement import measure_prepared
-from fqtstats.measuring import Store, describe
+from fqtstats.measuring import Arrays, Store, describe
 from fqtstats.policy import PLACES, PREFIX, Policy
 from fqtstats.provenance import provenance
 from fqtstats.random import stream
@@ -47,6 +47,9 @@ __all__ = ["Report", "train"]
 
 FAR = 10.0
 """A loss this many times above its start, and above that of guessing, is far off."""
+
+GOOD = "good/"
+"""Before the names of the arrays that a state has of the good checkpoint."""
 
 LONG = 200
 """So many steps in a row with a loss that is far off are a divergence."""
@@ -108,7 +111,8 @@ def train(
     Raises:
         InputError: something does not fit; of a checkpoint, another run's.
         TrainingDiverged: the loss or a tensor became NaN or Inf, or the loss stayed far above its start for long. The
-            model has the weights of the last good checkpoint; ``partial_result`` is the training so far.
+            model has the weights of the last good checkpoint, from the start of an epoch whose first step had a finite
+            loss and finite gradients, or of the run; ``partial_result`` is the training so far.
     """
     if not isinstance(recipe, Recipe):
         raise InputError(f"expected a recipe, got {recipe!r}; fqtstats.training.recipes.get(name) gives one")
@@ -176,7 +180,7 @@ class _Sums:
         targets: predictions made.
         variances, norms: of the measured gradients, in total.
         measured: how many.
-        kept: bytes as the epochs' table has them; None where no layer is quantized.
+        kept: bytes as the epochs' table has them, of the step with most; None where no layer is quantized.
         seconds, variance_seconds: wall times, up to the checkpoint.
     """
 
@@ -245,6 +249,11 @@ class _Run:
                 self.networks[f"student-{number}"] = student
             self.networks["teacher"] = self.joint.teacher
         self.whole = model if self.joint is None else self.joint
+        if variance_every and not any(self._policy(stage).quantizes_gradients for stage in self.recipe.stages):
+            raise InputError(
+                f"recipe {recipe.name!r} quantizes no gradient, so there is no variance to measure at every "
+                f"{variance_every} steps; leave it out, or choose a recipe that does"
+            )
         self.handle: Handle | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.units: dict[str, str] = {}
@@ -257,7 +266,11 @@ class _Run:
         self.facts = self._facts(recipe, teacher is not None, pretrained)
         self.identity = identity_of(self.facts)
         self.resumed_at: int | None = None
+        # What a divergence falls back to, of a point that does not depend on time; and what is to be that once a step
+        # from it had a finite loss and finite gradients.
         self.good = Checkpoint(self.position, {})
+        self.pending: Checkpoint | None = None
+        self.latest = self.good  # what the run is continued from
 
     def _samples(self) -> Tensor:
         """Inputs to find the order of the layers with."""
@@ -295,13 +308,14 @@ class _Run:
         self.whole.train()
         self._enter(0)
         arrays = None if self.store is None else self.store.load()
-        if arrays is not None:
-            self._restore(Checkpoint.of_arrays(arrays, self.identity))
-            self.resumed_at = self.position.epoch * self.steps + self.position.step
-        try:
-            self.good = self._checkpoint()
-        except _Diverged as reason:
-            raise InputError(f"before the first step, {reason}; start from other weights") from None
+        if arrays is None:
+            try:
+                self._check_weights()
+            except _Diverged as reason:
+                raise InputError(f"before the first step, {reason}; start from other weights") from None
+            self.good = self.latest = self._checkpoint()
+        else:
+            self._continue(arrays)
         try:
             for epoch in range(self.position.epoch, self.epochs):
                 self._epoch(epoch)
@@ -344,7 +358,8 @@ class _Run:
             )
         self._finish(epoch, began)
         self.position, self.sums = Position(epoch + 1, 0, index), _Sums()
-        self.good = self._checkpoint()
+        self._check_weights()
+        self.pending = self.latest = self._checkpoint()
         self._keep()
 
     def _finish(self, epoch: int, began: float) -> None:
@@ -364,6 +379,9 @@ class _Run:
             }
         except NonFiniteError as error:
             raise _Diverged(f"on the {split} data: {error}") from error
+        for test_loss, _ in scores.values():
+            if split is not None and not math.isfinite(test_loss):
+                raise _Diverged(f"on the {split} data: the loss became {test_loss}")
         seconds = time.monotonic() - began
         variance = sums.variances / sums.measured if sums.measured else math.nan
         rest = seconds - sums.variance_seconds
@@ -418,12 +436,15 @@ class _Run:
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise _Diverged(f"the loss became {value}", objective)
-                if index == 0 and self.handle is not None:
-                    self.sums.kept = _kept(self.handle)
+                # With stochastic precision no step stands for the others.
+                if self.handle is not None and (index == 0 or self._stage.stochastic is not None):
+                    self.sums.kept = max(self.sums.kept or [0, 0], _kept(self.handle))
                 torch.autograd.backward(loss)
                 del loss
                 if not self._gradients_finite():
                     raise _Diverged("a gradient became NaN or Inf", objective)
+                if self.pending is not None:
+                    self.good, self.pending = self.pending, None
                 if self.variance_every and step % self.variance_every == 0:
                     self._measure(epoch, step, batch)
             except NonFiniteError as error:
@@ -554,18 +575,17 @@ class _Run:
 
     # --- checkpoints ---
 
-    def _checkpoint(self) -> Checkpoint:
-        """The run between two steps.
-
-        Raises:
-            _Diverged: a weight is NaN or Inf.
-        """
-        assert self.optimizer is not None
-        tensors = tensors_of(self.whole)
-        for name, tensor in tensors.items():
+    def _check_weights(self) -> None:
+        """Raise _Diverged if a weight is NaN or Inf."""
+        for name, tensor in tensors_of(self.whole).items():
             own = any(part.startswith(PREFIX) for part in name.split("."))  # of a quantizer, which may not know it yet
             if not own and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise _Diverged(f"{name!r} has NaN or Inf")
+
+    def _checkpoint(self) -> Checkpoint:
+        """The run between two steps."""
+        assert self.optimizer is not None
+        tensors = tensors_of(self.whole)
         moments, values = optimizer_state(self.optimizer)
         return Checkpoint(
             self.position,
@@ -598,20 +618,38 @@ class _Run:
         self.rows = progress["rows"]
         self.start, self.far = progress["start"], progress["far"]
 
+    def _state(self) -> Arrays:
+        """The latest checkpoint, and the good one where it is another, for the store."""
+        state = self.latest.arrays(self.identity)
+        if self.good is not self.latest:
+            state |= {GOOD + name: array for name, array in self.good.arrays(self.identity).items()}
+        return state
+
+    def _continue(self, state: Arrays) -> None:
+        """The inverse of :meth:`_state`; InputError if it is of another run."""
+        self.latest = Checkpoint.of_arrays(state, self.identity)
+        good = {name.removeprefix(GOOD): array for name, array in state.items() if name.startswith(GOOD)}
+        self.good = Checkpoint.of_arrays(good, self.identity) if good else self.latest
+        self._restore(self.latest)
+        self.resumed_at = self.position.epoch * self.steps + self.position.step
+        # The start of an epoch: its first step has not shown yet whether it is good.
+        self.pending = self.latest if self.position.step == 0 else None
+
     def _keep(self, *, force: bool = False) -> None:
-        """Give the store a checkpoint; ``force``: the last good one, from between two steps."""
+        """Give the store a checkpoint; ``force``: the latest one, from between two steps."""
         if self.store is None:
             return
         if not force:
 
-            def state() -> dict[str, Any]:
-                self.good = self._checkpoint()
-                return self.good.arrays(self.identity)
+            def state() -> Arrays:
+                if self.latest.position != self.position:
+                    self.latest = self._checkpoint()
+                return self._state()
 
             self.store.save(state)
-        elif self.good.position != Position():
+        elif self.latest.position != Position():
             with suppress(RunDirectoryError):  # what ends the run is told; an earlier checkpoint stays
-                self.store.save(lambda: self.good.arrays(self.identity), force=True)
+                self.store.save(self._state, force=True)
 
     # --- results ---
 
