@@ -83,6 +83,7 @@ def choice_of_torch(x, bits, random_bits=24):
 @settings(max_examples=100, deadline=None)
 @given(x=inputs(), bits=st.integers(1, 8), random_bits=st.sampled_from([24, 24, 6, 32]))
 @example(x=KINDS["exactly_two_valued"](12, 9, 0).float(), bits=4, random_bits=24)
+@example(x=torch.tensor([[0.0, -2.6625e-44]]), bits=4, random_bits=24)
 def test_never_more_variance_than_the_published_quantizer_or_psq(x, bits, random_bits):
     options = {"bits": bits, "random_bits": random_bits}
     least = min(total("psq", x, **options), total("bhq", x, **options))

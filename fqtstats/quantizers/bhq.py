@@ -333,8 +333,9 @@ class BHQ(StochasticQuantizer):
         ranges = self._ranges(low, high)
         per_row = view[0].numel() / (4 * self.format.levels**2)
         # Each transformed row also carries the rounding of transform and decoder: a few units in the last place of the
-        # largest element, covered by widening the ranges.
-        slack = 8 * torch.finfo(view.dtype).eps * float(torch.maximum(low.abs(), high.abs()).max()) * self.format.levels
+        # largest element, covered by widening the ranges; and a subnormal step is rounded up by two units at most.
+        info, largest = torch.finfo(view.dtype), float(torch.maximum(low.abs(), high.abs()).max())
+        slack = self.format.levels * (8 * info.eps * largest + 2 * info.smallest_normal * info.eps)
         span = (high.double() - low.double()).view(-1)
         rows_alone = torch.where(span > 0, span + slack, 0.0).square()
         if ranges is None:
