@@ -80,7 +80,7 @@ def choice_of_torch(x, bits, random_bits=24):
 # --- variance ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(x=inputs(), bits=st.integers(1, 8), random_bits=st.sampled_from([24, 24, 6, 32]))
 @example(x=KINDS["exactly_two_valued"](12, 9, 0).float(), bits=4, random_bits=24)
 @example(x=torch.tensor([[0.0, -2.6625e-44]]), bits=4, random_bits=24)
@@ -180,7 +180,7 @@ def assert_same(found, expected):
     assert torch.equal(found.scale, expected.row_scale.view(-1))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(x=inputs(), bits=st.integers(1, 8), random_bits=st.sampled_from([4, 24, 32]))
 def test_native_choices_are_those_of_torch(x, bits, random_bits):
     x = x.float()

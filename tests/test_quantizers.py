@@ -311,7 +311,7 @@ def tensors(draw):
 
 
 @pytest.mark.parametrize("case", STOCHASTIC, ids=label)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(), bits=st.integers(1, 8), random_bits=st.sampled_from([24, 32]))
 def test_mean_and_bound_on_any_input(case, x, bits, random_bits):
     q = build(case, bits, random_bits=random_bits)
@@ -426,7 +426,7 @@ def test_noise_is_independent_between_elements(case):
 # --- PTQ with zero on the grid ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     bits=st.integers(1, 8),
     low=st.floats(-1e6, 1e6, width=32),
