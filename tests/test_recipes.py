@@ -323,27 +323,45 @@ def test_what_is_no_recipe():
             wrong()
 
 
+def rates(shape, steps):
+    return [shape(done, steps) for done in range(steps)]
+
+
 def test_schedules():
-    at = (0.0, 0.25, 0.5, 0.75, 1.0)
     expected = {
-        "cosine": [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0],
-        "constant": [1, 1, 1, 1, 1],
-        "step": [1, 1, 0.1, 0.01, 0.01],
-        "triangle": [0, 0.5, 1, 0.5, 0],
+        "cosine": [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4],
+        "constant": [1, 1, 1, 1],
+        "step": [1, 1, 0.1, 0.01],
+        "triangle": [0.25, 0.75, 0.75, 0.25],
     }
     assert set(expected) == set(SCHEDULES)
     for name, values in expected.items():
-        assert [schedule(name)(p) for p in at] == pytest.approx(values, abs=1e-15)
+        assert rates(schedule(name), 4) == pytest.approx(values, abs=1e-15)
+    assert rates(schedule("triangle"), 5) == pytest.approx([0.2, 0.6, 1, 0.6, 0.2], abs=1e-15)
     warm = warmed_up(schedule("cosine"), 0.2)
-    assert [warm(p) for p in (0.0, 0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-15)
-    assert warmed_up(schedule("step"), 0.0)(0.0) == 1
+    assert rates(warm, 10)[:3] == [0.5, 1, 1]
+    assert rates(warm, 10)[2:] == rates(schedule("cosine"), 8)
+    assert rates(warmed_up(schedule("step"), 0.0), 8) == rates(schedule("step"), 8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 1000])
+def test_every_step_has_a_rate_and_a_triangle_is_symmetric(steps):
+    for shape in SCHEDULES.values():
+        for share in (0.0, 1 / 90, 0.4, 0.999):
+            assert all(0 < rate <= 1 for rate in rates(warmed_up(shape, share), steps))
+    found = rates(schedule("triangle"), steps)
+    assert found == found[::-1]
+    rise = rates(warmed_up(schedule("constant"), 0.5), steps)
+    assert rise[-1] == 1
+    assert rise == sorted(rise)
 
 
 def test_factors_of_the_stages():
     stages = (Stage("a", FULL, 0.5), Stage("b", FULL, 0.5, lr_scale=0.1, schedule="constant"))
     recipe = Recipe("r", "", None, stages, warmup=0.25)
-    assert [recipe.factor(0, p) for p in (0.25, 0.5, 1.0)] == pytest.approx([0.5, 1, 0], abs=1e-15)
-    assert recipe.factor(1, 0.0) == 0.1
+    found = [recipe.factor(0, done, 8) for done in range(8)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, *rates(schedule("cosine"), 4)], abs=1e-15)
+    assert recipe.factor(1, 0, 8) == 0.1
 
 
 def test_optimizer_groups():
@@ -504,7 +522,7 @@ def test_published_runs_have_the_papers_numbers():
     assert run.recipe.optimizer == Optimizer("sgd", 0.4, 0.875, 3.05e-5)
     assert (run.recipe.label_smoothing, run.recipe.decay_norms) == (0.1, False)
     # Four of 90 epochs of warm-up: at the end of them the rate is full, halfway through half.
-    assert [run.recipe.factor(0, epoch / 90) for epoch in (2, 4)] == pytest.approx([0.5, 1])
+    assert [run.recipe.factor(0, epoch * 50 - 1, 90 * 50) for epoch in (2, 4)] == [0.5, 1]
 
 
 def test_published_runs_of_other_recipes():

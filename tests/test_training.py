@@ -116,7 +116,7 @@ def plain_loop(model, source, policy, optimizer, epochs, smoothing=0.0, warmup=0
             for k, (x, y) in enumerate(source.batches(BATCH, seed=0, epoch=epoch)):
                 step = epoch * STEPS + k
                 factor = (
-                    step / warmup
+                    (step + 1) / warmup
                     if step < warmup
                     else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
                 )
@@ -160,6 +160,16 @@ def test_smoothing_warm_up_and_norms_without_decay(digits):
     plain_loop(other, digits, None, torch.optim.SGD(groups, lr=0.1, momentum=0.9), 3, smoothing=0.1, warmup=STEPS)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_every_step_moves_the_weights(digits):
+    warm = one(Policy(), warmup=0.5)
+    triangle = Recipe("own", "", None, (Stage("training", Policy(), schedule="triangle"),))
+    for recipe in (warm, triangle):
+        model = mlp()
+        seen = [tensor_digest(model.state_dict())]
+        go(digits, recipe, model, progress=lambda *_, m=model, s=seen: s.append(tensor_digest(m.state_dict())))
+        assert len(set(seen)) == 1 + 3 * STEPS
 
 
 def test_the_table(digits):

@@ -536,8 +536,7 @@ class _Run:
 
     def _factor(self, step: int) -> float:
         """Of the learning rates."""
-        done, length = self._within(step)
-        return self.recipe.factor(self.position.stage, done / length)
+        return self.recipe.factor(self.position.stage, *self._within(step))
 
     def _stage_of(self, epoch: int) -> int:
         ends = [sum(self.lengths[: index + 1]) for index in range(len(self.lengths))]

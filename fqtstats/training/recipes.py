@@ -79,7 +79,7 @@ class Recipe:
         stages: one after the other, each from the weights that the one before ends with.
         optimizer: of all stages, begun anew in each.
         label_smoothing: of the cross entropy, in [0, 1).
-        warmup: share of the run's epochs in which the learning rate first rises linearly from 0; in the first stage.
+        warmup: share of the run's epochs in which the learning rate first rises linearly; in the first stage.
         decay_norms: whether weight decay acts on norms and biases, too.
         distillation: the losses of a joint training with a teacher; None: cross entropy alone.
         starts_from: the weights at the beginning: as initialized, or of a network trained in full precision.
@@ -170,13 +170,19 @@ class Recipe:
                 counts[gaps.index(min(gap for gap, count in zip(gaps, counts, strict=True) if count > 1))] -= 1
         return tuple(counts)
 
-    def factor(self, stage: int, progress: float) -> float:
-        """Factor of the optimizer's learning rates in the ``stage``-th stage (from 0), ``progress`` in [0, 1] of it."""
+    def factor(self, stage: int, done: int, steps: int) -> float:
+        """Factor of the optimizer's learning rates in a step.
+
+        Args:
+            stage: which one, from 0.
+            done: steps of the stage that are done, at least 0 and less than ``steps``.
+            steps: how many it has.
+        """
         own = self.stages[stage]
         shape = schedule(own.schedule)
         if stage == 0 and self.warmup > 0:
             shape = warmed_up(shape, self.warmup / own.share)
-        return own.lr_scale * shape(progress)
+        return own.lr_scale * shape(done, steps)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer for a prepared model; see :meth:`fqtstats.training.optimizers.Optimizer.groups`."""
