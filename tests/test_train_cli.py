@@ -426,21 +426,48 @@ def test_edges_of_comparisons() -> None:
         fqtstats.compare([])
 
 
+def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_typed() -> None:
+    same = dict.fromkeys(comparison.METRICS, 1.0)
+
+    def one(seed: int, rate: float, **arguments: object) -> Training:
+        recipe = {"name": "a", "bits": 5, "optimizer": f"Optimizer(lr={rate})"}
+        settings = {"epochs": 2, "backend": "native"}
+        asked = {"model": "mlp", "bits": None, "lr": None, "epochs": 2, "recipe": "a", **arguments}
+        return made("a", seed, same, recipe=recipe, settings=settings, arguments=asked)
+
+    typed = [one(0, 0.1), one(1, 0.1, bits=5), one(2, 0.1, lr=0.1), one(3, 0.1, recipe="a/digits")]
+    found = fqtstats.compare(typed)
+    assert list(found.metadata["groups"]) == ["a@5"]
+    assert list(found.groups["runs"]) == [4] * 4
+    with pytest.raises(InputError, match="both runs of a@5 with seed 0"):
+        fqtstats.compare([one(0, 0.1), one(0, 0.1, bits=5)])
+    # Where runs of a configuration were asked for in several words, its name has what came of them.
+    others = [one(0, 0.2, lr=0.2), one(1, 0.2, lr=0.2)]
+    assert list(fqtstats.compare([*typed, *others]).metadata["groups"]) == [
+        "a@5 optimizer=Optimizer(lr=0.1)",
+        "a@5 optimizer=Optimizer(lr=0.2)",
+    ]
+    assert list(fqtstats.compare([typed[2], *others]).metadata["groups"]) == ["a@5 lr=0.1", "a@5 lr=0.2"]
+    models = [one(0, 0.1), one(0, 0.1, model="vgg16")]
+    assert list(fqtstats.compare(models).metadata["groups"]) == ["a@5 model=mlp", "a@5 model=vgg16"]
+
+
 def test_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = ["exact-0", "exact-1", "statquant-ptq-1"]
+    places = ["exact-0", "exact-1", "statquant-ptq-0", "statquant-ptq-1"]
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "render_all", lambda training: {})
         for place in places:
             recipe, _, seed = place.rpartition("-")
-            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, "--out", place).status == 0
+            typed = ("--bits", "5") if place == "statquant-ptq-0" else ()  # the default
+            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, *typed, "--out", place).status == 0
     done = run("compare", *places, "--out", "c")
     assert done.status == 0, done.err
     assert "statquant-ptq@5" in done.out
     figures = ", ".join(f"figures/{metric}.png" for metric in sorted(comparison.METRICS))
     assert done.out.splitlines()[-1].endswith(figures)
     found = fqtstats.load_comparison("c")
-    assert list(found.groups["runs"]) == [2, 1] * 4
-    assert set(found.pairs["seeds"]) == {1}
+    assert list(found.groups["runs"]) == [2, 2] * 4
+    assert set(found.pairs["seeds"]) == {2}
     assert repr(found).startswith("Comparison(exact: loss ")
     monkeypatch.setattr(comparisons, "render_all", lambda result: {})
     shown = json.loads(run("compare", *places, "--metric", "test_loss", "--json").out)
