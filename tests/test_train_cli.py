@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -22,6 +23,9 @@ import pytest
 import scipy.stats
 import torch
 from commands import Run, run, start
+from matplotlib.figure import Figure
+from rich.cells import cell_len
+from rich.console import Console
 
 import fqtstats
 from fqtstats import comparison, files, models
@@ -450,6 +454,48 @@ def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_
     assert list(fqtstats.compare([typed[2], *others]).metadata["groups"]) == ["a@5 lr=0.1", "a@5 lr=0.2"]
     models = [one(0, 0.1), one(0, 0.1, model="vgg16")]
     assert list(fqtstats.compare(models).metadata["groups"]) == ["a@5 model=mlp", "a@5 model=vgg16"]
+
+
+def alike_groups() -> comparison.Comparison:
+    """Two configurations whose names take 40 and 43 characters."""
+    same = dict.fromkeys(comparison.METRICS, 0.5)
+    settings = [{"backend": "native", "epochs": 10}, {"backend": "simulated", "epochs": 20}]
+    runs = [made("statquant-bhq", seed, same, settings=own) for own in settings for seed in (0, 1)]
+    return fqtstats.compare(runs)
+
+
+def test_names_of_configurations_have_the_room_that_there_is() -> None:
+    found = alike_groups()
+    names = list(found.metadata["groups"])
+    assert [len(name) for name in names] == [40, 43]
+    printed = {}
+    for width in (60, 80, 120):
+        console = Console(width=width, file=io.StringIO())
+        console.print(comparisons.summary(found))
+        printed[width] = console.file.getvalue()
+        assert max(cell_len(line) for line in printed[width].splitlines()) <= width
+    # In the table of groups, as the pairs have two names.
+    groups = printed[120].partition("\n\n")[0]
+    assert all(name in groups for name in names)
+    # Where a name is cut the line is full.
+    for width in (60, 80):
+        cut = [line for line in printed[width].splitlines() if "…" in line]
+        assert cut
+        assert {len(line.rstrip()) for line in cut} <= {width - 1, width}
+
+
+@pytest.mark.parametrize("width", [3.3, 7.0])
+def test_the_legend_lies_on_no_line(width: float) -> None:
+    figure = alike_groups().plot(width=width)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert not extent.overlaps(axes)
+    assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+    # Axes of the caller's have their legend inside, as their figure has more than these lines.
+    ax = Figure().subplots()
+    assert alike_groups().plot(ax=ax) is ax.figure
+    assert ax.get_legend() is not None
 
 
 def test_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
