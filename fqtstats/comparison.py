@@ -21,8 +21,8 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
 from fqtstats import run_directory
-from fqtstats.errors import InputError, RunDirectoryError
-from fqtstats.schema import Column, json_dict, normalised
+from fqtstats.errors import InputError
+from fqtstats.schema import Column
 from fqtstats.trainings import Training
 
 if TYPE_CHECKING:
@@ -103,9 +103,7 @@ class Comparison:
     kind: ClassVar[str] = "comparison"
 
     def __post_init__(self) -> None:
-        for name, (file, columns) in _TABLES.items():
-            object.__setattr__(self, name, normalised(getattr(self, name), columns, f"table {file!r} of a comparison"))
-        object.__setattr__(self, "metadata", json_dict(self.metadata, "metadata"))
+        run_directory.settle(self, _TABLES)
 
     def files(self) -> dict[str, bytes]:
         """What a run directory holds of it beside the figures: see :class:`fqtstats.run_directory.Recordable`."""
@@ -201,11 +199,7 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     Raises:
         RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
     """
-    tables, metadata = run_directory.read_tables(path, Comparison.kind, _TABLES)
-    try:
-        return Comparison(tables["groups"], tables["pairs"], tables["curves"], metadata)
-    except InputError as error:
-        raise RunDirectoryError(f"{os.fspath(path)} holds no valid comparison: {error}") from error
+    return run_directory.load(Comparison, path, Comparison.kind, _TABLES)
 
 
 def _configuration(training: Training) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
@@ -31,8 +32,9 @@ import fqtstats
 from fqtstats import comparison, files, models
 from fqtstats.commands import experiments
 from fqtstats.data import data
-from fqtstats.errors import InputError
+from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.report import comparisons, trainings
+from fqtstats.schema import parquet_bytes
 from fqtstats.training.recipes import RECIPES, Definition, Recipe, Stage
 from fqtstats.trainings import EPOCHS, TIMES, VARIANCE, Training
 
@@ -454,6 +456,27 @@ def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_
     assert list(fqtstats.compare([typed[2], *others]).metadata["groups"]) == ["a@5 lr=0.1", "a@5 lr=0.2"]
     models = [one(0, 0.1), one(0, 0.1, model="vgg16")]
     assert list(fqtstats.compare(models).metadata["groups"]) == ["a@5 model=mlp", "a@5 model=vgg16"]
+
+
+def test_tables_that_do_not_fit_are_no_training_and_no_comparison(tmp_path: Path) -> None:
+    one = made("a", 0, dict.fromkeys(comparison.METRICS, 0.5))
+    twice = pd.concat([one.epochs, one.epochs.iloc[:1]])
+    with pytest.raises(InputError, match="expected one row per epoch, network in the table 'epochs' of a training"):
+        Training(twice, one.variance, {})
+    found = fqtstats.compare([one])
+    with pytest.raises(InputError, match="table 'pairs' of a comparison"):
+        comparison.Comparison(found.groups, found.pairs.drop(columns="p"), found.curves, {})
+    with pytest.raises(InputError, match="metadata"):
+        comparison.Comparison(found.groups, found.pairs, found.curves, {"a": object()})
+    # On disk, where the sums are right and the table is not.
+    one.save(tmp_path / "r")
+    content = parquet_bytes(twice, EPOCHS)
+    (tmp_path / "r" / "epochs.parquet").write_bytes(content)
+    document = json.loads((tmp_path / "r" / "run.json").read_text())
+    document["epochs_sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "r" / "run.json").write_text(json.dumps(document))
+    with pytest.raises(RunDirectoryError, match="holds no valid training: expected one row per epoch"):
+        fqtstats.load_training(tmp_path / "r")
 
 
 def alike_groups() -> comparison.Comparison:
