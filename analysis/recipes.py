@@ -239,7 +239,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"recipe": recipe, "seeds": len(final)}
         for backend in final:
             row[f"loss_{backend}"] = final[backend].mean()
-            row[f"diverged_{backend}"] = int(final[backend].isna().sum())
+            row[f"diverged_{backend}"] = int((own.loc[own["backend"] == backend, "diverged"] != "").sum())
         row["test_loss"], row["test_accuracy"] = own["test_loss"].mean(), own["test_accuracy"].mean()
         row["trains"] = bool((own["loss"] < TRAINED * own["guessing"]).all())
         native = own[own["backend"] == "native"].dropna(subset="kept_bytes")

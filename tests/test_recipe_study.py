@@ -125,6 +125,13 @@ def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: Modu
         assert study.overall(table) == {}
 
 
+def test_a_run_that_is_not_there_yet_has_not_diverged(study: ModuleType) -> None:
+    rows = made_up()
+    missing = (rows["recipe"] == "r0") & (rows["backend"] == "native") & (rows["seed"] == 0)
+    row = study.summary(rows[~missing]).iloc[0]
+    assert (row["diverged_native"], row["verdict"]) == (0, "equal")
+
+
 def test_moderated_variances(study: ModuleType) -> None:
     """Equal variances are pooled; unequal ones have about the prior they are drawn from."""
     generator = np.random.default_rng(0)
