@@ -687,6 +687,11 @@ class _Run:
             "diverged": diagnosis,
             "resumed_at": self.resumed_at,
             "hashes": {name: tensor_digest(state) for name, state in weights.items()},
+            "quantized": [
+                name
+                for name, network in self.networks.items()
+                if any(hasattr(module, "fqt_state") for module in network.modules())
+            ],
             "unquantized": []
             if handle is None
             else [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],
