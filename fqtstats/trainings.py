@@ -92,7 +92,8 @@ class Training:
         epochs: one row per epoch and network, with the columns of :data:`EPOCHS`.
         variance: one row per measured step and parameter, with the columns of :data:`VARIANCE`.
         metadata: plain JSON, whatever it takes to repeat the run. Keys with a meaning here: ``recipe``, ``settings``,
-            ``seed``, ``diverged`` (None, or the diagnosis), ``hashes`` (of data and weights), ``arguments``.
+            ``seed``, ``diverged`` (None, or the diagnosis), ``hashes`` (of data and weights), ``arguments``,
+            ``quantized`` (the networks with quantized layers at the end).
         weights: the state of each network at the end; of a run that diverged, at its last good checkpoint. None for a
             run that was loaded: ``torch.load`` reads its ``model.pt``.
 

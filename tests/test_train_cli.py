@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -231,6 +232,32 @@ def test_a_run(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
+def test_what_was_trained_with_quantized_layers_is_no_full_precision_checkpoint(run: Run) -> None:
+    for recipe, out in (("statquant-qat", "qat"), ("joint-2-4", "joint"), ("exact", "exact")):
+        done = run(*FAST[:-1], "1", "--recipe", recipe, "--out", out)
+        assert done.status == 0, done.err
+    for out, networks in (("qat", ["model"]), ("joint", ["model", "student-2"]), ("exact", [])):
+        assert fqtstats.load_training(out).metadata["quantized"] == networks
+    lsq = (*FAST[:-1], "1", "--recipe", "lsq", "--checkpoint")
+    for file, recipe in (("qat/model.pt", "statquant-qat"), ("joint/student-2.pt", "joint-2-4")):
+        done = run(*lsq, file, "--out", "r")
+        assert done.status == 2
+        assert len(done.err.splitlines()) == 1, done.err
+        assert f"'{file}' was trained by {recipe}; give a full-precision checkpoint" in done.err
+        assert not Path("r").exists()
+    # The teacher is in full precision, and nothing is known of weights from elsewhere.
+    shutil.copy("qat/model.pt", "model.pt")
+    for number, file in enumerate(("exact/model.pt", "joint/teacher.pt", "model.pt")):
+        done = run(*lsq, file, "--out", f"lsq-{number}")
+        assert done.status == 0, done.err
+    done = run(*FAST, "--recipe", "exact", "--checkpoint", "lsq-0/model.pt", "--out", "r")
+    assert done.status == 2
+    assert "'lsq-0/model.pt' was trained with quantized layers, not in full precision" in done.err
+    # A recipe that does not ask for full precision takes any weights that fit.
+    assert run(*FAST[:-1], "1", "--checkpoint", "qat/model.pt", "--out", "r").status == 0
+
+
+@pytest.mark.usefixtures("without_figures")
 def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run) -> None:
     done = run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1", "--out", "r")
     assert done.status == 0, done.err
@@ -321,7 +348,7 @@ def test_list_recipes(run: Run) -> None:
         (("--skip", "no*"), "matches no layer"),
         (("--checkpoint", "none.pt"), "found nothing"),
         (("--checkpoint", "other.pt"), "does not fit the model"),
-        (("--checkpoint", "lsq.pt"), "does not fit the model: unexpected (1): 1.fqt_weight.step"),
+        (("--checkpoint", "lsq.pt"), "trained with quantized layers, not in full precision: it has what quantizers"),
         (("--teacher", "fits.pt"), "has no teacher"),
         (("--recipe", "exact", "--variance-every", "5"), "recipe 'exact' quantizes no gradient"),
         (("--data", "cifar10"), "needs a root directory"),

@@ -354,6 +354,14 @@ def test_joint_networks(digits):
     assert (ends < starts).all()
 
 
+def test_the_layers_that_every_student_skips_have_the_names_of_the_model(digits):
+    left = {}
+    for skip in (None, "1", lambda name, module: name == "1"):
+        found = go(digits, JOINT, mlp(), skip=skip)
+        left[skip] = [row["layer"] for row in found.metadata["unquantized"] if row["reason"] == "skipped on request"]
+    assert list(left.values()) == [[], *([["students.0.1", "students.1.1"]] * 2)]
+
+
 # --- divergence -------------------------------------------------------------------------------------------------------
 
 

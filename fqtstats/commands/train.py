@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from fqtstats.commands import experiments
 from fqtstats.commands.console import check_counts, err, out, progress
-from fqtstats.errors import InputError, TrainingDiverged
+from fqtstats.errors import InputError, RunDirectoryError, TrainingDiverged
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fqtstats.run_directory import RunDirectory
     from fqtstats.training.recipes import Recipe
     from fqtstats.trainings import Training
@@ -125,6 +124,22 @@ def _recipe(name: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict
     return (found if lr is None else replace(found, optimizer=found.optimizer.with_lr(lr))), own
 
 
+def _check_full_precision(file: str, recipe: Recipe) -> None:
+    """Raise InputError if a training wrote the file, and ended with quantized layers in this network."""
+    from fqtstats.trainings import load_training
+
+    path = Path(file)
+    try:
+        found = load_training(path.parent)
+    except RunDirectoryError:
+        return  # weights from elsewhere
+    if path.name in [f"{network}.pt" for network in found.metadata.get("quantized", [])]:
+        raise InputError(
+            f"recipe {recipe.name!r} starts from a network that was trained in full precision, but {file!r} was "
+            f"trained by {found.label}; give a full-precision checkpoint, as of recipe 'exact'"
+        )
+
+
 def _is_default(context: typer.Context, option: str) -> bool:
     source = context.get_parameter_source(option)
     return source is not None and source.name == "DEFAULT"
@@ -137,16 +152,21 @@ def _train(run: RunDirectory, recipe: Recipe, arguments: Mapping[str, Any], path
     from fqtstats.training import loop
 
     seed = arguments["seed"]
+    files = {
+        name: None if arguments[name] is None else arguments[name].replace("{seed}", str(seed))
+        for name in ("checkpoint", "teacher")
+    }
+    if files["checkpoint"] is not None and recipe.starts_from == "full-precision":
+        _check_full_precision(files["checkpoint"], recipe)
 
     def built(weights: str) -> experiment.Trainable:
-        file = arguments[weights]
         return experiment.trainable(
             arguments["model"],
             arguments["data"],
             root=arguments["data_root"],
             image_size=arguments["image_size"],
             seed=seed,
-            checkpoint=None if file is None else file.replace("{seed}", str(seed)),
+            checkpoint=files[weights],
             device_name=arguments["device"],
         )
 

@@ -97,7 +97,7 @@ def train(
         batch_size: samples per step.
         seed: of everything but the model's first weights.
         backend: how products are computed, see :func:`fqtstats.prepare_`.
-        skip: layers to leave in full precision.
+        skip: layers to leave in full precision, by their names in the model; in a joint distillation of every student.
         pretrained: whether the model has the weights of a training in full precision, which some recipes start from.
         teacher: of a recipe with distillation; None: a copy of the model.
         augment: change the training images at random, see :meth:`fqtstats.data.Data.batches`.
@@ -249,6 +249,7 @@ class _Run:
                 self.networks[f"student-{number}"] = student
             self.networks["teacher"] = self.joint.teacher
         self.whole = model if self.joint is None else self.joint
+        self.skipped = self.skip if self.joint is None else self.joint.skip(self.skip)
         if variance_every and not any(self._policy(stage).quantizes_gradients for stage in self.recipe.stages):
             raise InputError(
                 f"recipe {recipe.name!r} quantizes no gradient, so there is no variance to measure at every "
@@ -303,7 +304,7 @@ class _Run:
         """Every epoch that is not done yet."""
         for stage in self.recipe.stages:
             if stage.quantizes:  # before one is trained, all are known to fit
-                with quantized(self.whole, self._policy(stage), self.skip, self.backend, self.seed):
+                with quantized(self.whole, self._policy(stage), self.skipped, self.backend, self.seed):
                     pass
         self.whole.train()
         self._enter(0)
@@ -557,7 +558,7 @@ class _Run:
             self.handle.remove()
             self.handle = None
         if stage.quantizes:
-            self.handle = prepare_(self.whole, self._policy(stage), self.skip, self.backend, self.seed)
+            self.handle = prepare_(self.whole, self._policy(stage), self.skipped, self.backend, self.seed)
             for key, (told, state) in learned.items():
                 layer, place = key
                 own = self.handle.layers.get(layer)
@@ -687,6 +688,11 @@ class _Run:
             "diverged": diagnosis,
             "resumed_at": self.resumed_at,
             "hashes": {name: tensor_digest(state) for name, state in weights.items()},
+            "quantized": [
+                name
+                for name, network in self.networks.items()
+                if any(hasattr(module, "fqt_state") for module in network.modules())
+            ],
             "unquantized": []
             if handle is None
             else [{"layer": u.name, "type": u.type, "reason": u.reason} for u in handle.unquantized],

@@ -133,7 +133,7 @@ class Recipe:
                 f"recipe {self.name!r} starts from a network that was trained in full precision, and this one was not; "
                 "give a full-precision checkpoint"
             )
-        if not any(stage.quantizes for stage in self.stages):
+        if self.rules == NO_RULES or not any(stage.quantizes for stage in self.stages):
             return self
         try:
             found = roles(model, inputs)
