@@ -11,14 +11,28 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fqtstats.errors import InputError, NotExact
+from fqtstats.quantizers import registered
+from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream
 
-__all__ = ["Held", "Outlet", "Probe", "StreamFunction", "attempt", "call", "replay", "require_input"]
+__all__ = [
+    "Held",
+    "Outlet",
+    "Probe",
+    "StreamFunction",
+    "attempt",
+    "call",
+    "repeated",
+    "repeated_codes",
+    "replay",
+    "require_input",
+]
 
 StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
@@ -178,6 +192,28 @@ class Held(Stream):
         return numbers.to(device=device or "cpu", dtype=dtype).view(size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    name: str
+    drawn: Callable[[Stream], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return self.drawn(stream)
+
+
+def repeated(f: StreamFunction, x: torch.Tensor) -> StreamFunction:
+    """``f`` for many calls on this ``x``: of a registered quantizer, what does not depend on the stream is kept.
+
+    Others may do anything when they are called, and are called.
+    """
+    return _Repeated(f.name, f.for_input(x)) if registered(f) else f
+
+
+def repeated_codes(q: UniformQuantizer, x: torch.Tensor) -> Callable[[Stream], Quantized]:
+    """The codes of ``x`` from each stream, likewise."""
+    return q.encode_input(x) if registered(q) else partial(q.encode, x)
+
+
 def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
     """``f(x, stream)``, checked: a finite floating-point tensor of ``x``'s shape and dtype, ``x`` left as it was.
 
@@ -192,7 +228,8 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
             f"{_name(f)} must return {x.dtype} {list(x.shape)} like its input, got {out.dtype} {list(out.shape)}; "
             f"called with {replay(x, stream)}"
         )
-    bad = int((~torch.isfinite(out)).sum())
+    # A sum of finite numbers is finite, or too large.
+    bad = 0 if math.isfinite(float(out.sum())) else int((~torch.isfinite(out)).sum())
     if bad:
         raise InputError(
             f"{_name(f)} returned {bad} NaN or Inf of {out.numel()} elements for finite input; called with "
