@@ -144,7 +144,7 @@ def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None) -> Law:
 def _generators(x: torch.Tensor) -> tuple[object, ...]:
     """Where the generators of torch, NumPy and Python stand."""
     device = torch.cuda.get_rng_state(x.device).numpy().tobytes() if x.is_cuda else b""
-    numpy = json.dumps(np.random.get_state(legacy=False), default=np.ndarray.tolist)  # noqa: NPY002
+    numpy = json.dumps(np.random.get_state(legacy=False), default=lambda part: part.tolist())  # noqa: NPY002
     return torch.get_rng_state().numpy().tobytes(), device, numpy, random.getstate()
 
 
@@ -290,7 +290,7 @@ class _Bisection:
                 for value, start in zip(values[1:], starts[1:], strict=True):
                     here = torch.where(numbers >= start, value, here)
                 expected = torch.where(of_group >= states[state][self.group], here, expected) if states else here
-            out = self._at(numbers, self.f)
+            out = self._at(numbers, self.f)  # called anew: what is kept for the repeated calls is checked, too
             wrong = (out != expected).nonzero().view(-1)
             if wrong.numel():
                 i = int(wrong[0])
