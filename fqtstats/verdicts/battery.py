@@ -237,19 +237,19 @@ class _Fixed:
             for what in ("sum", "correlation with x"):
                 names += [f"{what} of {kind} {i}" for i in range(count)]
         self._names = names
-        v, tolerance = d.variance.float(), d.tolerance.float()
-        self.variance = self.sums(v, power=2)
-        self.slack = self.sums(tolerance, power=1)
-        x = self._x.abs()
+        size, x = self._dense.abs(), self._x.abs()
+        self.slack = self._along(size, x, d.tolerance.float())
         ones = [torch.ones(count) for count in p.shape]
-        parts = [self._dense.abs().amax(1), torch.ones(2 * _STRATA), ones[0], x.amax(1), ones[1], x.amax(0)]
+        parts = [size.amax(1), torch.ones(2 * _STRATA), ones[0], x.amax(1), ones[1], x.amax(0)]
         self.largest = torch.cat([part.double() for part in parts])
+        self.variance = self._along(size.square_(), x.square_(), d.variance.float())
 
-    def sums(self, values: torch.Tensor, power: int | None = None) -> torch.Tensor:
-        """``sum w values`` of each direction, float64; with ``|w|^power`` in place of ``w``."""
-        dense, x = self._dense, self._x
-        if power is not None:
-            dense, x = dense.abs() ** power, x.abs() ** power
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """``sum w values`` of each direction, float64."""
+        return self._along(self._dense, self._x, values)
+
+    def _along(self, dense: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        # With other weights along the dense directions and those of x; the rest's are 0 and 1.
         flat = values.reshape(-1)
         weighted = x * values
         strata = [torch.bincount(s, flat.double(), _STRATA) for s in self._strata]
