@@ -9,7 +9,8 @@ study at a time; whichever is last leaves the table of all. A run that diverges 
 
 Runs of one seed start from the same weights and see the same batches; a recipe that starts from a network trained in
 full precision takes that of the recipe ``exact`` with the same seed and backend. A recipe trains if its final training
-loss is below a quarter of that of guessing, the logarithm of the number of classes, for every seed and backend.
+loss is below a stated share of that of guessing (:mod:`analysis.tasks`: a quarter on digits, nine tenths on text) for
+every seed and backend.
 
 The backends compute with the same codes; their products differ by float rounding, after which trajectories part. So the
 question is not whether final losses are equal but whether the backend moves them by less than the seed does. It is
@@ -48,8 +49,8 @@ import scipy.stats
 import torch
 from statsmodels.stats.multitest import multipletests
 
+from analysis.tasks import TASKS, guessing, records
 from fqtstats import models, ops
-from fqtstats.data import data
 from fqtstats.errors import TrainingDiverged
 from fqtstats.files import write_atomically
 from fqtstats.layers import BACKENDS
@@ -60,21 +61,23 @@ from fqtstats.training.divergence import tell
 from fqtstats.training.recipes import RECIPES
 
 FOLDER = Path(__file__).parent / "results" / "recipes"
-DATA = ("digits", "text")
 SEEDS = 3
 LOW = (2, 3, 4)
 """Bits at which the recipes with a choice of gradient quantizers are compared, beside their defaults."""
 
-CASES: tuple[tuple[str, int | None], ...] = tuple(
-    (name, bits)
-    for name, definition in RECIPES.items()
-    for bits in ((*LOW, definition.default) if name in ("statquant-ptq", "statquant-psq", "statquant-bhq") else (None,))
-)
+
+def cases(source: str) -> list[tuple[str, int | None]]:
+    """Recipes and bits that are trained on some data."""
+    low = ("statquant-ptq", "statquant-psq", "statquant-bhq") if source == "digits" else ()
+    return [
+        (name, bits)
+        for name, definition in RECIPES.items()
+        for bits in ((*LOW, definition.default) if name in low else (None,))
+    ]
+
+
 START = "exact"
 """The recipe whose networks are those trained in full precision."""
-
-TRAINED = 0.25
-"""Share of the loss of guessing below which a training counts as one."""
 
 MEASURED = ("loss", "accuracy", "test_loss", "test_accuracy", "kept_bytes", "kept_float32_bytes")
 """Columns of a run that are unknown if it diverged."""
@@ -90,7 +93,7 @@ Vector = npt.NDArray[np.float64]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=DATA, default="digits")
+    parser.add_argument("--data", choices=TASKS, default="digits")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each recipe and backend, at least 2")
     parser.add_argument("--only-seeds", type=int, nargs="+", help="of these, the ones to run in this process")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
@@ -104,7 +107,7 @@ def main() -> None:
     seeds = range(given.seeds) if given.only_seeds is None else given.only_seeds
     if not set(seeds) <= set(range(given.seeds)):
         parser.error(f"--only-seeds must be of 0 to {given.seeds - 1}")
-    wanted = [split(text) for text in given.recipes or ()] or list(CASES)
+    wanted = [split(text) for text in given.recipes or ()] or cases(given.data)
     folder: Path = given.out / given.data
     for seed in seeds:
         for backend in given.backends:
@@ -146,7 +149,7 @@ class Study:
 
     def __init__(self, source: str, backend: str, seed: int, model: str | None, epochs: int | None) -> None:
         self.source, self.backend, self.seed, self.model, self.epochs = source, backend, seed, model, epochs
-        self.records = data(source)
+        self.task, self.records = TASKS[source], records(source)
 
     def row(self, name: str, bits: int | None) -> dict[str, Any]:
         """The row of a run of which nothing is known yet."""
@@ -157,10 +160,10 @@ class Study:
             "backend": self.backend,
             "seed": self.seed,
             "model": self.model or run.model,
-            "epochs": self.epochs or run.epochs,
+            "epochs": self.epochs or self.task.epochs or run.epochs,
             **dict.fromkeys(MEASURED, math.nan),
             "seconds": 0.0,
-            "guessing": math.log(self.records.num_classes),
+            "guessing": guessing(self.records),
             "diverged": "",
         }
 
@@ -177,7 +180,7 @@ class Study:
                 self.records,
                 run.recipe,
                 epochs=row["epochs"],
-                batch_size=run.batch_size,
+                batch_size=self.task.batch_size or run.batch_size,
                 seed=self.seed,
                 backend=self.backend,
                 pretrained=weights is not None,
@@ -218,7 +221,7 @@ def read(folder: Path) -> pd.DataFrame:
     """A row per run, in the order of the recipes."""
     rows = pd.DataFrame([json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))])
     rows = rows.astype(dict.fromkeys(MEASURED, np.float64))
-    order = {label(name, bits): index for index, (name, bits) in enumerate(CASES)}
+    order = {label(name, bits): index for index, (name, bits) in enumerate(cases("digits"))}
     place = rows["recipe"].map(lambda recipe: order.get(recipe, len(order)))
     return rows.assign(place=place).sort_values(["place", "recipe", "backend", "seed"]).drop(columns="place")
 
@@ -241,7 +244,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
             row[f"loss_{backend}"] = final[backend].mean()
             row[f"diverged_{backend}"] = int((own.loc[own["backend"] == backend, "diverged"] != "").sum())
         row["test_loss"], row["test_accuracy"] = own["test_loss"].mean(), own["test_accuracy"].mean()
-        row["trains"] = bool((own["loss"] < TRAINED * own["guessing"]).all())
+        row["trains"] = bool((own["loss"] < own["data"].map(lambda name: TASKS[name].trained) * own["guessing"]).all())
         native = own[own["backend"] == "native"].dropna(subset="kept_bytes")
         row["memory"] = float((native["kept_float32_bytes"] / native["kept_bytes"]).mean())
         if set(BACKENDS) <= set(final):
@@ -355,7 +358,7 @@ def save(rows: pd.DataFrame, folder: Path) -> None:
     about = {
         "models": sorted(set(rows["model"])),
         "epochs": sorted(set(map(int, rows["epochs"]))),
-        "trained": TRAINED,
+        "trained": {name: TASKS[name].trained for name in sorted(set(rows["data"]))},
         "level": LEVEL,
         "limit": LIMIT,
         "overall": overall(table),
