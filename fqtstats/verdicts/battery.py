@@ -190,14 +190,16 @@ class Battery:
         d = self.decisions
         halves = (self.draws + 1) // 2, self.draws // 2
         e = [count.double() / max(n, 1) - d.p for count, n in zip(self._counts, halves, strict=True)]
+        v = d.variance
         best, text = 1.0, "no direction"
         for fit, test in ((0, 1), (1, 0)):
-            deviation = (d.variance / halves[fit]).sqrt()
+            deviation, distance = (v / halves[fit]).sqrt(), e[fit].abs()
             for cut in _CUTS:
-                w = torch.where(e[fit].abs() > cut * deviation, e[fit], 0.0)
-                total = ((w * e[test]).sum() - (w.abs() * d.tolerance).sum()).clamp(min=0)
-                variance = (w.square() * d.variance).sum() / halves[test]
-                p = float(bernstein(total, variance, w.abs().max() / halves[test])) * 2 * len(_CUTS)
+                w = torch.where(distance > cut * deviation, e[fit], 0.0)
+                size = w.abs()
+                total = ((w * e[test]).sum() - (size * d.tolerance).sum()).clamp(min=0)
+                variance = (w.square() * v).sum() / halves[test]
+                p = float(bernstein(total, variance, size.max() / halves[test])) * 2 * len(_CUTS)
                 if p < best:
                     best = p
                     text = f"errors of one half of the draws (beyond {cut:g} deviations) predict those of the other"
@@ -220,7 +222,7 @@ class _Fixed:
         for r in range(_TRUNCATIONS):
             levels = 2.0**r
             names += [f"P(up) truncated to {r} bits", f"P(up) rounded to {r} bits"]
-            dense += [(p * levels).floor() / levels - p, (p * levels).round() / levels - p]
+            dense += [at.div_(levels).sub_(p) for at in ((p * levels).floor_(), (p * levels).round_())]
         generator = torch.Generator().manual_seed(seed)
         for i in range(_RANDOM_SIGNS):
             names.append(f"random signs {i}")
@@ -252,7 +254,8 @@ class _Fixed:
         # With other weights along the dense directions and those of x; the rest's are 0 and 1.
         flat = values.reshape(-1)
         weighted = x * values
-        strata = [torch.bincount(s, flat.double(), _STRATA) for s in self._strata]
+        wide = flat.double()
+        strata = [torch.bincount(s, wide, _STRATA) for s in self._strata]
         parts = [dense @ flat, *strata, values.sum(1), weighted.sum(1), values.sum(0), weighted.sum(0)]
         return torch.cat([part.double() for part in parts])
 
