@@ -74,7 +74,10 @@ def choice_of_torch(x, bits, random_bits=24):
     view = rows(x)
     low, high = extremes(view, 0)
     published = BlockHouseholder.of(group_rows((high.double() - low.double()).view(-1)), view.dtype)
-    return adapt(published, view, low, high, 2**bits - 1, random_bits)
+    transform, found = adapt(published, view, low, high, 2**bits - 1, random_bits)
+    for known, expected in zip(found, transform.forward_extremes_in_torch(view), strict=True):
+        assert torch.equal(known, expected)
+    return transform
 
 
 # --- variance ---------------------------------------------------------------------------------------------------------
@@ -217,6 +220,26 @@ def test_codes_are_those_of_encode(kind, shape, dtype):
                 assert torch.equal(stored.transform.row_scale, encoded.frame.transform.row_scale)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["heavy_rows", "rectified", "exactly_two_valued"])
+def test_codes_without_the_extension_are_those_with_it(kind, monkeypatch):
+    x = KINDS[kind](40, 130, 4).float()
+    q, s = quantizer("bhq-adaptive", bits=4), stream(seed=3)
+    encoded, stored = q.encode(x, s), store(q, x, s)
+    monkeypatch.setenv("FQTSTATS_NATIVE", "0")
+    ops.native_module.cache_clear()
+    try:
+        fallback = q.encode(x, s)
+    finally:
+        monkeypatch.undo()
+        ops.native_module.cache_clear()
+    assert torch.equal(fallback.codes(), encoded.codes())
+    assert torch.equal(fallback.codes().view(x.shape), stored.codes.unpack())
+    assert torch.equal(fallback.decode(), encoded.decode())
+    for found in (encoded.frame.transform, stored.transform):
+        assert torch.equal(fallback.frame.transform.row_scale, found.row_scale)
+        assert torch.equal(fallback.frame.transform.heads, found.heads)
 
 
 @pytest.mark.parametrize("bits", [2, 5])
