@@ -28,6 +28,8 @@ __all__ = ["Claim", "Frame", "Quantized", "Quantizer", "Role", "Transform", "Uni
 
 Claim = Literal["unbiased", "asymptotic", "biased"]
 Role = Literal["gradient", "forward"]
+Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Transformed rows ``[N, C, S]``, and the minimum and maximum of each of them, ``[N, 1, 1]``."""
 
 
 class Quantizer(ABC):
@@ -228,6 +230,10 @@ class UniformQuantizer(Quantizer):
         """What is applied to the view ``[N, C, S]`` of ``x`` before rounding."""
         return None
 
+    def _transformed(self, x: torch.Tensor) -> tuple[Transform | None, Transformed | None]:
+        """:meth:`transform`, and its ``forward_extremes`` of the view of ``x`` where that is known already."""
+        return self.transform(x), None
+
     def _view(self, x: torch.Tensor) -> torch.Tensor:
         return rows(x).view(self.view_shape(x.shape))
 
@@ -237,11 +243,11 @@ class UniformQuantizer(Quantizer):
     def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
         """Grid coordinates ``[N, C, S]`` of ``x``, fresh memory, and the frame that undoes them."""
         view = self._view(x)
-        transform = self.transform(x)
+        transform, known = self._transformed(x)
         if transform is None:
             y, (low, high) = view, extremes(view, self.recipe.axis)
         else:
-            y, low, high = transform.forward_extremes(view)
+            y, low, high = known or transform.forward_extremes(view)
             native.require_finite(low, high, y)
         grid = self._grid(low, high)
         n, c, s = view.shape
