@@ -11,11 +11,8 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from commands import Run, run, start
+from commands import Run, Start, run, send_when, started
 from matplotlib.figure import Figure
 from rich.cells import cell_len
 from rich.console import Console
@@ -39,7 +36,7 @@ from fqtstats.schema import parquet_bytes
 from fqtstats.training.recipes import RECIPES, Definition, Recipe, Stage
 from fqtstats.trainings import EPOCHS, TIMES, VARIANCE, Training
 
-__all__ = ["run"]  # the fixture
+__all__ = ["run", "started"]  # the fixtures
 
 FAST = ("train", "--model", "mlp", "--epochs", "2")
 # 11 steps an epoch, and 20 ms or more in each: the whole takes a second at least where SLOW is set.
@@ -57,11 +54,7 @@ KILLED = (
     "2",
 )
 SLOW = {"SLOW": "0.02"}
-OFTEN = "from fqtstats.commands import experiments\nexperiments.SAVE_SECONDS, experiments.SAVE_SHARE = 0.1, 1.0"
-PATIENCE = 240.0
 STATE = Path("r/state/checkpoint.state")
-
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -69,33 +62,6 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these trainings."""
     for module in (trainings, comparisons):
         monkeypatch.setattr(module, "render_all", lambda result: {})
-
-
-@pytest.fixture
-def started() -> Iterator[Start]:
-    """Starts command lines in processes of their own; none outlives the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def call(*words: str, before: str = OFTEN, **environment: str) -> subprocess.Popen[str]:
-        processes.append(start(*words, before=before, **environment))
-        return processes[-1]
-
-    yield call
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def send_when(process: subprocess.Popen[str], happened: Callable[[], bool], sign: signal.Signals) -> tuple[str, str]:
-    """Send ``sign`` as soon as something happened, which must be before the process ends."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(sign)
-    return process.communicate(timeout=PATIENCE)
 
 
 def assert_same(one: str, two: str) -> None:
