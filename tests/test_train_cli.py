@@ -38,7 +38,7 @@ from fqtstats.trainings import EPOCHS, TIMES, VARIANCE, Training
 
 __all__ = ["run", "started"]  # the fixtures
 
-FAST = ("train", "--model", "mlp", "--epochs", "2")
+FAST = ("train", "--model", "mlp", "--batch-size", "128", "--epochs", "2")
 # 11 steps an epoch, and 20 ms or more in each: the whole takes a second at least where SLOW is set.
 KILLED = (
     "train",
@@ -224,14 +224,15 @@ def test_what_was_trained_with_quantized_layers_is_no_full_precision_checkpoint(
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run) -> None:
-    done = run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1", "--out", "r")
+@pytest.mark.parametrize("recipe", ["exact/digits", "exact"])
+def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run, recipe: str) -> None:
+    done = run("train", "--recipe", recipe, "--model", "mlp", "--epochs", "1", "--out", "r")
     assert done.status == 0, done.err
     arguments = fqtstats.load_training("r").metadata["arguments"]
     expected = {"model": "mlp", "data": "digits", "epochs": 1, "batch_size": 64, "augment": False, "image_size": None}
     assert {name: arguments[name] for name in expected} == expected
-    assert run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1").status == 0
-    assert os.listdir("runs") == ["train-exact-digits"]
+    assert run("train", "--recipe", recipe, "--model", "mlp", "--epochs", "1").status == 0
+    assert os.listdir("runs") == [f"train-{recipe.replace('/', '-')}"]
 
 
 @pytest.mark.usefixtures("without_figures")

@@ -29,7 +29,8 @@ def train(
         str,
         typer.Option(
             help="How to train; fqtstats list recipes has them all. RECIPE/RUN is one of its runs: that has a model, "
-            "data and numbers of its own, for the options that are not given."
+            "data and numbers of its own, for the options that are not given. RECIPE alone is its run on the data, "
+            "digits or text."
         ),
     ] = "statquant-bhq",
     bits: Annotated[int | None, typer.Option(help="The recipe's bits.", show_default="the recipe's own")] = None,
@@ -77,7 +78,7 @@ def train(
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
     if resume and output is None:
         raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
-    chosen, own = _recipe(recipe, bits, lr)
+    chosen, own = _recipe(recipe, data, bits, lr)
     if not _is_default(context, "data") and data != own.get("data"):
         own = {name: value for name, value in own.items() if name not in ("augment", "image_size")}
     defaults = {name: value for name, value in own.items() if _is_default(context, name)}
@@ -110,10 +111,13 @@ def train(
         raise typer.Exit(1)
 
 
-def _recipe(name: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict[str, object]]:
-    """The recipe, and the options that come with it if it is that of a run."""
+def _recipe(name: str, data: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict[str, object]]:
+    """The recipe, and the options that come with it from the run that is named, or that it has on embedded data."""
     from fqtstats.training import recipes, runs
 
+    on_data = f"{name}/{data}"
+    if on_data in runs.RUNS and not runs.run(on_data).published:
+        name = on_data
     own: dict[str, object] = {}
     if "/" in name:
         run = runs.run(name, bits)
