@@ -61,7 +61,7 @@ def train(
     variance_draws: Annotated[int, typer.Option(help="Draws of the quantized gradient each time.")] = 8,
     threads: Annotated[int, typer.Option(help="Threads of torch; with several, bits depend on their number.")] = 1,
     device: experiments.Device = "cpu",
-    backend: Annotated[str, typer.Option(help="How the products are computed: simulated or native.")] = "simulated",
+    backend: experiments.Backend = "simulated",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write events for TensorBoard into the run's folder.")
     ] = False,
@@ -76,8 +76,6 @@ def train(
     from fqtstats.trainings import load_training
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
-    if resume and output is None:
-        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     chosen, own = _recipe(recipe, data, bits, lr)
     if not _is_default(context, "data") and data != own.get("data"):
         own = {name: value for name, value in own.items() if name not in ("augment", "image_size")}
