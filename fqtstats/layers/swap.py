@@ -20,7 +20,7 @@ from fqtstats.policy import PLACES, PREFIX, Policy
 from fqtstats.quantizers.ranged import LearnedQuantizer
 from fqtstats.random import stream
 
-__all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized"]
+__all__ = ["BACKENDS", "Handle", "Skip", "Unquantized", "prepare_", "quantized", "require_matches"]
 
 QUANTIZED_TYPES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: QuantLinear,
@@ -188,8 +188,8 @@ def prepare_(
             "let skip and policy leave a layer to quantize, or give another model"
         )
     names = [*chosen, *(u.name for u in unquantized)]
-    _require_matches("override", policy.overrides, names)
-    _require_matches("skip", [] if skip is None or callable(skip) else _patterns(skip), names)
+    require_matches("override", policy.overrides, names)
+    require_matches("skip", [] if skip is None or callable(skip) else _patterns(skip), names)
     # Copies first: if one fails, the model has not been touched.
     own = {name: _own(policy.for_layer(name)) for name in chosen}
     for name, module in chosen.items():
@@ -261,7 +261,8 @@ def _skipper(skip: Skip | None) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _require_matches(what: str, patterns: Iterable[str], names: list[str]) -> None:
+def require_matches(what: str, patterns: Iterable[str], names: list[str]) -> None:
+    """Raise InputError for a pattern that is the name of none of the layers."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"{what} pattern {pattern!r} matches no layer; layers: {', '.join(names[:20])}")

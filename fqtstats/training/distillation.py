@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqtstats.errors import InputError
-from fqtstats.layers.swap import Skip
+from fqtstats.layers.swap import Skip, require_matches
 from fqtstats.policy import Policy
 
 __all__ = ["Distillation", "Joint", "Losses"]
@@ -168,7 +168,11 @@ class Joint(nn.Module):
         return Policy(overrides=overrides, name="+".join(policy.name for policy in policies))
 
     def skip(self, skip: Skip | None) -> Skip | None:
-        """Layers to leave in full precision: by their names in every student, made names in this module."""
+        """Layers to leave in full precision: by their names in every student, made names in this module.
+
+        Raises:
+            InputError: a pattern is the name of no layer.
+        """
         if skip is None:
             return None
         if callable(skip):
@@ -176,4 +180,6 @@ class Joint(nn.Module):
             own = {module: name for student in self.students for name, module in student.named_modules()}
             return lambda _, module: module in own and chosen(own[module], module)
         patterns = [skip] if isinstance(skip, str) else list(skip)
+        layers = [name for name, layer in self.students[0].named_modules() if [*layer.parameters(recurse=False)]]
+        require_matches("skip", patterns, layers)
         return [f"students.{j}.{pattern}" for j in range(len(self.students)) for pattern in patterns]
