@@ -1,16 +1,16 @@
 """Which tests let the instruction set choose a kernel: a pytest plugin that lists them, or runs no others.
 
-``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, or start another
-Python process, and what each calls. ``--only-dispatched=FILE`` runs the fewest of those that reach everything: of a
-file of tests, those that call what the ones before them do not. A test that names a variant runs it whatever
+``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, and what each
+calls; calls in another process are not seen. ``--only-dispatched=FILE`` runs of those as many as it takes that
+everything is called from three files of tests, which are asked in the order in which they are given: every further file
+reaches the same kernels through the same layers and quantizers. A test that names a variant runs it whatever
 ``FQTSTATS_ISA`` is.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 from fqtstats import ops
+
+_FILES = 3  # from how many everything is called
 
 
 class _Recorder:
@@ -32,25 +34,17 @@ class _Recorder:
         for name, function in list(vars(native).items()):
             if callable(function):
                 setattr(native, name, self._noting(name, function, variants))
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "os.fork" or (event == "subprocess.Popen" and sys.executable in map(str, arguments[1])):
-            self._called("process")
 
     def _noting(self, name: str, function: Callable[..., Any], variants: set[str]) -> Callable[..., Any]:
         @functools.wraps(function)
         def noting(*arguments: Any, **named: Any) -> Any:
             values = (*arguments, *named.values())
             if not any(isinstance(value, str) and value in variants for value in values):
-                self._called(name)
+                self.test.add(name)
+                self.fixture.add(name)
             return function(*arguments, **named)
 
         return noting
-
-    def _called(self, name: str) -> None:
-        self.test.add(name)
-        self.fixture.add(name)
 
     def _write(self, name: str, called: set[str]) -> None:
         if called:
@@ -85,13 +79,18 @@ class _Selector:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen, others = [], []
-        covered: defaultdict[str, set[str]] = defaultdict(set)  # by file
+        called: defaultdict[str, set[str]] = defaultdict(set)  # by file
+        files: Counter[str] = Counter()  # how many call it
         for item in items:
-            names = (item.nodeid, _file_of(item.nodeid), "")  # the last one stands for the session
-            calls = set().union(*(self.calls.get(name, ()) for name in names))
-            before = covered[_file_of(item.nodeid)]
-            (chosen if calls - before else others).append(item)
-            before |= calls
+            file = _file_of(item.nodeid)
+            names = (item.nodeid, file, "")  # the last one stands for the session
+            new = set().union(*(self.calls.get(name, ()) for name in names)) - called[file]
+            if any(files[name] < _FILES for name in new):
+                chosen.append(item)
+                called[file] |= new
+                files.update(new)
+            else:
+                others.append(item)
         config.hook.pytest_deselected(items=others)
         items[:] = chosen
 
