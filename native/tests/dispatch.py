@@ -2,7 +2,7 @@
 
 ``--list-dispatched=FILE`` adds to a file the tests that call the extension without naming a variant, and what each
 calls; calls in another process are not seen. ``--only-dispatched=FILE`` runs of those as many as it takes that
-everything is called from three files of tests, which are asked in the order in which they are given: every further file
+everything is called from five files of tests, which are asked in the order in which they are given: every further file
 reaches the same kernels through the same layers and quantizers. A test that names a variant runs it whatever
 ``FQTSTATS_ISA`` is.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 
 from fqtstats import ops
 
-_FILES = 3  # from how many everything is called
+_FILES = 5  # from how many everything is called
 
 
 class _Recorder:
@@ -77,26 +77,37 @@ class _Selector:
         lines = (line.split("\t") for line in file.read_text().splitlines())
         self.calls = {name: set(called) for name, *called in lines}
 
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        chosen, others = [], []
+    def _choose(self, tests: Iterable[str]) -> set[str]:
+        chosen = set()
         called: defaultdict[str, set[str]] = defaultdict(set)  # by file
         files: Counter[str] = Counter()  # how many call it
-        for item in items:
-            file = _file_of(item.nodeid)
-            names = (item.nodeid, file, "")  # the last one stands for the session
+        for test in tests:
+            file = _file_of(test)
+            names = (test, file, "")  # the last one stands for the session
             new = set().union(*(self.calls.get(name, ()) for name in names)) - called[file]
             if any(files[name] < _FILES for name in new):
-                chosen.append(item)
+                chosen.add(test)
                 called[file] |= new
                 files.update(new)
-            else:
-                others.append(item)
-        config.hook.pytest_deselected(items=others)
-        items[:] = chosen
+        return chosen
+
+    def files(self, given: list[str]) -> list[str]:
+        """Those of the files given that have such tests; the others need not be imported."""
+        needed = set(map(_file_of, self._choose(sorted(self.calls, key=lambda test: _place(_file_of(test), given)))))
+        return [file for file in given if file in needed] or given
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        chosen = self._choose(item.nodeid for item in items)
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = [item for item in items if item.nodeid in chosen]
 
 
 def _file_of(test: str) -> str:
     return test.partition("::")[0]
+
+
+def _place(file: str, given: list[str]) -> int:
+    return given.index(file) if file in given else len(given)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -110,4 +121,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if (file := config.getoption("list_dispatched")) is not None:
         config.pluginmanager.register(_Recorder(file))
     if (file := config.getoption("only_dispatched")) is not None:
-        config.pluginmanager.register(_Selector(file))
+        selector = _Selector(file)
+        config.pluginmanager.register(selector)
+        config.args[:] = selector.files(config.args)
