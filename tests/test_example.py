@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_a_model_that_this_project_did_not_write(tmp_path: Path) -> None:
     run = tmp_path / "run"
     spec = "analysis.ft_transformer"
-    command = f"measure --model {spec}:model --data {spec}:data --batch-size 32 --draws 4 --batches 2 --out {run}"
+    command = f"measure --model {spec}:model --data {spec}:data --batch-size 32 --draws 8 --batches 2 --out {run}"
     # "-P" keeps the checkout's sources off the path: the installed package is what runs.
     program = "import sys; from fqtstats.cli import main; sys.exit(main())"
     done = subprocess.run(
