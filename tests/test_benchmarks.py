@@ -20,8 +20,9 @@ from commands import Run, run
 from torch import Tensor, nn
 
 from fqtstats import benchmarks
-from fqtstats.benchmarks import Row, machine, measure, pairs
+from fqtstats.benchmarks import Row, machine, measure, pairs, shares, step
 from fqtstats.determinism import single_thread
+from fqtstats.models.preact_resnet import PreActResNet
 
 __all__ = ["run"]  # the fixture
 
@@ -31,10 +32,15 @@ def fixed_pair() -> Iterator[pairs.Pair]:
     yield lambda: None, lambda: None
 
 
-def test_pairs_are_interleaved_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample is one call, taken once, however long that waits for a processor."""
     monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     monkeypatch.setattr(pairs, "RETRIES", 1)
+
+
+def test_pairs_are_interleaved_after_the_warm_up(untimed: None) -> None:
     calls: list[str] = []
     times = pairs.compare(lambda: calls.append("ours"), lambda: calls.append("base"), 3, lambda: calls.append("told"))
     assert calls == [*["ours"] * 2, *["base"] * 2, *["ours", "base", "told"] * 3]
@@ -106,17 +112,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "quantization": {"ROUNDING": ((8, 16),), "CHAINS": ((32, 16, 32),), "TRANSFORMS": ((8, None),), "COLUMNS": 16},
     "products": {"SHAPES": ((32, 16, 64),)},
     "convolutions": {"SHAPES": ((2, 8, 8, 4),)},
-    "step": {"BATCH": 2, "MODELS": {"VGG-16": tiny, "ResNet-18": tiny}},
+    # Both models are the tiny one, so the ways of training the first are enough.
+    "step": {"BATCH": 2, "MODELS": {"VGG-16": tiny}, "_TRAININGS": step._TRAININGS[:3]},
 }
 
 
 @pytest.mark.parametrize("name", [name for name in benchmarks.BENCHMARKS if name != "measure"])
-def test_rows(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_rows(run: Run, untimed: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     module = importlib.import_module(f"fqtstats.benchmarks.{benchmarks.BENCHMARKS[name][0]}")
     for constant, value in SMALL[module.__name__.rpartition(".")[2]].items():
         monkeypatch.setattr(module, constant, value)
-    monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
     state = torch.get_rng_state()
     done = run("bench", name, "--rounds", "1", "--json", "rows.json")
     assert torch.equal(torch.get_rng_state(), state)
@@ -171,10 +176,9 @@ def test_the_naive_replicate_computes_the_same_gradient(monkeypatch: pytest.Monk
         assert float((mean.grad - plain.grad).norm() / plain.grad.norm()) < 0.03
 
 
-def test_measure_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_rows(run: Run, untimed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "BATCH", 2)
-    monkeypatch.setattr(pairs, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(pairs, "WARM_SECONDS", 0.0)
+    monkeypatch.setattr(measure, "PreActResNet", lambda *arguments: PreActResNet(3, 10, 1))  # 8 layers for 20
     before, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(2)
     try:
@@ -233,8 +237,6 @@ def test_the_committed_table_is_that_of_the_committed_rows() -> None:
 
 
 def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
-    from fqtstats.benchmarks import shares, step
-
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         for name, value in SMALL["step"].items():
             patch.setattr(step, name, value)

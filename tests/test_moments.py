@@ -219,8 +219,8 @@ _PEAK = """
 import resource, sys, torch
 from torch import nn
 import fqtstats
-model = nn.Sequential(nn.Linear(1600, 1600, bias=False), nn.Linear(1600, 3200, bias=False))
-batch = torch.ones(2, 1600)
+model = nn.Sequential(nn.Linear(800, 800, bias=False), nn.Linear(800, 1600, bias=False))
+batch = torch.ones(2, 800)
 policy = fqtstats.Policy(grad_input=fqtstats.quantizer("psq", bits=4), grad_weight=fqtstats.quantizer("pcq", bits=8))
 loss = lambda model, batch: model(batch).square().mean()
 fqtstats.measure(nn.Linear(4, 4), torch.ones(2, 4), loss, policy, draws=3)
@@ -234,7 +234,7 @@ print((after - before) * 1024 / sum(4 * p.numel() for p in model.parameters()))
 def test_memory_is_a_few_gradients_however_many_draws():
     """Peak resident memory beyond model and (here tiny) graph: at most eight gradients, and no growth with the draws.
 
-    24 instead of 4 draws may add 20 sketches of 4096 float64 (2 % of this gradient); a buffer kept per draw would add
+    24 instead of 4 draws may add 20 sketches of 4096 float64 (9 % of this gradient); a buffer kept per draw would add
     20 gradients. Freed blocks go back to the system at once, so that the C library's free lists do not count.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}

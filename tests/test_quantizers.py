@@ -353,7 +353,7 @@ def squared_error(f, mean, x, draws):
     return sum(float((f(x, stream(seed=1, draw=draw)).double() - mean).square().sum()) for draw in range(draws)) / draws
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [1, 4])  # every width rounds by the same comparison; one bit has no inner point
 @pytest.mark.parametrize("case", STOCHASTIC, ids=label)
 def test_monte_carlo_agrees_with_the_exact_variance_within_one_percent(case, bits):
     """Summed squared error over summed exact variance, 1 +- .01.
@@ -491,7 +491,7 @@ def test_zero_on_grid_one_sided(bits, sign):
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0, -2.7, 1e-42, 3e4])
 @pytest.mark.parametrize("case", [*STOCHASTIC, ("flush", {}), *NEAREST], ids=label)
 def test_constant_tensors_are_exact(case, value, dtype):
-    for shape in [(1,), (1, 1), (2, 3), (3, 2), (16, 4, 2, 2)]:
+    for shape in [(1,), (2, 3), (16, 4, 2, 2)]:
         x = torch.full(shape, value).to(dtype)
         for bits in (1, 2, 8):
             q = build(case, bits)

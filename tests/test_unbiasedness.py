@@ -26,8 +26,9 @@ X = designs.natural((32, 96))
 
 
 @pytest.mark.parametrize("name", UNBIASED)
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [(1, torch.float64), (2, torch.float32), (4, torch.float64), (8, torch.float32)]
+)
 def test_quantizers_that_claim_it_are_unbiased(name, bits, dtype):
     widths = {"luq": (2, 5), "int4_sr": (2, 8)}.get(name, (1, 8))
     q = fqtstats.quantizer(name, bits=min(max(bits, widths[0]), widths[1]))
