@@ -290,7 +290,7 @@ class UniformQuantizer(Quantizer):
         return lambda stream: self._drawn(y.clone(), frame, stream).to(x.dtype)
 
     def _drawn(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
-        """The numbers that coordinates ``y`` are rounded to, in the compute dtype; consumes ``y``."""
+        """The numbers that coordinates ``y`` are rounded to, in the compute dtype; may consume ``y``."""
         return frame.decode(frame.grid.codes(self._round(y, stream)))
 
     def encode(self, x: torch.Tensor, stream: Stream) -> Quantized:
@@ -303,7 +303,7 @@ class UniformQuantizer(Quantizer):
         return lambda stream: self._encoded(y.clone(), frame, stream)
 
     def _encoded(self, y: torch.Tensor, frame: Frame, stream: Stream) -> Quantized:
-        """The codes that coordinates ``y`` are rounded to; consumes ``y``."""
+        """The codes that coordinates ``y`` are rounded to; may consume ``y``."""
         codes = frame.grid.codes(self._round(y, stream)).to(torch.uint8)
         return Quantized(pack(codes, self.format), self.format, frame)
 
