@@ -17,7 +17,7 @@ from fqtstats.quantizers.sawb import SAWB
 from fqtstats.quantizers.sign import ScaledSign, Sign
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
 
-__all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "quantizer", "registered"]
+__all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "built_in", "quantizer", "registered"]
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     cls.name: cls
@@ -47,6 +47,9 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
+_BUILT_IN = frozenset(QUANTIZERS.values())
+
+
 def quantizer(name: str, **options: object) -> Quantizer:
     """A quantizer by its registry name.
 
@@ -68,8 +71,13 @@ def quantizer(name: str, **options: object) -> Quantizer:
 
 
 def registered(q: object) -> TypeGuard[Quantizer]:
-    """Whether ``q`` is of one of the registry's own classes; a subclass may do anything otherwise."""
+    """Whether ``q`` is of one of the registry's classes, so that its name and options tell what it is."""
     return type(q) in QUANTIZERS.values()
+
+
+def built_in(q: object) -> TypeGuard[Quantizer]:
+    """Whether ``q`` is of one of our own classes; a subclass, or what was added to the registry, may do anything."""
+    return type(q) in _BUILT_IN
 
 
 def options_of(cls: type[Quantizer]) -> dict[str, object]:

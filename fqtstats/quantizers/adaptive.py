@@ -114,19 +114,12 @@ def adapt(
     unclear = (lower <= upper.amin(0)).sum(0) > 1
     if bool(unclear.any()):
         some = unclear[group]
-        place, rank, size = (unclear.cumsum(0) - 1)[group[some]], rank[some], published.sizes[unclear]
-
-        def tree_sums(values: torch.Tensor) -> torch.Tensor:
-            return _tree_sums(values, rank, size[place])
-
         of = row[:, some].view(-1)
-        numbers = torch.cat([parts[1][order[position[some]]], parts[0][of[len(rank) :]]])
+        own = order[position[some]]
+        numbers = torch.cat([x.view(n, -1)[own], y.view(len(y), -1)[of[len(own) :]]])
         noise = _exact(numbers, lowest.view(-1, 1)[of], highest.view(-1, 1)[of], levels, random_bits).view(3, -1)
-        exact = tree_sums(_weighted(noise, _weights(scale[:, some], place, rank, size, tree_sums)))
-        exact[_MATCHED].masked_fill_(close[unclear], torch.inf)
-        alone, matched, theirs = exact
-        first = torch.where(matched < alone, _MATCHED, _ALONE)
-        choice[unclear] = torch.where(theirs < torch.minimum(alone, matched), _PUBLISHED, first)
+        place = (unclear.cumsum(0) - 1)[group[some]]
+        choice[unclear] = _least(noise, scale[:, some], place, rank[some], published.sizes[unclear], close[unclear])
 
     of_row = choice[group]
     chosen = torch.arange(n, device=x.device)
@@ -137,6 +130,34 @@ def adapt(
     y[alone] = x[order[alone]]
     y[matched] = y[chosen[matched]]
     return transform, (y[:n], lowest[chosen], highest[chosen])
+
+
+def _least(
+    noise: torch.Tensor,
+    scale: torch.Tensor,
+    group: torch.Tensor,
+    rank: torch.Tensor,
+    sizes: torch.Tensor,
+    close: torch.Tensor,
+) -> torch.Tensor:
+    """The candidate of least exact variance for each of K groups of M rows together, ``[K]``; of equal ones the first.
+
+    Args:
+        noise: :func:`_exact` of each row under each candidate, ``[3, M]``, groups contiguous.
+        scale: of each row, likewise.
+        group: of each row, ``[M]``.
+        rank: place of each row in its group, ``[M]``.
+        sizes: of the groups, ``[K]``.
+        close: whose matched candidate is left out, ``[K]``.
+    """
+
+    def tree_sums(values: torch.Tensor) -> torch.Tensor:
+        return _tree_sums(values, rank, sizes[group])
+
+    alone, matched, published = tree_sums(_weighted(noise, _weights(scale, group, rank, sizes, tree_sums)))
+    matched.masked_fill_(close, torch.inf)
+    first = torch.where(matched < alone, _MATCHED, _ALONE)
+    return torch.where(published < torch.minimum(alone, matched), _PUBLISHED, first)
 
 
 def _scales(published: BlockHouseholder, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -32,8 +32,20 @@ Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Transformed rows ``[N, C, S]``, and the minimum and maximum of each of them, ``[N, 1, 1]``."""
 
 
+def _fall_back(cls: type[Quantizer], method: str, fast: str, plain: Callable[..., Any]) -> None:
+    """Make ``fast`` the ``plain`` one in a class whose ``method`` is younger: what ``fast`` gives may be another's."""
+    younger = next((base for base in cls.__mro__ if {method, fast} & vars(base).keys()), None)
+    if younger is not None and fast not in vars(younger):
+        setattr(cls, fast, plain)
+
+
 class Quantizer(ABC):
     """A map from a tensor and a stream to a tensor on a low-precision grid.
+
+    Some methods come in pairs, of which the second is a faster way to what the first gives: ``__call__`` and
+    ``for_input``; of uniform quantizers also ``encode`` and ``encode_input``, ``transform`` and ``_transformed``. A
+    subclass may override the first alone: the second then falls back on it. Who overrides the second answers for it.
+    The numbers that codes decode to are those of calling: who overrides ``__call__`` or ``encode`` overrides both.
 
     Attributes:
         name: registry name.
@@ -44,6 +56,10 @@ class Quantizer(ABC):
     name: ClassVar[str]
     role: ClassVar[Role]
     widths: ClassVar[Sequence[int]] = range(1, 9)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _fall_back(cls, "__call__", "for_input", Quantizer.for_input)
 
     @property
     @abstractmethod
@@ -205,6 +221,11 @@ class UniformQuantizer(Quantizer):
 
     bits: int = 8
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _fall_back(cls, "encode", "encode_input", lambda self, x: partial(self.encode, x))
+        _fall_back(cls, "transform", "_transformed", lambda self, x: (self.transform(x), None))
+
     def __post_init__(self) -> None:
         uint(self.bits)
 
@@ -269,7 +290,7 @@ class UniformQuantizer(Quantizer):
         return lambda stream: self._drawn(y.clone(), frame, stream).to(x.dtype)
 
     def _drawn(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
-        """The numbers that coordinates ``y`` are rounded to, in the compute dtype; consumes ``y``."""
+        """The numbers that coordinates ``y`` are rounded to, in the compute dtype; may consume ``y``."""
         return frame.decode(frame.grid.codes(self._round(y, stream)))
 
     def encode(self, x: torch.Tensor, stream: Stream) -> Quantized:
@@ -282,7 +303,7 @@ class UniformQuantizer(Quantizer):
         return lambda stream: self._encoded(y.clone(), frame, stream)
 
     def _encoded(self, y: torch.Tensor, frame: Frame, stream: Stream) -> Quantized:
-        """The codes that coordinates ``y`` are rounded to; consumes ``y``."""
+        """The codes that coordinates ``y`` are rounded to; may consume ``y``."""
         codes = frame.grid.codes(self._round(y, stream)).to(torch.uint8)
         return Quantized(pack(codes, self.format), self.format, frame)
 

@@ -31,7 +31,7 @@ from fqtstats.quantizers.base import StochasticQuantizer, Transform, Transformed
 __all__ = ["BHQ", "AdaptiveBHQ", "BlockHouseholder", "Groups", "group_rows", "prefix_sums"]
 
 _PIECE = 1 << 16
-"""Elements."""
+"""Elements at a time on a CPU: what is subtracted stays in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,6 @@ class BlockHouseholder(Transform):
         spread = (1 / (self.sizes.sqrt() - 1)).to(z.dtype).view(-1, 1, 1)
         mean = self._group_sums(z).mul_(root)
         shift = (mean - z[self.heads]).mul_(spread)
-        # A piece at a time on a CPU: what is subtracted stays in the cache.
         step = max(1, _PIECE // z[0].numel()) if z.device.type == "cpu" else max(1, len(z))
         for members, heads in zip(self.members.split(step), self.head_of_member.split(step), strict=True):
             z.index_add_(0, members, shift.index_select(0, heads), alpha=-1)

@@ -185,9 +185,6 @@ class LUQ(StochasticQuantizer):
     def _drawn(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
         return _mean([frame.decode(self._codes(y, frame, s)) for s in self.streams(stream)])
 
-    def encode(self, x: torch.Tensor, stream: Stream) -> LogQuantized:
-        return self._encoded(*self._frame(x), stream)
-
     def _encoded(self, y: torch.Tensor, frame: Frame, stream: Stream) -> LogQuantized:
         steps = torch.stack([self._codes(y, frame, s) for s in self.streams(stream)]) - self.magnitudes
         return LogQuantized(pack(sign_magnitude(steps, self.format), self.format), self.format, frame, self.samples)
@@ -316,7 +313,7 @@ class Hindsight(nn.Module, Quantizer):
         )
         return self
 
-    def encode(self, x: torch.Tensor, stream: Stream) -> LogQuantized:
+    def encode(self, x: torch.Tensor, stream: Stream) -> Quantized:
         """As :meth:`LUQ.encode`."""
         return self.current.encode(x, stream)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
-from fqtstats.quantizers import QUANTIZERS, quantizer, registered
+from fqtstats.quantizers import QUANTIZERS, built_in, quantizer
 from fqtstats.quantizers.base import Claim
 from fqtstats.verdicts import designs
 from fqtstats.verdicts.junit import Case, junit
@@ -55,8 +55,10 @@ class Checked:
 
     @property
     def holds(self) -> bool:
-        """What claims to be unbiased is ``ok``; what claims a bias has one."""
-        return self.verdict.ok if self.claim == "unbiased" else not self.verdict.unbiased
+        """What claims to be unbiased is ``ok``; what claims a bias has one. Neither is what contradicts itself."""
+        if self.claim == "unbiased":
+            return self.verdict.ok
+        return self.verdict.consistent and not self.verdict.unbiased
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -131,8 +133,8 @@ def check_all(
         done += 1
         return Checked(one.name, one.claim, verdict)
 
-    # Registered quantizers share nothing. Others may: with each other, or the global random state, which is watched.
-    ours = [registered(one.f) for one in subjects]
+    # Our own quantizers share nothing. Others may: with each other, or the global random state, which is watched.
+    ours = [built_in(one.f) for one in subjects]
     with single_thread(), ThreadPoolExecutor(_WORKERS) as pool:
         begun = [pool.submit(judge, one) if own else None for one, own in zip(subjects, ours, strict=True)]
         try:

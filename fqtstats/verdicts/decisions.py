@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from fqtstats.errors import InputError
-from fqtstats.quantizers.base import UniformQuantizer
+from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream
 from fqtstats.verdicts.expectation import Law, Shared
-from fqtstats.verdicts.probe import StreamFunction, call, repeated, repeated_codes, replay
+from fqtstats.verdicts.probe import StreamFunction, call, repeated_codes, replay
 
 __all__ = ["Decisions", "of_grid", "of_groups", "of_law", "of_steps"]
 
@@ -45,13 +45,16 @@ class Decisions:
         return self.p * (1 - self.p)
 
 
-def of_grid(q: UniformQuantizer, x: torch.Tensor, tolerance: float) -> Decisions:
+def of_grid(
+    q: UniformQuantizer, x: torch.Tensor, tolerance: float, encoded: Callable[[Stream], Quantized] | None = None
+) -> Decisions:
     """The codes of a quantizer against the coordinates that its grid gives ``x`` (after its transform, if any).
 
     Args:
         q: the quantizer.
         x: ``[N, ...]``.
         tolerance: in steps.
+        encoded: what :func:`.probe.repeated_codes` gives for ``q`` and ``x``, where that is known.
     """
     coordinates, frame = q._frame(x)
     rows = frame.view[0]
@@ -61,10 +64,10 @@ def of_grid(q: UniformQuantizer, x: torch.Tensor, tolerance: float) -> Decisions
     lowest = (low.view(frame.view) + zero).view(rows, -1)
     p = y - low
     lower, upper = lowest.to(torch.int16), (lowest + 1).to(torch.int16)
-    encoded = repeated_codes(q, x)
+    draw = repeated_codes(q, x) if encoded is None else encoded
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        codes = encoded(s).codes().view(rows, -1)
+        codes = draw(s).codes().view(rows, -1)
         up = codes == upper
         return up, _count_others(up, codes == lower)
 
@@ -88,10 +91,9 @@ def of_law(f: StreamFunction, x: torch.Tensor, law: Law) -> Decisions:
     moves = gap > 0
     upper = torch.where(moves, high, torch.nan)  # which nothing equals
     p = law.up.view(rows, -1)
-    draw = repeated(f, x)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        out = call(draw, x, s)
+        out = call(f, x, s)
         up = out == upper
         return up.view(rows, -1), _count_others(up, out == low)
 
@@ -115,10 +117,9 @@ def of_groups(f: StreamFunction, x: torch.Tensor, shared: Shared) -> Decisions:
     p = torch.where(moves, 1 - quiet.probability, 0.0).view(-1, 1)
     known = [state for state in shared.states if state.law.values <= 2]
     all_known = len(known) == len(shared.states)
-    draw = repeated(f, x)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        out = call(draw, x, s).double().movedim(shared.axis, 0).flatten(1)
+        out = call(f, x, s).double().movedim(shared.axis, 0).flatten(1)
         fits = {id(state): _within(state.law, out, shared.axis) for state in known}
         beyond = int((~torch.stack(list(fits.values())).any(0)).sum()) if all_known else 0
         quiets = fits.get(id(quiet), torch.zeros_like(moves))

@@ -17,20 +17,30 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
 
 from fqtstats.errors import NotExact
-from fqtstats.quantizers.base import Quantized, UniformQuantizer
+from fqtstats.quantizers.base import Frame, Quantized, UniformQuantizer
 from fqtstats.random import Stream, stream
-from fqtstats.verdicts.probe import Outlet, Probe, StreamFunction, call, repeated, repeated_codes, require_input
+from fqtstats.verdicts.probe import (
+    Outlet,
+    Probe,
+    StreamFunction,
+    call,
+    check_streams,
+    contradiction,
+    repeated,
+    repeated_codes,
+    require_input,
+)
 
-__all__ = ["Law", "Shared", "State", "coupled_codes", "exact_mean", "law"]
+__all__ = ["Law", "Shared", "State", "coupled", "exact_mean", "law", "law_of_codes"]
 
 _WIDEST = 32
 _MOST_VALUES = 8
-_CHECKS = 3
 _COMPARED = 256
 """Elements at least, over all repetitions, in which a deterministic callable must agree with itself."""
 
@@ -113,15 +123,17 @@ def exact_mean(f: StreamFunction, x: torch.Tensor) -> torch.Tensor:
             raises.
     """
     require_input(x)
-    codes = coupled_codes(f, x)
-    if codes is None:
+    if not coupled(f, x):
         return law(f, x).mean
-    probed, frame = codes
-    mean = law(probed, torch.zeros(frame.frame.view, dtype=torch.float64)).mean
-    return frame.frame.decode(mean).double()
+    told = contradiction(f, x)
+    if told is not None:
+        raise NotExact(told)
+    encoded = repeated_codes(f, x)
+    found, frame = law_of_codes(encoded)
+    return frame.decode(found.mean).double()
 
 
-def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None) -> Law:
+def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None, kept: StreamFunction | None = None) -> Law:
     """The exact law of every element of ``f(x, .)``; arguments and errors as for :func:`exact_mean`.
 
     The assumptions are checked against real streams: every element of several draws must have the value that the
@@ -130,11 +142,12 @@ def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None) -> Law:
 
     Args:
         key: of the stream that the probes stand for.
+        kept: what :func:`.probe.repeated` gives for ``f`` and ``x``, where that is known.
     """
     key = stream(site="probe") if key is None else key
     with torch.no_grad():
         before = _generators(x)
-        found = _Bisection(f, x, key).run()
+        found = _Bisection(f, x, key, kept).run()
         # Few elements may come out alike by chance.
         if _generators(x) != before:
             raise NotExact("it takes random numbers from another place than its stream")
@@ -151,9 +164,9 @@ def _generators(x: torch.Tensor) -> tuple[object, ...]:
 class _Bisection:
     """Finds the numbers at which the elements, or groups of them, switch."""
 
-    def __init__(self, f: StreamFunction, x: torch.Tensor, key: Stream) -> None:
+    def __init__(self, f: StreamFunction, x: torch.Tensor, key: Stream, kept: StreamFunction | None) -> None:
         self.f, self.x, self.key = f, x, key
-        self.repeated = repeated(f, x)
+        self.repeated = repeated(f, x) if kept is None else kept
         self.own: Outlet | None = None  # with a number for every element
         self.shared: Outlet | None = None  # with a number for every group of elements
         self.group = torch.zeros(0, dtype=torch.int64)  # of every element
@@ -274,8 +287,7 @@ class _Bisection:
 
     def _check(self, found: list[tuple[list[torch.Tensor], list[torch.Tensor]]], states: list[torch.Tensor]) -> None:
         """Against real streams: ``found`` are the switches in each state, which begin at ``states``."""
-        for draw in range(_CHECKS):
-            real = stream(draw=draw, site="probe.check")
+        for real in check_streams():
             numbers = torch.zeros(self.x.numel(), dtype=torch.int64)
             if self.own is not None:
                 numbers = real.bits(self.x.numel(), self.own.n)
@@ -369,16 +381,24 @@ def _switches(
     return values, starts
 
 
-def coupled_codes(f: StreamFunction, x: torch.Tensor) -> tuple[Callable[..., torch.Tensor], Quantized] | None:
-    """A quantizer's codes as a callable, with an example of its frame; None where its output is elementwise itself."""
-    if not isinstance(f, UniformQuantizer):
-        return None
-    example = f.encode(x, stream(site="probe"))
-    if example.frame.transform is None:
-        return None
-    encoded = repeated_codes(f, x)
+def coupled(f: StreamFunction, x: torch.Tensor) -> TypeGuard[UniformQuantizer]:
+    """Whether ``f`` is a quantizer whose decoder mixes the rows of ``x``: its codes are elementwise, and not itself."""
+    return isinstance(f, UniformQuantizer) and f.transform(x) is not None
+
+
+def law_of_codes(encoded: Callable[[Stream], Quantized]) -> tuple[Law, Frame]:
+    """The law of the codes of one input, in the view of their frame, and that frame.
+
+    Args:
+        encoded: the codes from a stream.
+
+    Raises:
+        NotExact: as :func:`law`.
+        InputError: likewise.
+    """
+    frame = encoded(stream(site="probe")).frame
 
     def codes(_: torch.Tensor, s: Stream) -> torch.Tensor:
         return encoded(s).codes().double()
 
-    return codes, example
+    return law(codes, torch.zeros(frame.view, dtype=torch.float64)), frame

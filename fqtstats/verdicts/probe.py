@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from fqtstats.errors import InputError, NotExact
-from fqtstats.quantizers import registered
+from fqtstats.quantizers import built_in
 from fqtstats.quantizers.base import Quantized, UniformQuantizer
-from fqtstats.random import Stream
+from fqtstats.random import Stream, stream
 
 __all__ = [
     "Held",
@@ -28,6 +28,8 @@ __all__ = [
     "StreamFunction",
     "attempt",
     "call",
+    "check_streams",
+    "contradiction",
     "repeated",
     "repeated_codes",
     "replay",
@@ -40,6 +42,7 @@ StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 _Device = torch.device | str | None
 
 _WIDEST = 32
+_CHECKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,17 +218,59 @@ class _Repeated:
         return self.drawn(stream)
 
 
-def repeated(f: StreamFunction, x: torch.Tensor) -> StreamFunction:
-    """``f`` for many calls on this ``x``: of a registered quantizer, what does not depend on the stream is kept.
+def check_streams() -> list[Stream]:
+    """Those on which ways to the same numbers are compared."""
+    return [stream(draw=draw, site="probe.check") for draw in range(_CHECKS)]
 
-    Others may do anything when they are called, and are called.
+
+def repeated(f: StreamFunction, x: torch.Tensor) -> StreamFunction:
+    """``f`` for many calls on this ``x``: of a built-in quantizer, what does not depend on the stream is kept.
+
+    Only if that gives the numbers of real calls on several streams, since methods may have been replaced. Others may do
+    anything when they are called, and are called.
+
+    Raises:
+        InputError: as :func:`call`.
     """
-    return _Repeated(f.name, f.for_input(x)) if registered(f) else f
+    if not built_in(f):
+        return f
+    drawn = f.for_input(x)
+    same = all(torch.equal(call(f, x, s), drawn(s)) for s in check_streams())
+    return _Repeated(f.name, drawn) if same else f
 
 
 def repeated_codes(q: UniformQuantizer, x: torch.Tensor) -> Callable[[Stream], Quantized]:
     """The codes of ``x`` from each stream, likewise."""
-    return q.encode_input(x) if registered(q) else partial(q.encode, x)
+    if not built_in(q):
+        return partial(q.encode, x)
+    encoded = q.encode_input(x)
+    same = all(torch.equal(q.encode(x, s).codes(), encoded(s).codes()) for s in check_streams())
+    return encoded if same else partial(q.encode, x)
+
+
+def contradiction(f: StreamFunction, x: torch.Tensor) -> str | None:
+    """Where the codes of a quantizer decode to other numbers than it gives when it is called; None if nowhere.
+
+    Raises:
+        InputError: as :func:`call`.
+    """
+    encode = getattr(f, "encode", None)
+    if encode is None:
+        return None
+    for s in check_streams():
+        out = call(f, x, s)
+        decoded = attempt(lambda x, s: encode(x, s).decode().to(x.dtype), x.clone(), s)
+        if decoded.shape != out.shape:
+            return f"its codes decode to {list(decoded.shape)}, and it gives {list(out.shape)} when it is called"
+        wrong = (decoded != out).reshape(-1).nonzero().view(-1)
+        if wrong.numel():
+            i = int(wrong[0])
+            return (
+                f"its codes decode to other numbers than it gives when it is called: element {i} to "
+                f"{float(decoded.reshape(-1)[i]):.6g} and not {float(out.reshape(-1)[i]):.6g}; {wrong.numel()} of "
+                f"{out.numel()} elements differ"
+            )
+    return None
 
 
 def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -234,7 +279,7 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
     Raises:
         InputError: it is not, or ``f`` raises; the message says how to call it again.
     """
-    out = attempt(f, x.clone(), stream)
+    out = attempt(f, x if isinstance(f, _Repeated) else x.clone(), stream)
     if not isinstance(out, torch.Tensor):
         raise InputError(f"{_name(f)} must return a tensor, got {type(out).__name__}; called with {replay(x, stream)}")
     if out.shape != x.shape or out.dtype != x.dtype:

@@ -134,7 +134,8 @@ class Check:
 
     def _record(self, verdict: Verdict) -> None:
         part = self._part
-        state = "unbiased" if verdict.ok else "NOT INDEPENDENT" if verdict.unbiased else "BIASED"
+        failed = "NOT INDEPENDENT" if verdict.unbiased else "BIASED" if verdict.consistent else "INCONSISTENT"
+        state = "unbiased" if verdict.ok else failed
         smallest = min(((size, where) for where, size in verdict.minimum_detectable_bias.items()), default=None)
         part.unreported.append(
             {

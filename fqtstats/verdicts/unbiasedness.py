@@ -8,23 +8,24 @@ by its draws alone: by the battery if its grid is named, else without knowing wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 
 from fqtstats.determinism import single_thread
 from fqtstats.errors import BiasDetected, InputError, NotExact
+from fqtstats.quantizers import registered
 from fqtstats.quantizers.agp import AGP
-from fqtstats.quantizers.base import Quantizer, UniformQuantizer
+from fqtstats.quantizers.base import Quantized, Quantizer, UniformQuantizer
 from fqtstats.random import Stream, stream
 from fqtstats.verdicts import blackbox, designs
 from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_groups, of_law, of_steps
-from fqtstats.verdicts.expectation import Law, Shared, coupled_codes, law
-from fqtstats.verdicts.probe import Held, StreamFunction, repeated, require_input
+from fqtstats.verdicts.expectation import Law, Shared, coupled, law, law_of_codes
+from fqtstats.verdicts.probe import Held, StreamFunction, contradiction, repeated, repeated_codes, require_input
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
@@ -49,10 +50,13 @@ class Verdict:
         false_alarm: the level.
         method: how the expectation was judged: ``"exact"``, ``"exact over samples and elements"`` (which have a random
             number each; or channels), ``"exact on the codes"`` (which are decoded linearly), ``"deterministic"``,
-            ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do.
+            ``"sampled on its grid"`` or ``"sampled"``, and why nothing better would do; ``"compared"`` where it is not
+            ``consistent``.
         minimum_detectable_bias: smallest bias, in steps, that the draws on the first design find with probability .99,
             by its shape; empty for a black box.
         worst_bias: largest ``|E - x|`` found without sampling, in steps; None where it was not computed.
+        consistent: the codes of a quantizer decode to what it gives when it is called. Where they do not, neither is
+            judged, and it is not ``unbiased``.
     """
 
     unbiased: bool
@@ -65,6 +69,7 @@ class Verdict:
     method: str
     minimum_detectable_bias: dict[str, float] = field(default_factory=dict)
     worst_bias: float | None = None
+    consistent: bool = True
 
     @property
     def ok(self) -> bool:
@@ -72,7 +77,7 @@ class Verdict:
         return self.unbiased and self.independent is not False
 
     def __str__(self) -> str:
-        state = "unbiased" if self.unbiased else "BIASED"
+        state = "unbiased" if self.unbiased else "BIASED" if self.consistent else "INCONSISTENT"
         if self.independent is False:
             state += ", NOT INDEPENDENT"
         return f"{state} (p = {self.p_value:.3g}, {self.draws} draws, {self.method}): {self.evidence}"
@@ -163,17 +168,26 @@ class _Judge:
         self.most = draws
         self.named = None if grid is None else of_steps(f, x, *grid)
         self.deterministic = False
+        self.drawn = f  # for many calls on one design
         self.draws = 0
         self.worst = 0.0
         self.best: Finding | None = None  # the smallest adjusted p-value of any test
         self.detectable: dict[str, float] = {}
-        self.coupled = coupled_codes(f, x) is not None
+        self.encoded: Callable[[Stream], Quantized] | None = None  # of a coupled quantizer
+        self.coupled = coupled(f, x)
         self.sharing: str | None = None  # what shares a number: "sample" or "channel"
         self.parts = 1  # of a design that are tested on draws
 
     def verdict(self) -> Verdict:
+        # Of other classes the codes may be what is inherited, and are not what is judged.
+        if self.coupled or registered(self.f):
+            told = contradiction(self.f, self.x)
+            if told is not None:
+                return replace(self._result(False, None, 0.0, told, "compared"), worst_bias=None, consistent=False)
         planned = list(self._designs())
         for design in planned:
+            if not self.coupled:
+                self.drawn = repeated(self.f, design.x)
             try:
                 exact = self._expectation(design)
             except NotExact as reason:
@@ -220,10 +234,10 @@ class _Judge:
         common numbers held where most elements are random.
         """
         self.sharing = ("sample", "channel")[shared.axis]
-        parts = [of_groups(self.f, design.x, shared)] if design.name == "natural" else []
+        parts = [of_groups(self.drawn, design.x, shared)] if design.name == "natural" else []
         loudest = max(shared.states, key=lambda state: int((state.law.high > state.law.low).sum()))
         if loudest.law.values == 2:
-            draw = repeated(self.f, design.x)
+            draw = self.drawn
 
             def held(x: torch.Tensor, s: Stream) -> torch.Tensor:
                 return draw(x, Held(s, shared.outlet, loudest.words))
@@ -274,7 +288,7 @@ class _Judge:
         if isinstance(q, Quantizer) and levels and not self.coupled and x.dtype in (torch.float32, torch.float64):
             for high in (False, True):
                 ladder = q.at_coordinates(designs.ladder(designs.LADDER_SHAPE, levels, high, x.dtype))
-                if coupled_codes(q, ladder) is None:  # a quantizer may mix these rows, and not those of x
+                if not coupled(q, ladder):  # a quantizer may mix these rows, and not those of x
                     yield designs.Design("high ladder" if high else "low ladder", ladder, _LADDER_TOLERANCE)
 
     def _steps(self, design: designs.Design, exact: Law) -> torch.Tensor:
@@ -313,14 +327,13 @@ class _Judge:
         """The law on a design, or what is wrong with its mean."""
         x = design.x.double()
         if not self.coupled:
-            exact = law(self.f, design.x, stream(seed=self.seed, site=f"probe {design.name}"))
+            exact = law(self.f, design.x, stream(seed=self.seed, site=f"probe {design.name}"), self.drawn)
             self.deterministic = exact.n == 0
             step = self._steps(design, exact)
             return self._off(design, "E", "x", exact.mean, x, step, self._tolerance(design, step)) or exact
-        coupled = coupled_codes(self.f, design.x)
-        assert coupled is not None
-        codes, example = coupled
-        exact = law(codes, torch.zeros(example.frame.view, dtype=torch.float64))
+        assert isinstance(self.f, UniformQuantizer)
+        self.encoded = repeated_codes(self.f, design.x)
+        exact, frame = law_of_codes(self.encoded)
         # First the codes against the coordinates that they round, then transform and decoder, which are linear, and
         # whose rounding is relative to the largest number they meet.
         decisions = self._decisions(design, exact)
@@ -329,7 +342,7 @@ class _Judge:
         wrong = self._off(
             design, "the mean code", "the coordinate", mean, decisions.coordinates, one, decisions.tolerance
         )
-        decoded = example.frame.decode(exact.mean.clone()).double()
+        decoded = frame.decode(exact.mean.clone()).double()
         tolerance = torch.full_like(x, 16 * torch.finfo(torch.float32).eps * float(x.abs().amax()))
         return wrong or self._off(design, "E", "x", decoded, x, torch.zeros_like(x), tolerance) or exact
 
@@ -361,8 +374,8 @@ class _Judge:
     def _decisions(self, design: designs.Design, exact: Law) -> Decisions:
         if self.coupled:
             assert isinstance(self.f, UniformQuantizer)
-            return of_grid(self.f, design.x, 4 * self.f.format.levels * 2.0**-24)
-        return of_law(self.f, design.x, exact)
+            return of_grid(self.f, design.x, 4 * self.f.format.levels * 2.0**-24, self.encoded)
+        return of_law(self.drawn, design.x, exact)
 
     # --- draws ------------------------------------------------------------------------------------------------------
 
