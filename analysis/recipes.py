@@ -16,27 +16,43 @@ The backends compute with the same codes; their products differ by float roundin
 question is not whether final losses are equal but whether the backend moves them by less than the seed does. It is
 answered on the logarithm of the final training loss, where spreads of recipes with small and large losses are alike:
 
-- The margin is what runs of two seeds differ by in 5 % of cases, 1.96 sqrt(2) standard deviations over the seeds (the
-  repeatability limit of ISO 5725), for the study's typical recipe: the geometric mean of the recipes' standard
-  deviations, which three seeds do not tell one by one. As this is an estimate, too, its lower 95 % confidence limit is
-  taken. A recipe that seeds move more than others is held to the same margin.
+- The margin is the root mean square difference of two seeds, sqrt(2) standard deviations, for the study's typical
+  recipe: the geometric mean of the recipes' standard deviations, which three seeds do not tell one by one. As this is
+  an estimate, too, its lower 95 % confidence limit is taken. A recipe that seeds move more than others is held to the
+  same margin.
 - The standard deviation of a recipe's differences native - simulated has two degrees of freedom with three seeds. It is
   moderated: variances are shrunk towards those of the other recipes, as much as these are alike (G. Smyth, "Linear
   models and empirical Bayes methods", 2004).
 - ``equal``: the mean difference is below the margin, by two one-sided t tests (TOST). ``differs``: it is not 0, by a
-  t test. Both with p-values that are corrected over the recipes (Holm), at 5 %; with neither the recipe is ``open``.
-  ``equal`` comes first: a difference that is there and below the margin shows in ``p_differs``.
+  t test. ``equal`` comes first: a difference that is there and below the margin shows in ``p_differs``. With neither
+  the recipe is ``open``. The p-values are multiplied by the number of recipes (Bonferroni). As at most one of a
+  recipe's two null hypotheses is true, the probability of any false verdict is 5 % over both tests together.
 
-A seed of which a run diverged is left out of its recipe's difference; if it diverged on one backend alone, the recipe
-is ``open``. Losses that agree in every bit, as those of recipes that quantize nothing, are ``identical``.
+How much can be told depends on how far the backends' trajectories part. Where they part as those of two seeds do, a
+difference of the backends is as large as one of two seeds, and three seeds cannot show any recipe to be ``equal``: the
+standard error of the mean difference, sqrt(2 / 3) standard deviations, is too much for this margin. In simulations of
+31 recipes half of them are found ``equal`` with 20 seeds, three quarters with 30; with three seeds 3 % at half that
+difference and 56 % at 0.3 of it. A shift of three standard deviations ``differs`` in a quarter of the recipes, of four
+in a half. So ``open`` is what three seeds are expected to give, and speaks neither for nor against the backends.
+
+The main statement is on all recipes together (:func:`overall`): the mean difference over the recipes, and whether it is
+below the margin. Recipes are not independent, as they share seeds, weights and batches; its interval takes the seeds as
+the independent unit. A mean hides shifts of either sign. These show in the share, the size of a difference of the
+backends over that of two seeds: it is 1 where trajectories part and nothing else happens, and above it with shifts.
+
+A seed of which a run diverged is left out of its recipe's difference, and such a recipe of the mean of all; if it
+diverged on one backend alone, or less than two seeds are left, the recipe is ``open``. Losses that agree in every bit,
+as those of recipes that quantize nothing, are ``identical``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +63,6 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
-from statsmodels.stats.multitest import multipletests
 
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models, ops
@@ -57,6 +72,7 @@ from fqtstats.layers import BACKENDS
 from fqtstats.provenance import provenance
 from fqtstats.report import style
 from fqtstats.training import loop, runs
+from fqtstats.training.description import recipe_as_json
 from fqtstats.training.divergence import tell
 from fqtstats.training.recipes import RECIPES
 
@@ -83,8 +99,11 @@ MEASURED = ("loss", "accuracy", "test_loss", "test_accuracy", "kept_bytes", "kep
 """Columns of a run that are unknown if it diverged."""
 
 LEVEL = 0.05
-LIMIT = 1.96 * math.sqrt(2)
-"""Margin in typical standard deviations of the log loss over the seeds."""
+LIMIT = math.sqrt(2)
+"""Margin in typical standard deviations of the log loss over the seeds: the root mean square difference of two."""
+
+RESOLUTION = float(np.finfo(np.float32).eps)
+"""Of a log loss, as losses are made of float32 numbers: standard deviations below it are taken for it."""
 
 Weights = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float64]
@@ -150,6 +169,7 @@ class Study:
     def __init__(self, source: str, backend: str, seed: int, model: str | None, epochs: int | None) -> None:
         self.source, self.backend, self.seed, self.model, self.epochs = source, backend, seed, model, epochs
         self.task, self.records = TASKS[source], records(source)
+        self.fingerprint = self.records.fingerprint()
 
     def row(self, name: str, bits: int | None) -> dict[str, Any]:
         """The row of a run of which nothing is known yet."""
@@ -161,11 +181,20 @@ class Study:
             "seed": self.seed,
             "model": self.model or run.model,
             "epochs": self.epochs or self.task.epochs or run.epochs,
+            "trained_sha256": self.digest(run),
             **dict.fromkeys(MEASURED, math.nan),
             "seconds": 0.0,
             "guessing": guessing(self.records),
             "diverged": "",
         }
+
+    def digest(self, run: runs.Run) -> str:
+        """sha256 of the recipe, of that which its network starts from, of the size of the batches and of the data."""
+        recipes = [run.recipe]
+        if run.recipe.starts_from == "full-precision":
+            recipes.append(runs.run(f"{START}/{self.source}").recipe)
+        trained = [*map(recipe_as_json, recipes), self.task.batch_size or run.batch_size, self.fingerprint]
+        return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
 
     def train(self, name: str, bits: int | None, weights: Weights | None = None) -> tuple[dict[str, Any], Weights]:
         """One run: its row, and the weights at its end."""
@@ -204,6 +233,8 @@ def check(stored: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
     for key in ("model", "epochs"):
         if stored[key] != wanted[key]:
             raise SystemExit(f"{file} has {key} {stored[key]}, not {wanted[key]}; give another --out, or remove it")
+    if stored.get("trained_sha256") != wanted["trained_sha256"]:
+        raise SystemExit(f"{file} is of another recipe, batch size or data; give another --out, or remove it")
 
 
 def write(file: Path, row: dict[str, Any]) -> None:
@@ -234,61 +265,75 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 
     ``ratio_low`` and ``ratio_high`` are its 95 % interval for the recipe alone, ``margin`` is the factor up to which
     losses count as equal; ``sd_seeds`` and ``sd_backends``, of the log loss over the seeds within a backend and of the
-    difference of the backends, are the recipe's own, not moderated.
+    difference of the backends, are the recipe's own, not moderated. ``pairs`` are the seeds that both backends came to
+    the end with. ``memory`` is how many times the bytes kept for the backward pass would be more in float32, in the
+    layers that the recipe quantizes.
     """
     found, tested = [], []
     for recipe, own in rows.groupby("recipe", sort=False):
         final = own.pivot(index="seed", columns="backend", values="loss")
         row: dict[str, Any] = {"recipe": recipe, "seeds": len(final)}
         for backend in final:
-            row[f"loss_{backend}"] = final[backend].mean()
+            row[f"loss_{backend}"], row[f"loss_sd_{backend}"] = final[backend].mean(), final[backend].std()
             row[f"diverged_{backend}"] = int((own.loc[own["backend"] == backend, "diverged"] != "").sum())
         row["test_loss"], row["test_accuracy"] = own["test_loss"].mean(), own["test_accuracy"].mean()
         row["trains"] = bool((own["loss"] < own["data"].map(lambda name: TASKS[name].trained) * own["guessing"]).all())
         native = own[own["backend"] == "native"].dropna(subset="kept_bytes")
         row["memory"] = float((native["kept_float32_bytes"] / native["kept_bytes"]).mean())
+        row["pairs"], row["verdict"] = 0, "open"
         if set(BACKENDS) <= set(final):
             logs = np.log(final[list(BACKENDS)].dropna().to_numpy(dtype=np.float64))
             difference = logs[:, BACKENDS.index("native")] - logs[:, BACKENDS.index("simulated")]
-            n = len(difference)
-            if n:
+            row["pairs"], alone = len(difference), diverged_alone(own)
+            if len(difference):
                 row["ratio"] = math.exp(difference.mean())
-            alone = (own["diverged"] != "").groupby(own["seed"]).sum().eq(1).any()
-            if alone:
-                row["verdict"] = "open"
-            elif n > 1 and not difference.any():
-                row["verdict"] = "identical"
-            if n > 1 and difference.any():
+            if len(difference) > 1 and difference.any():
                 row["sd_seeds"] = math.sqrt(logs.var(axis=0, ddof=1).mean())
                 row["sd_backends"] = difference.std(ddof=1)
-                tested.append((row, n))
+                tested.append((row, alone))
+            elif len(difference) > 1 and not alone:
+                row["verdict"] = "identical"
         found.append(row)
     judge(tested)
     return pd.DataFrame(found)
 
 
-def judge(tested: list[tuple[dict[str, Any], int]]) -> None:
-    """Fill in interval, margin and p-values of rows with so many seeds, and the verdict of those that have none."""
+def diverged_alone(own: pd.DataFrame) -> bool:
+    """Whether a seed that both backends have run diverged on one of them and not on the other."""
+    of_seed = (own["diverged"] != "").groupby(own["seed"]).agg(["sum", "size"])
+    return bool(((of_seed["size"] == len(BACKENDS)) & (of_seed["sum"] == 1)).any())
+
+
+def judge(tested: list[tuple[dict[str, Any], bool]]) -> None:
+    """Fill in interval, margin and p-values of rows whose losses differ; the verdict if no backend diverged alone."""
     if not tested:
         return
-    n = np.array([n for _, n in tested], dtype=np.float64)
+    n = np.array([row["pairs"] for row, _ in tested], dtype=np.float64)
     mean = np.array([math.log(row["ratio"]) for row, _ in tested])
-    backends, df = moderated(np.array([row["sd_backends"] ** 2 for row, _ in tested]), n - 1)
-    error, margin = np.sqrt(backends / n), LIMIT * typical(np.array([row["sd_seeds"] ** 2 for row, _ in tested]), n - 1)
+    backends, df = moderated(variances([row["sd_backends"] for row, _ in tested]), n - 1)
+    error, margin = np.sqrt(backends / n), LIMIT * typical(variances([row["sd_seeds"] for row, _ in tested]), n - 1)
     half = scipy.stats.t.ppf(1 - LEVEL / 2, df) * error
-    p_equal = holm(scipy.stats.t.sf((margin - abs(mean)) / error, df))
-    p_differs = holm(2 * scipy.stats.t.sf(abs(mean) / error, df))
-    for index, (row, _) in enumerate(tested):
+    p_equal = np.minimum(1, len(tested) * scipy.stats.t.sf((margin - abs(mean)) / error, df))
+    p_differs = np.minimum(1, len(tested) * 2 * scipy.stats.t.sf(abs(mean) / error, df))
+    for index, (row, alone) in enumerate(tested):
         row["ratio_low"], row["ratio_high"] = np.exp(mean[index] + np.array([-1, 1]) * half[index])
         row["margin"] = math.exp(margin)
         row["p_equal"], row["p_differs"] = p_equal[index], p_differs[index]
-        equal, differs = p_equal[index] < LEVEL, p_differs[index] < LEVEL
-        row.setdefault("verdict", "equal" if equal else "differs" if differs else "open")
+        if not alone:
+            row["verdict"] = verdict(p_equal[index], p_differs[index])
+
+
+def verdict(p_equal: float, p_differs: float) -> str:
+    return "equal" if p_equal < LEVEL else "differs" if p_differs < LEVEL else "open"
+
+
+def variances(deviations: Sequence[float]) -> Vector:
+    return np.maximum(np.array(deviations, dtype=np.float64), RESOLUTION) ** 2
 
 
 def log_variances(variances: Vector, df: Vector) -> Vector:
     """Unbiased estimates of the logarithms of the true variances, from estimates with ``df`` degrees of freedom."""
-    # A variance of 0 has no logarithm.
+    # One that is almost 0 by chance would outweigh all others.
     logs = np.log(np.maximum(variances, 1e-5 * np.median(variances)))
     return logs + np.log(df / 2) - scipy.special.digamma(df / 2)
 
@@ -323,29 +368,41 @@ def moderated(variances: Vector, df: Vector) -> tuple[Vector, Vector]:
     return (2 * half * prior + df * variances) / total, np.minimum(total, df.sum())
 
 
-def holm(p: Vector) -> Vector:
-    corrected: Vector = multipletests(p, method="holm")[1]
-    return corrected
-
-
-def overall(table: pd.DataFrame) -> dict[str, float]:
+def overall(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     """Of all recipes whose losses differ: what the backends do on average, and as a share of what seeds do.
 
-    Made from the table of :func:`summary`. ``ratio``: geometric mean of the ratios of the losses, with its 95 %
-    interval over the recipes. ``share``: root mean square difference of the backends over that of two seeds, in log
-    loss; the median over the recipes.
+    Made from runs and their :func:`summary`. ``ratio``: geometric mean of the ratios of the losses over the recipes
+    that have every seed on both backends, with the 95 % interval of the mean over the ``seeds`` (t distribution);
+    ``verdict``: of this mean, with the recipes' ``margin``. ``share``: root mean square difference of the backends over
+    that of two seeds, in log loss; the median over the recipes. Empty for less than two recipes or seeds.
     """
     if "sd_backends" not in table or len(own := table.dropna(subset="sd_backends")) < 2:
         return {}
-    logs = np.log(own["ratio"].to_numpy(dtype=np.float64))
-    half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
-    within = own["sd_backends"] ** 2 * (1 - 1 / own["seeds"]) + logs**2
+    logs = rows.assign(log=np.log(rows["loss"])).pivot(index=["recipe", "seed"], columns="backend", values="log")
+    difference = (logs["native"] - logs["simulated"]).unstack("seed").loc[own["recipe"]]
+    difference = difference.dropna(axis="columns", how="all").dropna()
+    recipes, seeds = difference.shape
+    if recipes < 2:
+        return {}
+    of_seed = difference.to_numpy(dtype=np.float64).mean(axis=0)
+    mean, df = float(of_seed.mean()), seeds - 1
+    error = max(float(of_seed.std(ddof=1)), RESOLUTION) / math.sqrt(seeds)
+    half = float(scipy.stats.t.ppf(1 - LEVEL / 2, df)) * error
+    margin = float(own["margin"].iloc[0])
+    p_equal = float(scipy.stats.t.sf((math.log(margin) - abs(mean)) / error, df))
+    p_differs = 2 * float(scipy.stats.t.sf(abs(mean) / error, df))
+    within = own["sd_backends"] ** 2 * (1 - 1 / own["pairs"]) + np.log(own["ratio"]) ** 2
     return {
-        "recipes": len(logs),
-        "ratio": math.exp(logs.mean()),
-        "ratio_low": math.exp(logs.mean() - half),
-        "ratio_high": math.exp(logs.mean() + half),
-        "share": float(np.sqrt(within / (2 * own["sd_seeds"] ** 2)).median()),
+        "recipes": recipes,
+        "seeds": seeds,
+        "ratio": math.exp(mean),
+        "ratio_low": math.exp(mean - half),
+        "ratio_high": math.exp(mean + half),
+        "margin": margin,
+        "p_equal": p_equal,
+        "p_differs": p_differs,
+        "verdict": verdict(p_equal, p_differs),
+        "share": float(np.sqrt(within / (2 * own["sd_seeds"].clip(lower=RESOLUTION) ** 2)).median()),
     }
 
 
@@ -361,32 +418,80 @@ def save(rows: pd.DataFrame, folder: Path) -> None:
         "trained": {name: TASKS[name].trained for name in sorted(set(rows["data"]))},
         "level": LEVEL,
         "limit": LIMIT,
-        "overall": overall(table),
+        "overall": overall(rows, table),
     }
     for name, content in {
         "rows.csv": rows.to_csv(index=False, float_format="%.9g"),
         "summary.csv": table.to_csv(index=False, float_format="%.6g"),
-        "table.md": markdown(table),
+        "table.md": markdown(table, about["overall"]),
         "run.json": json.dumps({**about, **provenance(ops.isa())}, indent=2) + "\n",
     }.items():
         put(folder / name, content.encode())
     put(folder / "losses.png", draw(rows))
-    print(table.to_string(index=False))
-    print(json.dumps(about["overall"], indent=2))
+    print(readable(table).to_string(index=False))
+    print(in_words(about["overall"]))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown: loss first, because accuracies saturate on digits."""
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The part of the table that is to be read, as text: loss first, because accuracies saturate on digits."""
 
-    def number(value: object) -> str:
-        if isinstance(value, bool | np.bool_):
-            return "yes" if value else "no"
-        if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.3g}"
-        return str(value)
+    def loss(row: pd.Series, backend: str) -> str:
+        told = with_deviation(row[f"loss_{backend}"], row[f"loss_sd_{backend}"])
+        diverged = row[f"diverged_{backend}"]
+        return f"{told} ({diverged:g} diverged)".lstrip() if diverged > 0 else told
 
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "".join(f"| {' | '.join(number(cell) for cell in line)} |\n" for line in lines)
+    def ratio(row: pd.Series) -> str:
+        if math.isnan(row.get("ratio_low", math.nan)):
+            return "" if math.isnan(row.get("ratio", math.nan)) else f"{row['ratio']:.2f}"
+        return f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+
+    backends = [backend for backend in BACKENDS if f"loss_{backend}" in table]
+    return pd.DataFrame(
+        {
+            "recipe": row["recipe"],
+            **{f"loss, {backend}": loss(row, backend) for backend in backends},
+            "trains": "yes" if row["trains"] else "no",
+            "ratio (95 %)": ratio(row),
+            "backends": row["verdict"],
+            "memory": "" if math.isnan(row["memory"]) else f"{row['memory']:.1f}x",
+        }
+        for _, row in table.iterrows()
+    )
+
+
+def with_deviation(mean: float, deviation: float) -> str:
+    """Mean and standard deviation, to the second digit of the latter; "" for none."""
+    if math.isnan(mean):
+        return ""
+    if math.isnan(deviation) or deviation == 0:
+        return f"{mean:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{digits}f}±{deviation:.{digits}f}"
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """What :func:`overall` says; "" for nothing."""
+    if not found:
+        return ""
+    return (
+        f"All {found['recipes']} recipes whose losses differ, over {found['seeds']} seeds: native / simulated "
+        f"{found['ratio']:.3f} ({found['ratio_low']:.3f}-{found['ratio_high']:.3f}), {found['verdict']} by a margin of "
+        f"{found['margin']:.2f}.\nA difference of the backends is {found['share']:.2f} times that of two seeds."
+    )
+
+
+def markdown(table: pd.DataFrame, found: dict[str, Any]) -> str:
+    """What is to be read of the table, and what its columns are."""
+    shown = readable(table)
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.itertuples(index=False)]
+    legend = (
+        "Loss: final training loss [nats], mean and standard deviation over the seeds. Ratio: native / simulated, "
+        "geometric mean with the recipe's own 95 % interval. Backends: whether they move the loss by less than a seed "
+        "does; open: not to be told from these runs. Memory: how many times less is kept for the backward pass than "
+        "in float32, by the layers that are quantized."
+    )
+    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(filter(None, [rows, f"{legend}\n", in_words(found)])).rstrip() + "\n"
 
 
 def draw(rows: pd.DataFrame) -> bytes:

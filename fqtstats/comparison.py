@@ -204,13 +204,10 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
 
 def _configuration(training: Training) -> str:
     """Everything that the training was done with but the seed, as one string."""
-    own = {
-        "recipe": training.metadata.get("recipe", {}),
-        "settings": training.metadata.get("settings", {}),
-        "data": training.metadata.get("data", {}),
-        "arguments": {name: value for name, value in _arguments(training).items() if name not in _TOLD},
-    }
-    return json.dumps(own, sort_keys=True)
+    own = {name: training.metadata.get(name, {}) for name in ("recipe", "settings", "data")}
+    told = _TOLD if all(own.values()) else ()
+    arguments = {name: value for name, value in _arguments(training).items() if name not in told}
+    return json.dumps({**own, "arguments": arguments}, sort_keys=True)
 
 
 def _arguments(training: Training) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 
 from fqtstats.errors import TrainingDiverged
@@ -34,16 +36,22 @@ def study() -> ModuleType:
 RECIPES, SEEDS = 24, 3
 
 
-def made_up(shift: dict[str, float] | None = None, *, backends: float = 0.1, seed: int = 0) -> pd.DataFrame:
-    """Runs whose log losses have a standard deviation of 0.2 over the seeds and ``backends`` between the backends."""
+def made_up(
+    shift: dict[str, float] | None = None, *, backends: float = 0.03, common: float = 0.0, seed: int = 0
+) -> pd.DataFrame:
+    """Runs whose log losses have a standard deviation of 0.2 over the seeds and ``backends`` between the backends.
+
+    ``common`` is that of a difference of the backends that all recipes of a seed have.
+    """
     generator, rows = np.random.default_rng(seed), []
+    together = common * generator.normal(size=SEEDS)
     for index in range(RECIPES):
         recipe = f"r{index}"
         for own in range(SEEDS):
-            common = math.log(0.02 * (1 + index)) + 0.2 * generator.normal()
-            apart = backends * generator.normal()
+            middle = math.log(0.02 * (1 + index)) + 0.2 * generator.normal()
+            apart = backends * generator.normal() + together[own]
             for backend, sign in (("native", 0.5), ("simulated", -0.5)):
-                loss = math.exp(common + sign * (apart + (shift or {}).get(recipe, 0.0)))
+                loss = math.exp(middle + sign * (apart + (shift or {}).get(recipe, 0.0)))
                 rows.append({"recipe": recipe, "backend": backend, "seed": own, "loss": loss, "diverged": ""})
     kept = {"test_loss": 0.1, "test_accuracy": 0.9, "kept_bytes": 1.0, "kept_float32_bytes": 4.0}
     about = {"data": "digits", "model": "small", "epochs": 1, "guessing": math.log(10), "accuracy": 0.9, "seconds": 1.0}
@@ -57,7 +65,7 @@ def verdicts(study: ModuleType, rows: pd.DataFrame) -> pd.Series:
 def test_backends_that_differ_less_than_seeds_are_equal_and_others_differ(study: ModuleType) -> None:
     """Fixed seeds: nothing to fail by chance."""
     assert (verdicts(study, made_up()) == "equal").all()
-    # A factor of 3 is far above the margin, exp(2.77 * 0.2) = 1.74.
+    # A factor of 3 is far above the margin, exp(sqrt(2) 0.2) = 1.33.
     found = verdicts(study, made_up({"r3": math.log(3.0), "r5": -math.log(3.0)}))
     assert found[["r3", "r5"]].tolist() == ["differs", "differs"]
     assert (found.drop(["r3", "r5"]) == "equal").all()
@@ -71,14 +79,73 @@ def test_a_noisy_comparison_does_not_pass(study: ModuleType) -> None:
     assert not (table["verdict"] == "equal").any()
 
 
+def test_a_shift_that_seeds_seldom_make_is_not_equal(study: ModuleType) -> None:
+    """1.5 standard deviations over the seeds, in 20 recipes, with backends that differ little or as two seeds do."""
+    for backends in (0.03, 0.2 * math.sqrt(2)):
+        found = verdicts(study, made_up({f"r{index}": 0.3 for index in range(20)}, backends=backends))
+        assert not (found[[f"r{index}" for index in range(20)]] == "equal").any()
+
+
+def test_verdicts_have_one_family(study: ModuleType) -> None:
+    """Both p-values are those of the recipe alone times the number of recipes."""
+    table = study.summary(made_up(backends=0.2))
+    pooled = math.sqrt((table["sd_backends"] ** 2).mean() / SEEDS)  # as all variances are alike
+    alone = 2 * scipy.stats.t.sf(np.log(table["ratio"]).abs() / pooled, RECIPES * (SEEDS - 1))
+    assert np.allclose(table["p_differs"], np.minimum(1, RECIPES * alone))
+    over = (np.log(table["margin"]) - np.log(table["ratio"]).abs()) / pooled
+    assert np.allclose(table["p_equal"], np.minimum(1, RECIPES * scipy.stats.t.sf(over, RECIPES * (SEEDS - 1))))
+
+
+def test_backends_without_spread_over_the_seeds_are_judged(study: ModuleType) -> None:
+    """A difference that is the same for all seeds, in most of the recipes and in all of them."""
+    rows = made_up()
+    for count in (RECIPES // 2 + 1, RECIPES):
+        chosen = rows["recipe"].isin([f"r{index}" for index in range(count)])
+        rows.loc[chosen, "loss"] = np.where(rows["backend"] == "native", 8.0, 1.0)[chosen]
+        table = study.summary(rows)
+        assert (table["sd_backends"] == 0).sum() == count
+        assert (table["verdict"][:count] == "differs").all()
+        assert np.allclose(table["ratio"][:count], 8)
+
+
+def overall(study: ModuleType, rows: pd.DataFrame) -> dict:
+    return study.overall(rows, study.summary(rows))
+
+
 def test_a_small_difference_of_all_recipes_shows_in_their_mean(study: ModuleType) -> None:
-    found = study.overall(study.summary(made_up({f"r{index}": 0.15 for index in range(RECIPES)})))
+    shifted = made_up({f"r{index}": 0.15 for index in range(RECIPES)}, backends=0.1)
+    found = overall(study, shifted)
     assert 1 < found["ratio_low"] < math.exp(0.15) < found["ratio_high"]
-    assert found["recipes"] == RECIPES
-    plain = study.overall(study.summary(made_up()))
+    assert (found["recipes"], found["seeds"], found["verdict"]) == (RECIPES, SEEDS, "equal")
+    plain = overall(study, made_up(backends=0.1))
     assert plain["ratio_low"] < 1 < plain["ratio_high"]
     # Standard deviations of the difference of two backends, and of two seeds: a third.
     assert 0.1 / (0.2 * math.sqrt(2)) == pytest.approx(plain["share"], rel=0.3)
+    assert overall(study, made_up({f"r{index}": 0.9 for index in range(RECIPES)}))["verdict"] == "differs"
+
+
+def test_the_interval_of_all_recipes_has_the_seeds_for_units(study: ModuleType) -> None:
+    """What all recipes of a seed have in common does not average out over the recipes."""
+    rows = made_up(common=0.2)
+    found = overall(study, rows)
+    logs = np.log(rows.pivot(index=["recipe", "seed"], columns="backend", values="loss"))
+    of_seed = (logs["native"] - logs["simulated"]).groupby("seed").mean()
+    expected = scipy.stats.ttest_1samp(of_seed, 0.0)
+    assert found["p_differs"] == pytest.approx(expected.pvalue)
+    low, high = np.exp(expected.confidence_interval())
+    assert (found["ratio_low"], found["ratio_high"]) == (pytest.approx(low), pytest.approx(high))
+    # A recipe that lacks a seed is left out, one that all lack does not count.
+    lost = (rows["recipe"] == "r1") & (rows["seed"] == 0)
+    assert overall(study, rows[~lost])["recipes"] == RECIPES - 1
+    without = (rows["seed"] == 2) & (rows["backend"] == "native")
+    assert overall(study, rows[~without])["seeds"] == 2
+
+
+def test_the_share_counts_seeds_that_ended(study: ModuleType) -> None:
+    rows = made_up(backends=0.2)
+    expected = overall(study, rows[rows["seed"] > 0])["share"]
+    rows.loc[rows["seed"] == 0, ["loss", "diverged"]] = [math.nan, "epoch 1"]
+    assert overall(study, rows)["share"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_identical_losses_need_no_test(study: ModuleType) -> None:
@@ -108,11 +175,13 @@ def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study:
         False,
     ]
     assert table.loc["r2", ["diverged_native", "diverged_simulated", "trains"]].tolist() == [3, 3, False]
-    assert pd.isna(table.loc["r2", "verdict"])
-    assert table.loc["r3", "verdict"] == "open"
+    assert table.loc[["r2", "r3"], "verdict"].tolist() == ["open", "open"]
+    assert table.loc[["r1", "r2", "r3"], "pairs"].tolist() == [2, 0, 0]
     assert table.loc["r0", "trains"]
     assert study.draw(rows).startswith(b"\x89PNG")
-    assert "| r2 |" in study.markdown(study.summary(rows))
+    told = study.markdown(study.summary(rows), overall(study, rows))
+    assert "| r2 | (3 diverged) | (3 diverged) | no |  | open | 4.0x |" in told
+    assert f"All {RECIPES - 3} recipes" in told
 
 
 def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: ModuleType) -> None:
@@ -121,8 +190,9 @@ def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: Modu
     assert study.summary(alone)["verdict"].notna().all()
     for part in (alone[alone["backend"] == "native"], alone[alone["seed"] == 0]):
         table = study.summary(part)
-        assert len(table) == 1
-        assert study.overall(table) == {}
+        assert table["verdict"].tolist() == ["open"]
+        assert study.overall(part, table) == {}
+        assert "| r0 |" in study.markdown(table, {})
 
 
 def test_a_run_that_is_not_there_yet_has_not_diverged(study: ModuleType) -> None:
@@ -130,6 +200,30 @@ def test_a_run_that_is_not_there_yet_has_not_diverged(study: ModuleType) -> None
     missing = (rows["recipe"] == "r0") & (rows["backend"] == "native") & (rows["seed"] == 0)
     row = study.summary(rows[~missing]).iloc[0]
     assert (row["diverged_native"], row["verdict"]) == (0, "equal")
+    # Nor does a seed differ that diverged on the other backend, and may do so on this one.
+    diverged = (rows["recipe"] == "r0") & (rows["backend"] == "simulated") & (rows["seed"] == 0)
+    rows.loc[diverged, ["loss", "diverged"]] = [math.nan, "epoch 1"]
+    row = study.summary(rows[~missing]).iloc[0]
+    assert (row["diverged_simulated"], row["verdict"]) == (1, "equal")
+
+
+def test_the_table_is_for_reading(study: ModuleType) -> None:
+    shown = study.readable(study.summary(made_up(backends=0.1)))
+    assert list(shown.columns) == [
+        "recipe",
+        "loss, simulated",
+        "loss, native",
+        "trains",
+        "ratio (95 %)",
+        "backends",
+        "memory",
+    ]
+    assert study.with_deviation(0.31234, 0.0456) == "0.312±0.046"
+    assert study.with_deviation(12.3, 45.6) == "12±46"
+    assert study.with_deviation(0.31234, math.nan) == "0.312"
+    assert study.with_deviation(math.nan, math.nan) == ""
+    wide = shown.assign(recipe=max(study.RECIPES, key=len) + "@4")
+    assert max(map(len, wide.to_string(index=False).splitlines())) <= 100
 
 
 def test_moderated_variances(study: ModuleType) -> None:
@@ -219,6 +313,43 @@ def test_runs_of_another_length_are_not_taken_for_these(command) -> None:
     with pytest.raises(SystemExit, match="epochs 3, not 4"):
         command("--recipes", "exact", "--seeds", "2", "--epochs", "4")
     assert json.loads((command.folder / "runs" / "exact-native-0.json").read_text())["epochs"] == 3
+
+
+def test_runs_of_another_recipe_or_data_are_not_taken_for_these(
+    command, study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--recipes", "lsq", "--seeds", "2", "--backends", "simulated")
+    assert len(command(*arguments)) == 4
+    assert command(*arguments) == []
+    records, run = study.records, study.runs.run
+
+    def other(change):
+        return lambda name, bits=None: change(run(name, bits))
+
+    def faster(of):
+        optimizer = dataclasses.replace(of.recipe.optimizer, lr=2 * of.recipe.optimizer.lr)
+        return dataclasses.replace(of, recipe=dataclasses.replace(of.recipe, optimizer=optimizer))
+
+    def shuffled(name):
+        found = records(name)
+        parts = {
+            key: {split: part[:-1] for split, part in getattr(found, key).items()} for key in ("inputs", "targets")
+        }
+        return dataclasses.replace(found, **parts)
+
+    changes = (
+        (study.runs, "run", other(faster)),
+        # The network that it starts from is the one of another recipe.
+        (study.runs, "run", other(lambda of: faster(of) if of.recipe.name == study.START else of)),
+        (study.runs, "run", other(lambda of: dataclasses.replace(of, batch_size=32))),
+        (study, "records", shuffled),
+    )
+    for place, name, changed in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, changed)
+            with pytest.raises(SystemExit, match="of another recipe, batch size or data"):
+                command(*arguments)
+    assert command(*arguments) == []
 
 
 @pytest.mark.parametrize("arguments", [("--seeds", "1"), ("--seeds", "2", "--only-seeds", "2")])

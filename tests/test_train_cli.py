@@ -433,7 +433,8 @@ def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_
         recipe = {"name": "a", "bits": 5, "optimizer": f"Optimizer(lr={rate})"}
         settings = {"epochs": 2, "backend": "native"}
         asked = {"model": "mlp", "bits": None, "lr": None, "epochs": 2, "recipe": "a", **arguments}
-        return made("a", seed, same, recipe=recipe, settings=settings, arguments=asked)
+        data = {"name": "digits", "sha256": "0"}
+        return made("a", seed, same, recipe=recipe, settings=settings, data=data, arguments=asked)
 
     typed = [one(0, 0.1), one(1, 0.1, bits=5), one(2, 0.1, lr=0.1), one(3, 0.1, recipe="a/digits")]
     found = fqtstats.compare(typed)
@@ -450,6 +451,19 @@ def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_
     assert list(fqtstats.compare([typed[2], *others]).metadata["groups"]) == ["a@5 lr=0.1", "a@5 lr=0.2"]
     models = [one(0, 0.1), one(0, 0.1, model="vgg16")]
     assert list(fqtstats.compare(models).metadata["groups"]) == ["a@5 model=mlp", "a@5 model=vgg16"]
+
+
+@pytest.mark.parametrize("missing", ["recipe", "settings", "data"])
+def test_arguments_tell_apart_what_the_metadata_do_not(missing: str) -> None:
+    """A training of which it is not known what came of the arguments is told from others by all of them."""
+    same = dict.fromkeys(comparison.METRICS, 1.0)
+
+    def one(seed: int, rate: float) -> Training:
+        about = {"recipe": {"name": "a", "bits": 5}, "settings": {"epochs": 2}, "data": {"name": "digits"}}
+        return made("a", seed, same, **(about | {missing: {}}), arguments={"lr": rate})
+
+    found = fqtstats.compare([one(0, 0.1), one(1, 0.1), one(0, 0.2)])
+    assert [name.partition(" ")[2] for name in found.metadata["groups"]] == ["lr=0.1", "lr=0.2"]
 
 
 def test_tables_that_do_not_fit_are_no_training_and_no_comparison(tmp_path: Path) -> None:
