@@ -511,10 +511,10 @@ def draw(rows: pd.DataFrame) -> bytes:
         if (rows["diverged"] != "").any():
             ax.plot([], [], "x", color=style.INK, label="diverged")
         ax.set(xlabel="final training loss [nats]", xscale="log", yticks=range(len(order)))
-        # Within a decade every tick has its number; over more of them, those at 1, 2 and 5.
+        # Below a factor of four there may be no power of ten: there every tick has its number.
         every = rows["loss"].max() < 4 * rows["loss"].min()
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if every or f"{x:e}"[0] in "25" else "")
+        ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if every else "")
         ax.set_ylim(len(order) - 0.5, -0.5)
         ax.set_yticklabels(order)
         ax.grid(axis="x")
