@@ -1,4 +1,4 @@
-"""What tests share: the fixture `backend`, and how many examples property tests try, and which.
+"""What tests share: the fixtures `backend` and `analysis`, and how many examples property tests try, and which.
 
 These are the same in every run, so that a run that fails fails again; `--hypothesis-profile default` tries others. The
 environment variable FQTSTATS_TEST_EXAMPLES caps their number.
@@ -7,7 +7,10 @@ environment variable FQTSTATS_TEST_EXAMPLES caps their number.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -36,3 +39,13 @@ def backend(request, monkeypatch):
     for name in ("prepare_", "quantized"):
         monkeypatch.setattr(fqtstats, name, functools.partial(getattr(fqtstats, name), backend=request.param))
     return request.param
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    """Imports a script by name from analysis/, which stands in the repository and not in the installed package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1]))
+        yield lambda name: importlib.import_module(f"analysis.{name}")
+    for name in [name for name in sys.modules if name.split(".")[0] == "analysis"]:
+        del sys.modules[name]

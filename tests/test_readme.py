@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture
-def readme_module(monkeypatch: pytest.MonkeyPatch):
-    # The generator stands in the repository, not in the installed package.
-    monkeypatch.syspath_prepend(str(ROOT))
-    yield __import__("analysis.readme", fromlist=["render"])
-    for name in [name for name in sys.modules if name.split(".")[0] == "analysis"]:
-        del sys.modules[name]
+@pytest.fixture(scope="module")
+def readme_module(analysis):
+    return analysis("readme")
 
 
 def test_generated_text_is_that_of_the_saved_runs(readme_module) -> None:

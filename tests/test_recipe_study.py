@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -20,15 +19,8 @@ from fqtstats.errors import TrainingDiverged
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    # It stands in the repository, not in the installed package.
-    path = Path(__file__).parents[1] / "analysis" / "recipes.py"
-    spec = importlib.util.spec_from_file_location("analysis_recipes", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def study(analysis) -> ModuleType:
+    return analysis("recipes")
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------------------
