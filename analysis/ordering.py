@@ -8,7 +8,7 @@
 * ``means.csv``: of every variant the mean loss, and how far it is above that of the family's variant without gradient
   noise;
 * ``comparisons.csv`` and ``table.md``: a row per claim;
-* ``losses.png``: the ratio of the losses by claim and seed, a panel for each family.
+* ``losses.png``: logarithms of the ratios of the losses by claim and seed, a panel for each family.
 
 Families:
 
@@ -373,7 +373,7 @@ def verdict(row: dict[str, float]) -> str:
     if row["p_other_holm"] < LEVEL:
         return "ordered the other way"
     low, high = (100 * math.expm1(row[f"log_{end}"]) for end in ("low", "high"))
-    return f"no ordering shown (difference within {low:+.2g} % to {high:+.2g} %)"
+    return f"no ordering shown (difference within {low:+.3g} % to {high:+.3g} %)"
 
 
 def means(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
@@ -508,31 +508,29 @@ _COLORS = {"ordered": "#009E73", "ordered the other way": "#D55E00"}
 
 
 def draw(rows: pd.DataFrame, families: Sequence[Family], comparisons: pd.DataFrame) -> bytes:
-    """Ratio of the losses by claim: a point per seed, and the geometric mean with its 95 % interval."""
-    lines = -(-len(families) // 2)
-    tallest = [max(len(f.claims) for f in families[2 * i : 2 * i + 2]) for i in range(lines)]
+    """Logarithms of the ratios of the losses by claim: a point per seed, and the mean with its 95 % interval."""
+    drawn = sorted(families, key=lambda family: -len(family.claims))
+    heights = [0.45 + 0.17 * len(family.claims) for family in drawn[::2]]
     with style.applied():
-        figure = style.new_figure(2 * style.COLUMN_WIDTH, 0.45 * lines + 0.17 * sum(tallest))
-        heights = [0.45 + 0.17 * n for n in tallest]
-        panels = list(figure.subplots(lines, 2, squeeze=False, height_ratios=heights).flat)
-        for ax, family in zip(panels, families, strict=False):
+        figure = style.new_figure(2 * style.COLUMN_WIDTH, 0.2 + sum(heights))
+        panels = list(figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights).flat)
+        for ax, family in zip(panels, drawn, strict=False):
             table = losses(rows[rows["family"] == family.name])
             own = comparisons[comparisons["family"] == family.name].to_dict("records")
             for place, row in enumerate(own):
-                both = table.reindex(columns=[row["better"], row["worse"]]).dropna()
-                ax.plot(both[row["worse"]] / both[row["better"]], [place + 0.22] * len(both), ".", color=style.GREY)
-                middle, *ends = (math.exp(row[name]) for name in ("log", "log_low", "log_high"))
+                both = np.log(table.reindex(columns=[row["better"], row["worse"]]).dropna())
+                ax.plot(both[row["worse"]] - both[row["better"]], [place + 0.2] * len(both), ".", color=style.GREY)
                 color = _COLORS.get(row["verdict"], style.INK)
-                ax.plot(ends, [place - 0.12] * 2, color=color)
-                ax.plot([middle], [place - 0.12], "D", color=color, markersize=2.5)
-            ax.axvline(1, color=style.GREY, linewidth=0.5)
-            ax.set(title=family.name, yticks=range(len(own)), xscale="log", ylim=(len(own) - 0.4, -0.6))
+                ax.plot([row["log_low"], row["log_high"]], [place - 0.12] * 2, color=color)
+                ax.plot([row["log"]], [place - 0.12], "D", color=color, markersize=2.5)
+            ax.axvline(0, color=style.GREY, linewidth=0.5)
+            ax.set(title=family.name, yticks=range(len(own)), ylim=(len(own) - 0.4, -0.6))
             ax.set_yticklabels([f"{row['worse']} / {row['better']}" for row in own])
             ax.grid(axis="x")
-        for ax in panels[len(families) :]:
+        for ax in panels[len(drawn) :]:
             ax.remove()
         figure.supxlabel(
-            "ratio of the final training losses, above 1 as claimed "
+            "logarithm of the ratio of the final training losses, above 0 as claimed "
             "(green: ordered, orange: the other way, black: no ordering shown)",
             fontsize=6.5,
         )
