@@ -49,6 +49,7 @@ import pandas as pd
 import scipy.special
 import scipy.stats
 import torch
+from torch import nn
 
 from fqtstats import models, ops
 from fqtstats.data import data
@@ -61,7 +62,7 @@ from fqtstats.quantizers import quantizer
 from fqtstats.report import style
 from fqtstats.training import loop, runs
 from fqtstats.training.recipes import Recipe
-from fqtstats.trainings import MODEL, Training
+from fqtstats.trainings import Training
 
 FOLDER = Path(__file__).parent / "results" / "ordering"
 SEEDS = 6
@@ -247,14 +248,13 @@ def source(task: str) -> InMemory:
 
 @cache
 def first_weights(recipe: str, seed: int) -> dict[str, torch.Tensor]:
-    """The weights that a recipe's run on digits ends with."""
-    training = trained(Variant(recipe, recipe), "digits", seed)
-    assert training.weights is not None
-    return dict(training.weights[MODEL])
+    """The weights that a recipe's run on digits ends with; of its quantizers, nothing."""
+    model, _ = trained(Variant(recipe, recipe), "digits", seed)
+    return model.state_dict()
 
 
-def trained(variant: Variant, task: str, seed: int) -> Training:
-    """One run.
+def trained(variant: Variant, task: str, seed: int) -> tuple[nn.Module, Training]:
+    """The model after one run, and the run.
 
     Raises:
         TrainingDiverged: the run, or that of its first weights, diverged.
@@ -264,7 +264,7 @@ def trained(variant: Variant, task: str, seed: int) -> Training:
     model = models.build(run.model, records, seed)
     if variant.start is not None:
         model.load_state_dict(first_weights(variant.start, seed))
-    return loop.train(
+    training = loop.train(
         model,
         records,
         variant.change(run.recipe),
@@ -274,6 +274,7 @@ def trained(variant: Variant, task: str, seed: int) -> Training:
         backend=BACKEND,
         pretrained=variant.start is not None,
     )
+    return model, training
 
 
 def outcome(family: Family, variant: Variant, seed: int) -> dict[str, object]:
@@ -281,7 +282,8 @@ def outcome(family: Family, variant: Variant, seed: int) -> dict[str, object]:
     began = time.process_time()
     row: dict[str, object] = {"family": family.name, "variant": variant.name, "seed": seed}
     try:
-        last = trained(variant, family.task, seed).final
+        _, training = trained(variant, family.task, seed)
+        last = training.final
     except TrainingDiverged as error:
         last = pd.Series(dtype=float)
         row["diverged"] = f"epoch {error.diagnosis['epoch']}: {error.diagnosis['reason']}"
