@@ -2,13 +2,33 @@
 
 ``python -m analysis.recipes`` trains every recipe on embedded data (:mod:`fqtstats.training.runs`), once per seed and
 backend, and saves a row per run, a table with a row per recipe, and a figure. ``--data text`` is the second task.
-Runs that are in ``rows.csv`` already are not repeated, so an interrupted study goes on where it was.
+
+Every run has its own file in the folder ``runs``, which appears when the run is over. What is there is not repeated:
+an interrupted study goes on where it was, and processes with other ``--backends`` or ``--only-seeds`` may work on one
+study at a time; whichever is last leaves the table of all. A run that diverges is a row, too, which says where.
 
 Runs of one seed start from the same weights and see the same batches; a recipe that starts from a network trained in
-full precision takes that of the recipe ``exact`` with the same seed and backend. The backends count as equal, "within
-noise", if the interval of the mean difference of the final losses over the seeds (95 %, paired t) contains 0. A recipe
-trains if its final training loss is below a quarter of that of guessing, the logarithm of the number of classes, for
+full precision takes that of the recipe ``exact`` with the same seed and backend. A recipe trains if its final training
+loss is below a stated share of that of guessing (:mod:`analysis.tasks`: a quarter on digits, nine tenths on text) for
 every seed and backend.
+
+The backends compute with the same codes; their products differ by float rounding, after which trajectories part. So the
+question is not whether final losses are equal but whether the backend moves them by less than the seed does. It is
+answered on the logarithm of the final training loss, where spreads of recipes with small and large losses are alike:
+
+- The margin is what runs of two seeds differ by in 5 % of cases, 1.96 sqrt(2) standard deviations over the seeds (the
+  repeatability limit of ISO 5725), for the study's typical recipe: the geometric mean of the recipes' standard
+  deviations, which three seeds do not tell one by one. As this is an estimate, too, its lower 95 % confidence limit is
+  taken. A recipe that seeds move more than others is held to the same margin.
+- The standard deviation of a recipe's differences native - simulated has two degrees of freedom with three seeds. It is
+  moderated: variances are shrunk towards those of the other recipes, as much as these are alike (G. Smyth, "Linear
+  models and empirical Bayes methods", 2004).
+- ``equal``: the mean difference is below the margin, by two one-sided t tests (TOST). ``differs``: it is not 0, by a
+  t test. Both with p-values that are corrected over the recipes (Holm), at 5 %; with neither the recipe is ``open``.
+  ``equal`` comes first: a difference that is there and below the margin shows in ``p_differs``.
+
+A seed of which a run diverged is left out of its recipe's difference; if it diverged on one backend alone, the recipe
+is ``open``. Losses that agree in every bit, as those of recipes that quantize nothing, are ``identical``.
 """
 
 from __future__ import annotations
@@ -17,47 +37,65 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
+import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
+from statsmodels.stats.multitest import multipletests
 
+from analysis.tasks import TASKS, guessing, records
 from fqtstats import models, ops
-from fqtstats.data import data
+from fqtstats.errors import TrainingDiverged
+from fqtstats.files import write_atomically
 from fqtstats.layers import BACKENDS
 from fqtstats.provenance import provenance
 from fqtstats.report import style
 from fqtstats.training import loop, runs
+from fqtstats.training.divergence import tell
 from fqtstats.training.recipes import RECIPES
-from fqtstats.trainings import MODEL
 
 FOLDER = Path(__file__).parent / "results" / "recipes"
-DATA = ("digits", "text")
 SEEDS = 3
 LOW = (2, 3, 4)
 """Bits at which the recipes with a choice of gradient quantizers are compared, beside their defaults."""
 
-CASES: tuple[tuple[str, int | None], ...] = tuple(
-    (name, bits)
-    for name, definition in RECIPES.items()
-    for bits in ((*LOW, definition.default) if name in ("statquant-ptq", "statquant-psq", "statquant-bhq") else (None,))
-)
+
+def cases(source: str) -> list[tuple[str, int | None]]:
+    """Recipes and bits that are trained on some data."""
+    low = ("statquant-ptq", "statquant-psq", "statquant-bhq") if source == "digits" else ()
+    return [
+        (name, bits)
+        for name, definition in RECIPES.items()
+        for bits in ((*LOW, definition.default) if name in low else (None,))
+    ]
+
+
 START = "exact"
 """The recipe whose networks are those trained in full precision."""
 
-KEY = ["data", "recipe", "backend", "seed"]
-TRAINED = 0.25
-"""Share of the loss of guessing below which a training counts as one."""
+MEASURED = ("loss", "accuracy", "test_loss", "test_accuracy", "kept_bytes", "kept_float32_bytes")
+"""Columns of a run that are unknown if it diverged."""
+
+LEVEL = 0.05
+LIMIT = 1.96 * math.sqrt(2)
+"""Margin in typical standard deviations of the log loss over the seeds."""
+
+Weights = dict[str, torch.Tensor]
+Vector = npt.NDArray[np.float64]
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=DATA, default="digits")
+    parser.add_argument("--data", choices=TASKS, default="digits")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each recipe and backend, at least 2")
+    parser.add_argument("--only-seeds", type=int, nargs="+", help="of these, the ones to run in this process")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--recipes", nargs="+", help="instead of all: names, or name@bits")
     parser.add_argument("--model", help="instead of the run's own")
@@ -66,27 +104,32 @@ def main() -> None:
     given = parser.parse_args()
     if given.seeds < 2:
         parser.error("--seeds must be at least 2")
-    wanted = [split(text) for text in given.recipes or ()] or list(CASES)
+    seeds = range(given.seeds) if given.only_seeds is None else given.only_seeds
+    if not set(seeds) <= set(range(given.seeds)):
+        parser.error(f"--only-seeds must be of 0 to {given.seeds - 1}")
+    wanted = [split(text) for text in given.recipes or ()] or cases(given.data)
     folder: Path = given.out / given.data
-    rows = pd.read_csv(folder / "rows.csv") if (folder / "rows.csv").exists() else pd.DataFrame(columns=KEY)
-    done = set(rows[KEY].itertuples(index=False, name=None))
-    for seed in range(given.seeds):
+    for seed in seeds:
         for backend in given.backends:
-            start: dict[str, torch.Tensor] | None = None
+            own = Study(given.data, backend, seed, given.model, given.epochs)
+            start: tuple[dict[str, Any], Weights] | None = None
             for name, bits in wanted:
-                if (given.data, label(name, bits), backend, seed) in done:
+                file = folder / "runs" / f"{label(name, bits)}-{backend}-{seed}.json"
+                if file.exists():
+                    check(json.loads(file.read_text()), own.row(name, bits), file)
                     continue
-                recipe = runs.run(f"{name}/{given.data}", bits).recipe
-                if recipe.starts_from == "full-precision" and start is None:
-                    _, start = train(START, None, given.data, backend, seed, given.model, given.epochs)
-                weights = start if recipe.starts_from == "full-precision" else None
-                row, found = train(name, bits, given.data, backend, seed, given.model, given.epochs, weights)
+                weights = None
+                if runs.run(f"{name}/{given.data}", bits).recipe.starts_from == "full-precision":
+                    start = start or own.train(START, None)
+                    if start[0]["diverged"]:
+                        write(file, own.row(name, bits) | {"diverged": f"its start: {start[0]['diverged']}"})
+                        continue
+                    weights = start[1]
+                row, found = own.train(name, bits, weights)
                 if name == START:
-                    start = found
-                rows = pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                rows.to_csv(folder / "rows.csv", index=False, float_format="%.9g")
-    save(rows, folder)
+                    start = row, found
+                write(file, row)
+    save(read(folder), folder)
 
 
 def split(text: str) -> tuple[str, int | None]:
@@ -101,86 +144,235 @@ def label(name: str, bits: int | None) -> str:
     return name if chosen is None else f"{name}@{chosen}"
 
 
-def train(
-    name: str,
-    bits: int | None,
-    source: str,
-    backend: str,
-    seed: int,
-    model_name: str | None,
-    epochs: int | None,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """One run: its row, and the weights at its end."""
-    run, records = runs.run(f"{name}/{source}", bits), data(source)
-    model = models.build(model_name or run.model, records, seed)
-    if weights is not None:
-        model.load_state_dict(weights)
-    started = time.monotonic()
-    result = loop.train(
-        model,
-        records,
-        run.recipe,
-        epochs=epochs or run.epochs,
-        batch_size=run.batch_size,
-        seed=seed,
-        backend=backend,
-        pretrained=weights is not None,
-    )
-    own = result.epochs[result.epochs["network"] == MODEL]
-    last = own.iloc[-1]
-    row = {
-        "data": source,
-        "recipe": label(name, bits),
-        "backend": backend,
-        "seed": seed,
-        "model": model_name or run.model,
-        "epochs": len(own),
-        "loss": float(last["loss"]),
-        "accuracy": float(last["accuracy"]),
-        "test_loss": float(last["test_loss"]),
-        "test_accuracy": float(last["test_accuracy"]),
-        "kept_bytes": last["kept_bytes"],
-        "kept_float32_bytes": last["kept_float32_bytes"],
-        "seconds": time.monotonic() - started,
-        "guessing": math.log(records.num_classes),
-    }
-    told = ", ".join(f"{key} {value:.4g}" for key, value in row.items() if key in ("loss", "test_loss", "seconds"))
-    print(f"{row['recipe']}, {backend}, seed {seed}: {told}", flush=True)
-    return row, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+class Study:
+    """What the runs of one process, backend and seed have in common."""
+
+    def __init__(self, source: str, backend: str, seed: int, model: str | None, epochs: int | None) -> None:
+        self.source, self.backend, self.seed, self.model, self.epochs = source, backend, seed, model, epochs
+        self.task, self.records = TASKS[source], records(source)
+
+    def row(self, name: str, bits: int | None) -> dict[str, Any]:
+        """The row of a run of which nothing is known yet."""
+        run = runs.run(f"{name}/{self.source}", bits)
+        return {
+            "data": self.source,
+            "recipe": label(name, bits),
+            "backend": self.backend,
+            "seed": self.seed,
+            "model": self.model or run.model,
+            "epochs": self.epochs or self.task.epochs or run.epochs,
+            **dict.fromkeys(MEASURED, math.nan),
+            "seconds": 0.0,
+            "guessing": guessing(self.records),
+            "diverged": "",
+        }
+
+    def train(self, name: str, bits: int | None, weights: Weights | None = None) -> tuple[dict[str, Any], Weights]:
+        """One run: its row, and the weights at its end."""
+        run, row = runs.run(f"{name}/{self.source}", bits), self.row(name, bits)
+        model = models.build(row["model"], self.records, self.seed)
+        if weights is not None:
+            model.load_state_dict(weights)
+        started = time.monotonic()
+        try:
+            result = loop.train(
+                model,
+                self.records,
+                run.recipe,
+                epochs=row["epochs"],
+                batch_size=self.task.batch_size or run.batch_size,
+                seed=self.seed,
+                backend=self.backend,
+                pretrained=weights is not None,
+            )
+        except TrainingDiverged as failure:
+            found = failure.diagnosis
+            row["diverged"] = f"epoch {found['epoch']}, {found['reason']}; {tell(found)}"
+        else:
+            last = result.final
+            row |= {key: float(last[key]) for key in ("loss", "accuracy", "test_loss", "test_accuracy")}
+            if not pd.isna(last["kept_bytes"]):
+                row |= {key: int(last[key]) for key in ("kept_bytes", "kept_float32_bytes")}
+        row["seconds"] = time.monotonic() - started
+        told = row["diverged"] or ", ".join(f"{key} {row[key]:.4g}" for key in ("loss", "test_loss", "seconds"))
+        print(f"{row['recipe']}, {self.backend}, seed {self.seed}: {told}", flush=True)
+        return row, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+
+
+def check(stored: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
+    """That a run that is not repeated is the one that is wanted."""
+    for key in ("model", "epochs"):
+        if stored[key] != wanted[key]:
+            raise SystemExit(f"{file} has {key} {stored[key]}, not {wanted[key]}; give another --out, or remove it")
+
+
+def write(file: Path, row: dict[str, Any]) -> None:
+    """A run's file, whole or not at all."""
+    known = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    put(file, (json.dumps(known, indent=2) + "\n").encode())
+
+
+def put(file: Path, content: bytes) -> None:
+    write_atomically(file, lambda opened: opened.write(content))
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """A row per run, in the order of the recipes."""
+    rows = pd.DataFrame([json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))])
+    rows = rows.astype(dict.fromkeys(MEASURED, np.float64))
+    order = {label(name, bits): index for index, (name, bits) in enumerate(cases("digits"))}
+    place = rows["recipe"].map(lambda recipe: order.get(recipe, len(order)))
+    return rows.assign(place=place).sort_values(["place", "recipe", "backend", "seed"]).drop(columns="place")
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
-    """A row per recipe: means over the seeds with standard deviations, and the difference of the backends."""
-    found = []
+    """A row per recipe: mean losses, and the ratio of those of the backends (native / simulated, geometric means).
+
+    ``ratio_low`` and ``ratio_high`` are its 95 % interval for the recipe alone, ``margin`` is the factor up to which
+    losses count as equal; ``sd_seeds`` and ``sd_backends``, of the log loss over the seeds within a backend and of the
+    difference of the backends, are the recipe's own, not moderated.
+    """
+    found, tested = [], []
     for recipe, own in rows.groupby("recipe", sort=False):
         final = own.pivot(index="seed", columns="backend", values="loss")
-        row: dict[str, object] = {"recipe": recipe, "seeds": len(final)}
+        row: dict[str, Any] = {"recipe": recipe, "seeds": len(final)}
         for backend in final:
             row[f"loss_{backend}"] = final[backend].mean()
-            row[f"sd_{backend}"] = final[backend].std(ddof=1)
+            row[f"diverged_{backend}"] = int((own.loc[own["backend"] == backend, "diverged"] != "").sum())
         row["test_loss"], row["test_accuracy"] = own["test_loss"].mean(), own["test_accuracy"].mean()
-        row["trains"] = bool((own["loss"] < TRAINED * own["guessing"]).all())
+        row["trains"] = bool((own["loss"] < own["data"].map(lambda name: TASKS[name].trained) * own["guessing"]).all())
         native = own[own["backend"] == "native"].dropna(subset="kept_bytes")
         row["memory"] = float((native["kept_float32_bytes"] / native["kept_bytes"]).mean())
-        if set(BACKENDS) <= set(final) and len(difference := (final["native"] - final["simulated"]).dropna()) > 1:
+        if set(BACKENDS) <= set(final):
+            logs = np.log(final[list(BACKENDS)].dropna().to_numpy(dtype=np.float64))
+            difference = logs[:, BACKENDS.index("native")] - logs[:, BACKENDS.index("simulated")]
             n = len(difference)
-            half = float(scipy.stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / math.sqrt(n))
-            row["difference"], row["half_interval"] = difference.mean(), half
-            row["within_noise"] = bool(abs(row["difference"]) <= half)
+            if n:
+                row["ratio"] = math.exp(difference.mean())
+            alone = (own["diverged"] != "").groupby(own["seed"]).sum().eq(1).any()
+            if alone:
+                row["verdict"] = "open"
+            elif n > 1 and not difference.any():
+                row["verdict"] = "identical"
+            if n > 1 and difference.any():
+                row["sd_seeds"] = math.sqrt(logs.var(axis=0, ddof=1).mean())
+                row["sd_backends"] = difference.std(ddof=1)
+                tested.append((row, n))
         found.append(row)
+    judge(tested)
     return pd.DataFrame(found)
 
 
+def judge(tested: list[tuple[dict[str, Any], int]]) -> None:
+    """Fill in interval, margin and p-values of rows with so many seeds, and the verdict of those that have none."""
+    if not tested:
+        return
+    n = np.array([n for _, n in tested], dtype=np.float64)
+    mean = np.array([math.log(row["ratio"]) for row, _ in tested])
+    backends, df = moderated(np.array([row["sd_backends"] ** 2 for row, _ in tested]), n - 1)
+    error, margin = np.sqrt(backends / n), LIMIT * typical(np.array([row["sd_seeds"] ** 2 for row, _ in tested]), n - 1)
+    half = scipy.stats.t.ppf(1 - LEVEL / 2, df) * error
+    p_equal = holm(scipy.stats.t.sf((margin - abs(mean)) / error, df))
+    p_differs = holm(2 * scipy.stats.t.sf(abs(mean) / error, df))
+    for index, (row, _) in enumerate(tested):
+        row["ratio_low"], row["ratio_high"] = np.exp(mean[index] + np.array([-1, 1]) * half[index])
+        row["margin"] = math.exp(margin)
+        row["p_equal"], row["p_differs"] = p_equal[index], p_differs[index]
+        equal, differs = p_equal[index] < LEVEL, p_differs[index] < LEVEL
+        row.setdefault("verdict", "equal" if equal else "differs" if differs else "open")
+
+
+def log_variances(variances: Vector, df: Vector) -> Vector:
+    """Unbiased estimates of the logarithms of the true variances, from estimates with ``df`` degrees of freedom."""
+    # A variance of 0 has no logarithm.
+    logs = np.log(np.maximum(variances, 1e-5 * np.median(variances)))
+    return logs + np.log(df / 2) - scipy.special.digamma(df / 2)
+
+
+def typical(variances: Vector, df: Vector) -> float:
+    """Lower confidence limit of the geometric mean of the standard deviations; of one alone there is none but 0."""
+    k = len(variances)
+    if k < 2:
+        return 0.0
+    logs = log_variances(variances, df)
+    half = scipy.stats.t.ppf(1 - LEVEL, k - 1) * logs.std(ddof=1) / math.sqrt(k)
+    return math.exp((logs.mean() - half) / 2)
+
+
+def moderated(variances: Vector, df: Vector) -> tuple[Vector, Vector]:
+    """Variances shrunk towards each other, and their degrees of freedom (Smyth 2004, section 6.2).
+
+    The true variances are taken to follow a scaled inverse chi-square distribution, whose mean and degrees of freedom
+    are found by the moments of the logarithms; where those spread no more than equal variances do, all are pooled.
+    """
+    if len(variances) < 2:
+        return variances, df
+    logs = log_variances(variances, df)
+    spread = float(logs.var(ddof=1) - scipy.special.polygamma(1, df / 2).mean())
+    if spread <= 0:
+        pooled = float((df * variances).sum() / df.sum())
+        return np.full_like(variances, pooled), np.full_like(df, df.sum())
+    half = scipy.optimize.brentq(lambda x: float(scipy.special.polygamma(1, x)) - spread, 1e-6, 1e9)
+    prior = math.exp(logs.mean() + scipy.special.digamma(half) - math.log(half))
+    total = 2 * half + df
+    # No more degrees of freedom than all the data have.
+    return (2 * half * prior + df * variances) / total, np.minimum(total, df.sum())
+
+
+def holm(p: Vector) -> Vector:
+    corrected: Vector = multipletests(p, method="holm")[1]
+    return corrected
+
+
+def overall(table: pd.DataFrame) -> dict[str, float]:
+    """Of all recipes whose losses differ: what the backends do on average, and as a share of what seeds do.
+
+    Made from the table of :func:`summary`. ``ratio``: geometric mean of the ratios of the losses, with its 95 %
+    interval over the recipes. ``share``: root mean square difference of the backends over that of two seeds, in log
+    loss; the median over the recipes.
+    """
+    if "sd_backends" not in table or len(own := table.dropna(subset="sd_backends")) < 2:
+        return {}
+    logs = np.log(own["ratio"].to_numpy(dtype=np.float64))
+    half = float(scipy.stats.t.ppf(1 - LEVEL / 2, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+    within = own["sd_backends"] ** 2 * (1 - 1 / own["seeds"]) + logs**2
+    return {
+        "recipes": len(logs),
+        "ratio": math.exp(logs.mean()),
+        "ratio_low": math.exp(logs.mean() - half),
+        "ratio_high": math.exp(logs.mean() + half),
+        "share": float(np.sqrt(within / (2 * own["sd_seeds"] ** 2)).median()),
+    }
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
 def save(rows: pd.DataFrame, folder: Path) -> None:
-    """``summary.csv``, ``table.md``, ``run.json`` and ``losses.png``."""
+    """``rows.csv``, ``summary.csv``, ``table.md``, ``run.json`` and ``losses.png``."""
     table = summary(rows)
-    table.to_csv(folder / "summary.csv", index=False, float_format="%.6g")
-    (folder / "table.md").write_text(markdown(table))
-    about = {"models": sorted(set(rows["model"])), "epochs": sorted(set(map(int, rows["epochs"]))), "trained": TRAINED}
-    (folder / "run.json").write_text(json.dumps({**about, **provenance(ops.isa())}, indent=2) + "\n")
-    (folder / "losses.png").write_bytes(draw(rows))
+    about = {
+        "models": sorted(set(rows["model"])),
+        "epochs": sorted(set(map(int, rows["epochs"]))),
+        "trained": {name: TASKS[name].trained for name in sorted(set(rows["data"]))},
+        "level": LEVEL,
+        "limit": LIMIT,
+        "overall": overall(table),
+    }
+    for name, content in {
+        "rows.csv": rows.to_csv(index=False, float_format="%.9g"),
+        "summary.csv": table.to_csv(index=False, float_format="%.6g"),
+        "table.md": markdown(table),
+        "run.json": json.dumps({**about, **provenance(ops.isa())}, indent=2) + "\n",
+    }.items():
+        put(folder / name, content.encode())
+    put(folder / "losses.png", draw(rows))
     print(table.to_string(index=False))
+    print(json.dumps(about["overall"], indent=2))
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -197,21 +389,31 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(number(cell) for cell in line)} |\n" for line in lines)
 
 
-def draw(rows: pd.DataFrame, backends: Sequence[str] = BACKENDS) -> bytes:
-    """Final training loss of every run, a row of points per recipe."""
+def draw(rows: pd.DataFrame) -> bytes:
+    """Final training loss of every run, a row of points per recipe; runs that diverged stand at the right edge."""
     order = list(dict.fromkeys(rows["recipe"]))
     with style.applied():
         figure = style.new_figure(style.COLUMN_WIDTH, 0.6 + 0.16 * len(order))
         ax = figure.subplots()
-        for offset, (backend, color) in zip(
-            (-0.15, 0.15), zip(backends, ("#D55E00", "#0072B2"), strict=True), strict=True
-        ):
+        for offset, backend, color in zip((0.15, -0.15), BACKENDS, ("#D55E00", "#0072B2"), strict=True):
             own = rows[rows["backend"] == backend]
-            ax.plot(own["loss"], [order.index(r) + offset for r in own["recipe"]], ".", color=color, label=backend)
+            places = np.array([order.index(recipe) + offset for recipe in own["recipe"]])
+            ax.plot(own["loss"], places, ".", color=color, label=backend)
+            lost = places[(own["diverged"] != "").to_numpy()]
+            if len(lost):
+                edge = ax.get_yaxis_transform()
+                ax.plot(np.ones(len(lost)), lost, "x", color=color, transform=edge, clip_on=False)
+        if (rows["diverged"] != "").any():
+            ax.plot([], [], "x", color=style.INK, label="diverged")
         ax.set(xlabel="final training loss [nats]", xscale="log", yticks=range(len(order)))
+        # Within a decade every tick has its number; over more of them, those at 1, 2 and 5.
+        every = rows["loss"].max() < 4 * rows["loss"].min()
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if every or f"{x:e}"[0] in "25" else "")
+        ax.set_ylim(len(order) - 0.5, -0.5)
         ax.set_yticklabels(order)
-        ax.invert_yaxis()
-        ax.legend()
+        ax.grid(axis="x")
+        figure.legend(loc="outside upper center", ncols=3)
     return style.png(figure)
 
 

@@ -21,8 +21,8 @@ import scipy.stats
 from statsmodels.stats.multitest import multipletests
 
 from fqtstats import run_directory
-from fqtstats.errors import InputError, RunDirectoryError
-from fqtstats.schema import Column, json_dict, normalised
+from fqtstats.errors import InputError
+from fqtstats.schema import Column
 from fqtstats.trainings import Training
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ _TABLES: run_directory.Tables = {
 _WITHOUT_EFFECT = ("seed", "variance_every", "variance_draws", "command", "data_root", "device")
 """Arguments of a training that change nothing in it, or what the groups are formed over."""
 
+_TOLD = ("recipe", "bits", "lr", "data", "image_size", "epochs", "batch_size", "skip", "augment", "backend")
+"""Arguments that show in the recipe, the settings or the data as what came of them: a default may be typed or not."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
@@ -100,9 +103,7 @@ class Comparison:
     kind: ClassVar[str] = "comparison"
 
     def __post_init__(self) -> None:
-        for name, (file, columns) in _TABLES.items():
-            object.__setattr__(self, name, normalised(getattr(self, name), columns, f"table {file!r} of a comparison"))
-        object.__setattr__(self, "metadata", json_dict(self.metadata, "metadata"))
+        run_directory.settle(self, _TABLES)
 
     def files(self) -> dict[str, bytes]:
         """What a run directory holds of it beside the figures: see :class:`fqtstats.run_directory.Recordable`."""
@@ -198,40 +199,60 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     Raises:
         RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
     """
-    tables, metadata = run_directory.read_tables(path, Comparison.kind, _TABLES)
-    try:
-        return Comparison(tables["groups"], tables["pairs"], tables["curves"], metadata)
-    except InputError as error:
-        raise RunDirectoryError(f"{os.fspath(path)} holds no valid comparison: {error}") from error
+    return run_directory.load(Comparison, path, Comparison.kind, _TABLES)
 
 
 def _configuration(training: Training) -> str:
-    """Everything but the seed, as one string."""
-    arguments = training.metadata.get("arguments", {})
+    """Everything that the training was done with but the seed, as one string."""
     own = {
         "recipe": training.metadata.get("recipe", {}),
         "settings": training.metadata.get("settings", {}),
         "data": training.metadata.get("data", {}),
-        "arguments": {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT},
+        "arguments": {name: value for name, value in _arguments(training).items() if name not in _TOLD},
     }
     return json.dumps(own, sort_keys=True)
 
 
+def _arguments(training: Training) -> dict[str, Any]:
+    """What was asked for."""
+    arguments = training.metadata.get("arguments", {})
+    return {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}
+
+
 def _labels(trainings: Sequence[Training], keys: Sequence[str]) -> list[str]:
     """A name for each configuration: the recipe's, and what tells it from others of the same recipe."""
-    flat = {key: _flat(json.loads(key)) for key in keys}
-    named: dict[str, str] = {}
+    alike: dict[str, dict[str, list[Training]]] = {}
     for training, key in zip(trainings, keys, strict=True):
-        alike = [flat[other] for one, other in zip(trainings, keys, strict=True) if one.label == training.label]
-        names = sorted({name for own in alike for name in own})
-        differing = [name for name in names if len({own.get(name) for own in alike}) > 1]
-        # What was asked for says it in fewer words than what came of it; the last part of a name is the option's.
-        options = [name for name in differing if name.startswith((".arguments.", ".settings."))]
-        told = {name.rpartition(".")[2]: flat[key].get(name, "none") for name in options or differing}
-        named[key] = " ".join([training.label, *(f"{name}={value}" for name, value in sorted(told.items()))])
+        alike.setdefault(training.label, {}).setdefault(key, []).append(training)
+    named: dict[str, str] = {}
+    for label, runs in alike.items():
+        # What was asked for says it in fewer words than what came of it, where all runs of a configuration agree on it.
+        asked = {key: _common([_flat(_arguments(training)) for training in own]) for key, own in runs.items()}
+        brief = {key: _flat(json.loads(key)["settings"]) | asked[key] for key in runs}
+        told = _told(label, brief)
+        if len(set(told.values())) < len(told):
+            told = _told(label, {key: _flat(json.loads(key)) | brief[key] for key in runs})
+        named |= told
     if len(set(named.values())) < len(named):
         named = {key: f"{name} ({index})" for index, (key, name) in enumerate(named.items(), start=1)}
     return [named[key] for key in keys]
+
+
+def _told(label: str, options: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """By configuration, its label with those options of all that differ; the last part of a name is the option's."""
+    names = sorted(set.intersection(*(set(own) for own in options.values())))
+    differing = [name for name in names if len({own[name] for own in options.values()}) > 1]
+    return {
+        key: " ".join([label, *(f"{option}={value}" for option, value in told.items())])
+        for key, own in options.items()
+        for told in [{name.rpartition(".")[2]: own[name] for name in differing}]
+    }
+
+
+def _common(options: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The options that all have with the same value."""
+    first, *others = options
+    return {name: value for name, value in first.items() if all(own.get(name) == value for own in others)}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:

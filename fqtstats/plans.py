@@ -27,7 +27,7 @@ from fqtstats import run_directory
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.policy import PLACES, Policy, QuantizerLike
 from fqtstats.profiles import SITES
-from fqtstats.quantizers import QUANTIZERS, options_of, quantizer
+from fqtstats.quantizers import options_of, quantizer, registered
 from fqtstats.quantizers.base import StochasticQuantizer
 from fqtstats.schema import Column, Json, json_dict, normalised
 
@@ -223,10 +223,6 @@ def uniform(policy: Policy, bits: Mapping[str, int]) -> Policy:
     return replace(policy, grad_weight=at("grad_weight"), grad_input=at("grad_input"), overrides=overrides)
 
 
-def _registered(q: object) -> bool:
-    return type(q) is QUANTIZERS.get(getattr(q, "name", ""))
-
-
 def _options(q: Any, *, all_of_them: bool) -> dict[str, Any]:
     defaults = options_of(type(q))
     found = {f.name: getattr(q, f.name) for f in dataclasses.fields(q)}
@@ -239,7 +235,7 @@ def plain_policy(policy: Policy) -> dict[str, Json]:
     def plain(q: object) -> Json:
         if q is None:
             return None
-        return {"name": q.name, "options": _options(q, all_of_them=True)} if _registered(q) else {"custom": repr(q)}  # type: ignore[attr-defined]
+        return {"name": q.name, "options": _options(q, all_of_them=True)} if registered(q) else {"custom": repr(q)}
 
     return {
         "name": policy.name,
@@ -270,7 +266,7 @@ def _code(policy: Policy) -> str:
     yours: dict[str, None] = {}
 
     def told(q: object) -> str:
-        if q is None or _registered(q):
+        if q is None or registered(q):
             options = () if q is None else _options(q, all_of_them=False).items()
             words = [_literal(getattr(q, "name", None)), *(f"{name}={_literal(value)}" for name, value in options)]
             return "None" if q is None else f"quantizer({', '.join(words)})"

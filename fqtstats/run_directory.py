@@ -14,12 +14,12 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -28,7 +28,16 @@ import pandas as pd
 
 from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.files import read_bytes, reason, write_atomically
-from fqtstats.schema import FORMAT_VERSION, Column, Json, check_version, json_dict, parquet_bytes, read_parquet
+from fqtstats.schema import (
+    FORMAT_VERSION,
+    Column,
+    Json,
+    check_version,
+    json_dict,
+    normalised,
+    parquet_bytes,
+    read_parquet,
+)
 
 __all__ = [
     "READERS",
@@ -36,10 +45,12 @@ __all__ = [
     "RunDirectory",
     "Tables",
     "files_of",
+    "load",
     "read_document",
     "read_finished",
     "read_tables",
     "save",
+    "settle",
 ]
 
 READERS = {
@@ -53,6 +64,8 @@ READERS = {
 
 Tables: TypeAlias = Mapping[str, tuple[str, Sequence[Column]]]
 """By attribute of what a run ends with: the table's file, without the suffix, and its schema."""
+
+R = TypeVar("R", bound="Recordable")
 
 _ANEW = "measure anew in another directory"
 _STATE_MAGIC = b"fqtstats-state-1\n"
@@ -168,6 +181,27 @@ def read_finished(place: Path, kind: str, names: Sequence[str]) -> tuple[dict[st
     return files, metadata if isinstance(metadata, dict) else {}
 
 
+def settle(result: Recordable, tables: Tables, keys: Mapping[str, Sequence[str]] | None = None) -> None:
+    """Bring tables and metadata of a frozen dataclass into the form that their schema and JSON have, when it is made.
+
+    Args:
+        result: that is made.
+        tables: of it.
+        keys: columns of which no two rows of a table may have the same values, by the table's name.
+
+    Raises:
+        InputError: a table does not follow its schema, two rows have the same key, or the metadata is not JSON.
+    """
+    for name, (file, columns) in tables.items():
+        what = f"table {file!r} of a {result.kind}"
+        clean = normalised(getattr(result, name), columns, what)
+        key = list((keys or {}).get(name, ()))
+        if key and clean.duplicated(key).any():
+            raise InputError(f"expected one row per {', '.join(key)} in the {what}")
+        object.__setattr__(result, name, clean)
+    object.__setattr__(result, "metadata", json_dict(result.metadata, "metadata"))
+
+
 def files_of(tables: Tables, owner: object) -> dict[str, bytes]:
     """Every table of ``owner`` as Parquet and as CSV: what :meth:`Recordable.files` gives."""
     files = {}
@@ -197,6 +231,19 @@ def read_tables(
         for name, file in names.items()
     }
     return found, metadata
+
+
+def load(make: Callable[..., R], path: str | os.PathLike[str], kind: str, tables: Tables) -> R:
+    """What a finished run ended with, made of its tables, which ``make`` takes by name, and its metadata.
+
+    Raises:
+        RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
+    """
+    found, metadata = read_tables(path, kind, tables)
+    try:
+        return make(**found, metadata=metadata)
+    except InputError as error:
+        raise RunDirectoryError(f"{os.fspath(path)} holds no valid {kind}: {error}") from error
 
 
 def _digest_key(name: str) -> str:

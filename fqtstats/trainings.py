@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 
 from fqtstats import run_directory
-from fqtstats.errors import InputError, RunDirectoryError
+from fqtstats.errors import InputError
 from fqtstats.results import TOTAL
-from fqtstats.schema import Column, json_dict, normalised
+from fqtstats.schema import Column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,8 @@ class Training:
         epochs: one row per epoch and network, with the columns of :data:`EPOCHS`.
         variance: one row per measured step and parameter, with the columns of :data:`VARIANCE`.
         metadata: plain JSON, whatever it takes to repeat the run. Keys with a meaning here: ``recipe``, ``settings``,
-            ``seed``, ``diverged`` (None, or the diagnosis), ``hashes`` (of data and weights), ``arguments``.
+            ``seed``, ``diverged`` (None, or the diagnosis), ``hashes`` (of data and weights), ``arguments``,
+            ``quantized`` (the networks with quantized layers at the end).
         weights: the state of each network at the end; of a run that diverged, at its last good checkpoint. None for a
             run that was loaded: ``torch.load`` reads its ``model.pt``.
 
@@ -107,12 +108,7 @@ class Training:
     kind: ClassVar[str] = "training"
 
     def __post_init__(self) -> None:
-        for name, (file, columns) in _TABLES.items():
-            clean = normalised(getattr(self, name), columns, f"table {file!r} of a training")
-            if clean.duplicated(_KEYS[name]).any():
-                raise InputError(f"expected one row per {', '.join(_KEYS[name])} in the table {file!r} of a training")
-            object.__setattr__(self, name, clean)
-        object.__setattr__(self, "metadata", json_dict(self.metadata, "metadata"))
+        run_directory.settle(self, _TABLES, _KEYS)
 
     @property
     def diverged(self) -> bool:
@@ -229,8 +225,4 @@ def load_training(path: str | os.PathLike[str]) -> Training:
     Raises:
         RunDirectoryError: nothing there, not a run, a run of another kind, not finished, of a newer format, or damaged.
     """
-    tables, metadata = run_directory.read_tables(path, Training.kind, _TABLES)
-    try:
-        return Training(tables["epochs"], tables["variance"], metadata)
-    except InputError as error:
-        raise RunDirectoryError(f"{os.fspath(path)} holds no valid training: {error}") from error
+    return run_directory.load(Training, path, Training.kind, _TABLES)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,6 +123,10 @@ class Done(NamedTuple):
 
 
 Run = Callable[..., Done]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+OFTEN = "from fqtstats.commands import experiments\nexperiments.SAVE_SECONDS, experiments.SAVE_SHARE = 0.1, 1.0"
+PATIENCE = 240.0
 
 
 @pytest.fixture
@@ -163,6 +169,33 @@ def start(*words: str, before: str = "", **environment: str) -> subprocess.Popen
         text=True,
         env=kept | environment,
     )
+
+
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """Starts command lines in processes of their own, which save often; none outlives the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def call(*words: str, before: str = OFTEN, **environment: str) -> subprocess.Popen[str]:
+        processes.append(start(*words, before=before, **environment))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def send_when(process: subprocess.Popen[str], happened: Callable[[], bool], sign: signal.Signals) -> tuple[str, str]:
+    """Send ``sign`` as soon as something happened, which must be before the process ends."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    process.send_signal(sign)
+    return process.communicate(timeout=PATIENCE)
 
 
 def entry_point() -> Path:

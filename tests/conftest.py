@@ -1,4 +1,8 @@
-"""What tests share: the fixture `backend`, and FQTSTATS_TEST_EXAMPLES, which caps the examples of property tests."""
+"""What tests share: the fixture `backend`, and how many examples property tests try, and which.
+
+These are the same in every run, so that a run that fails fails again; `--hypothesis-profile default` tries others. The
+environment variable FQTSTATS_TEST_EXAMPLES caps their number.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from hypothesis import settings
 
 import fqtstats
 from fqtstats.layers import BACKENDS
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
 
 _SETTINGS = "_hypothesis_internal_use_settings"  # where the decorator leaves them; hypothesis has no public way
 

@@ -87,7 +87,7 @@ def test_groups_and_t_against_the_oracle(kind, n):
         position += len(group)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(st.floats(0, 1e6, width=32), st.integers(0, 4).map(float)), min_size=2, max_size=40))
 def test_groups_of_any_ranges(values):
     if max(values) > 0:
@@ -252,7 +252,7 @@ def test_one_row_is_psq():
 # --- bounds -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     n=st.integers(2, 40),
     columns=st.integers(2, 12),

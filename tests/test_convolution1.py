@@ -79,7 +79,7 @@ def with_threads(threads, call):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_variant_is_the_definition(function, data):
     arguments = data.draw(cases(function))
     expected = definition(function, *arguments)
@@ -176,7 +176,7 @@ def unaligned(codes):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_data_may_start_at_any_byte(function, data):
     a, b, *others = data.draw(cases(function))
     expected = definition(function, a, b, *others)

@@ -130,7 +130,7 @@ def test_there_is_always_a_portable_variant():
     assert "scalar" in VARIANTS
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problem=problems(), team=st.sampled_from((1, 2, 3)))
 def test_products_are_as_defined_bit_for_bit(problem, team):
     forward, grad_input, grad_weight, geometry = problem
@@ -147,7 +147,7 @@ def test_products_are_as_defined_bit_for_bit(problem, team):
             same(convolution8.convolution_grad_weight(*grad_weight, geometry, kernel, variant=variant), dw)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(problem=problems())
 def test_integers_are_those_of_an_independent_oracle(problem):
     (x, w, _), _, (dy, _), geometry = problem

@@ -144,6 +144,20 @@ def test_networks_of_a_joint_training():
     assert len({id(p) for p in joint.parameters()}) == 3 * 6
 
 
+@pytest.mark.parametrize(
+    ("skip", "left"),
+    [("0", ["2", "4"]), (["0", "[4-9]"], ["2"]), (lambda name, module: name == "0", ["2", "4"])],
+    ids=["pattern", "patterns", "predicate"],
+)
+def test_what_is_skipped_is_named_as_in_a_student(skip, left):
+    joint = Joint(network(), students=2)
+    with fqtstats.quantized(joint, joint.policy([TWO, FOUR]), joint.skip(skip)) as handle:
+        assert list(handle.layers) == [f"students.{j}.{name}" for j in range(2) for name in left]
+    assert joint.skip(None) is None
+    with pytest.raises(InputError, match=r"skip pattern 'students\.0\.nope' matches no layer"):
+        fqtstats.prepare_(joint, joint.policy([TWO, FOUR]), joint.skip("nope"))
+
+
 def test_a_step_moves_every_network_by_its_own_loss():
     own, x = Distillation(), gaussian(5, 6)
     joint = Joint(network(), students=1, teacher=network())

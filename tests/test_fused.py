@@ -55,7 +55,7 @@ def case(n, c, h, w, relu, pool, seed, ties=False):
 
 
 @native
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 3),
     st.one_of(st.integers(1, 40), st.sampled_from([47, 48, 49, 64, 65])),

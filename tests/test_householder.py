@@ -106,7 +106,7 @@ def test_a_group_of_every_size(variant, n):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     n_rows=st.integers(2, 150),
     columns=st.integers(1, 100),
@@ -345,14 +345,14 @@ RANGE = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(RANGE, min_size=2, max_size=80))
 def test_groups_of_any_ranges(values):
     if max(values) > 0:
         check_groups(torch.tensor(values, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     n=st.one_of(st.integers(2, 1100), st.sampled_from([2, 3, 31, 127, 128, 257, 1021, 1024])),
     spread=st.sampled_from([0.0, 0.3, 1.0, 4.0, 15.0]),

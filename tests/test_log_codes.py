@@ -108,7 +108,7 @@ def test_tensors_of_every_size(variant, scale):
                 assert torch.equal(quantize.decode(got, variant=variant), got.decode())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
     magnitudes=st.sampled_from([5, 7, 8]),

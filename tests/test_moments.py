@@ -113,7 +113,7 @@ def test_exact_parts_are_kept_and_merged():
 
 
 @given(st.permutations(range(12)), st.lists(st.integers(0, 3), min_size=12, max_size=12), st.permutations(range(4)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_split_and_order_gives_the_same_bits(order, owner, merging):
     parts = [filled([i for i, who in zip(order, owner, strict=True) if who == k]) for k in range(4)]
     merged = accumulator()

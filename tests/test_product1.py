@@ -52,7 +52,7 @@ def oriented(x, contract):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bits", PAIRS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.sampled_from(ROWS),
     n=st.sampled_from(ROWS),
@@ -118,7 +118,7 @@ def test_largest_codes_over_many_terms(variant, bits):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(m=st.sampled_from(ROWS), n=st.sampled_from(ROWS), k=st.sampled_from(TERMS), seed=st.integers(0, 2**31))
 def test_product_of_signs(variant, m, n, k, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -144,7 +144,7 @@ flags = st.tuples(*[st.booleans()] * 3)  # grouped, with zero, with offset
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from(PAIRS),
     m=st.sampled_from(ROWS),

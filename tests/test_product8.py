@@ -91,7 +91,7 @@ def test_there_is_a_portable_variant():
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     m=st.sampled_from(ROWS) | st.integers(0, 70),
     n=st.sampled_from(COLUMNS) | st.integers(0, 140),
@@ -121,7 +121,7 @@ def test_integer_product_is_int64_numpy(variant, m, n, k, signed, transposed, sh
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     orientation=st.sampled_from(ORIENTATIONS),
     m=st.sampled_from(ROWS) | st.integers(0, 70),

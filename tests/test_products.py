@@ -155,7 +155,7 @@ def linear_operands(g, name, m, n, k, bits, grouped=(True, True), zero=(True, Tr
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     size=st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(0, 400)),
     bits=st.tuples(width, width),
@@ -175,7 +175,7 @@ def test_linear_products_within_the_bound(name, size, bits, grouped, zero, offse
     assert worst(got, LINEAR[name][0], a, b, *bias) <= 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
@@ -332,7 +332,7 @@ def test_weight_gradients_do_not_cancel(monkeypatch):
 
 
 @given(seed=st.integers(0, 2**32 - 1), bits=st.sampled_from([1, 2, 4, 8]), axis=st.sampled_from([None, 0, 1]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_counting_from_zero_keeps_the_numbers(seed, bits, axis):
     g = torch.Generator().manual_seed(seed)
     codes = random_codes(g, (5, 7), bits, axis, zero=bool(seed % 2))

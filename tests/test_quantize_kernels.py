@@ -202,7 +202,7 @@ def test_groups_of_every_range(variant, rule, scale):
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pairs=st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=8), bits=st.integers(1, 8))
 def test_grids_of_any_extremes(pairs, bits):
     extremes = torch.tensor(pairs, dtype=torch.float32).sort(1).values
@@ -228,7 +228,7 @@ def tensors(draw):
     return x.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     x=tensors(),
     recipe=st.sampled_from(RECIPES),

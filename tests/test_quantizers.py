@@ -311,7 +311,7 @@ def tensors(draw):
 
 
 @pytest.mark.parametrize("case", STOCHASTIC, ids=label)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(x=tensors(), bits=st.integers(1, 8), random_bits=st.sampled_from([24, 32]))
 def test_mean_and_bound_on_any_input(case, x, bits, random_bits):
     q = build(case, bits, random_bits=random_bits)
@@ -426,7 +426,7 @@ def test_noise_is_independent_between_elements(case):
 # --- PTQ with zero on the grid ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     bits=st.integers(1, 8),
     low=st.floats(-1e6, 1e6, width=32),
@@ -675,3 +675,22 @@ def test_gradients_are_not_tracked():
     x = gaussian(4, 5).requires_grad_()
     for case in CASES:
         assert not build(case, 4)(x, stream()).requires_grad
+
+
+@pytest.mark.parametrize("case", [*((name, {}) for name in QUANTIZERS), ("luq", {"samples": 3})], ids=label)
+def test_for_one_input_it_is_what_it_is_when_called(case):
+    q = build(case, 4)
+    x = gaussian(6, 5, 7, 3, seed=3)
+    x[2] = 0.25  # a group without a range
+    untouched = x.clone()
+    drawn = q.for_input(x)
+    for draw in (0, 1, 0):
+        assert torch.equal(drawn(stream(draw=draw)), q(x, stream(draw=draw)))
+    if hasattr(q, "encode_input"):
+        encoded = q.encode_input(x)
+        for draw in (0, 1, 0):
+            one, other = encoded(stream(draw=draw)), q.encode(x, stream(draw=draw))
+            assert type(one) is type(other)
+            assert torch.equal(one.payload, other.payload)
+            assert torch.equal(one.decode(), other.decode())
+    assert torch.equal(x, untouched)

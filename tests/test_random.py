@@ -85,7 +85,7 @@ word = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     key=st.tuples(word, word, word, word), n=st.integers(1, 32), numel=st.integers(1, 300), tile=st.integers(0, 2**58)
 )
@@ -273,7 +273,7 @@ def test_cuda_equals_cpu():
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 32), short=st.integers(0, 2000), more=st.integers(0, 2000), seed=st.integers(-(2**63), 2**63 - 1)
 )

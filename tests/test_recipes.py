@@ -269,6 +269,18 @@ def test_what_recipes_do_not_fit():
     assert list(policy.overrides) == ["0", "2"]
 
 
+def test_the_model_is_only_run_for_rules():
+    class Never(nn.Linear):
+        def forward(self, x):
+            raise AssertionError
+
+    net = nn.Sequential(*small(3), Never(6, 6))
+    found = recipes.get("statquant-psq").for_model(net, torch.randn(2, 6))
+    assert found == recipes.get("statquant-psq")
+    with pytest.raises(AssertionError):
+        dataclasses.replace(found, rules=LayerRules(FULL)).for_model(net, torch.randn(2, 6))
+
+
 def test_odd_names_are_no_patterns():
     net = nn.Sequential()
     for name in ("a[0]", "a0", "b*", "c"):

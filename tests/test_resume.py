@@ -6,22 +6,19 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from commands import Run, run, start
+from commands import PATIENCE, Run, Start, run, send_when, started
 
 import fqtstats
 from fqtstats import measurement
 from fqtstats.errors import InputError
 from fqtstats.training.pretrain import default_config
 
-__all__ = ["run"]  # the fixture
+__all__ = ["run", "started"]  # the fixtures
 
 # Two configurations of at least 40 draws x 2 backward passes x 20 ms = 1.6 s each where SLOW is set.
 COMMAND = (
@@ -29,37 +26,6 @@ COMMAND = (
     "--batch-size", "16",
 )  # fmt: skip
 SLOW = {"SLOW": "0.02"}
-OFTEN = "from fqtstats.commands import experiments\nexperiments.SAVE_SECONDS = 0.1"
-PATIENCE = 120.0
-
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def started() -> Iterator[Start]:
-    """Starts command lines in processes of their own; none outlives the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def call(*words: str, before: str = OFTEN, **environment: str) -> subprocess.Popen[str]:
-        processes.append(start(*words, before=before, **environment))
-        return processes[-1]
-
-    yield call
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def kill_when(process: subprocess.Popen[str], happened: Callable[[], bool], sign: signal.Signals) -> tuple[str, str]:
-    """Send ``sign`` as soon as something happened, which must be before the process ends."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(sign)
-    return process.communicate(timeout=PATIENCE)
 
 
 def finished(folder: str) -> bool:
@@ -80,18 +46,18 @@ def test_kill_and_resume(run: Run, started: Start, monkeypatch: pytest.MonkeyPat
     first, second = Path("r/state/bhq%405.state"), Path("r/state/psq%405.state")
 
     process = started(*COMMAND, "--out", "r", **SLOW)
-    kill_when(process, first.exists, signal.SIGKILL)
+    send_when(process, first.exists, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not second.exists()
 
     process = started(*COMMAND, "--out", "r", "--resume", **SLOW)
-    kill_when(process, second.exists, signal.SIGKILL)
+    send_when(process, second.exists, signal.SIGKILL)
     assert not Path("r/results.parquet").exists()
 
     # While the figures are drawn the table is there already, but the run is not finished.
     drawing = "import time\nfigures.render_all = lambda result: time.sleep(600)"
     process = started(*COMMAND, "--out", "r", "--resume", before=drawing)
-    kill_when(process, Path("r/results.parquet").exists, signal.SIGKILL)
+    send_when(process, Path("r/results.parquet").exists, signal.SIGKILL)
     assert not finished("r")
     assert second.exists()
 
@@ -111,7 +77,7 @@ def test_kill_in_training(run: Run, started: Start) -> None:
     command = ("measure", "--model", "mlp", "--draws", "2", "--batches", "0")
     assert default_config("mlp", "digits") is not None
     process = started(*command, "--out", "r", FQTSTATS_CACHE="empty")
-    kill_when(process, lambda: Path("r/run.json").exists(), signal.SIGKILL)
+    send_when(process, lambda: Path("r/run.json").exists(), signal.SIGKILL)
     assert not Path("empty").exists()  # no half a checkpoint, either
     assert not any(Path("r/state").iterdir())
     done = run(*command, "--out", "r")
@@ -126,7 +92,7 @@ def test_ctrl_c_keeps_what_was_measured(run: Run, started: Start) -> None:
     command = (*COMMAND, "--seed", "3")
     process = started(*command, **SLOW)
     state = Path("runs/measure-bhq@5-and-1-more/state/bhq%405.state")
-    out, err = kill_when(process, state.exists, signal.SIGINT)
+    out, err = send_when(process, state.exists, signal.SIGINT)
     assert process.returncode == 130
     assert out == ""
     assert len(err.splitlines()) == 1, err

@@ -42,7 +42,7 @@ shapes = st.one_of(
 
 
 @given(st.lists(shapes, min_size=1, max_size=40), st.integers(1, 25))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_width(kinds, repeats):
     parameters = (kinds * repeats)[:600]
     sketch = Sketch([torch.zeros(shape) for shape in parameters], 0)

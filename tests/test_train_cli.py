@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
-import time
 import types
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,24 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from commands import Run, run, start
+from commands import Run, Start, run, send_when, started
+from matplotlib.figure import Figure
+from rich.cells import cell_len
+from rich.console import Console
 
 import fqtstats
 from fqtstats import comparison, files, models
 from fqtstats.commands import experiments
 from fqtstats.data import data
-from fqtstats.errors import InputError
+from fqtstats.errors import InputError, RunDirectoryError
 from fqtstats.report import comparisons, trainings
+from fqtstats.schema import parquet_bytes
 from fqtstats.training.recipes import RECIPES, Definition, Recipe, Stage
 from fqtstats.trainings import EPOCHS, TIMES, VARIANCE, Training
 
-__all__ = ["run"]  # the fixture
+__all__ = ["run", "started"]  # the fixtures
 
-FAST = ("train", "--model", "mlp", "--epochs", "2")
+FAST = ("train", "--model", "mlp", "--batch-size", "128", "--epochs", "2")
 # 11 steps an epoch, and 20 ms or more in each: the whole takes a second at least where SLOW is set.
 KILLED = (
     "train",
@@ -50,11 +54,7 @@ KILLED = (
     "2",
 )
 SLOW = {"SLOW": "0.02"}
-OFTEN = "from fqtstats.commands import experiments\nexperiments.SAVE_SECONDS, experiments.SAVE_SHARE = 0.1, 1.0"
-PATIENCE = 240.0
 STATE = Path("r/state/checkpoint.state")
-
-Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
@@ -62,33 +62,6 @@ def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these trainings."""
     for module in (trainings, comparisons):
         monkeypatch.setattr(module, "render_all", lambda result: {})
-
-
-@pytest.fixture
-def started() -> Iterator[Start]:
-    """Starts command lines in processes of their own; none outlives the test."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def call(*words: str, before: str = OFTEN, **environment: str) -> subprocess.Popen[str]:
-        processes.append(start(*words, before=before, **environment))
-        return processes[-1]
-
-    yield call
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def send_when(process: subprocess.Popen[str], happened: Callable[[], bool], sign: signal.Signals) -> tuple[str, str]:
-    """Send ``sign`` as soon as something happened, which must be before the process ends."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    process.send_signal(sign)
-    return process.communicate(timeout=PATIENCE)
 
 
 def assert_same(one: str, two: str) -> None:
@@ -225,14 +198,41 @@ def test_a_run(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("without_figures")
-def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run) -> None:
-    done = run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1", "--out", "r")
+def test_what_was_trained_with_quantized_layers_is_no_full_precision_checkpoint(run: Run) -> None:
+    for recipe, out in (("statquant-qat", "qat"), ("joint-2-4", "joint"), ("exact", "exact")):
+        done = run(*FAST[:-1], "1", "--recipe", recipe, "--out", out)
+        assert done.status == 0, done.err
+    for out, networks in (("qat", ["model"]), ("joint", ["model", "student-2"]), ("exact", [])):
+        assert fqtstats.load_training(out).metadata["quantized"] == networks
+    lsq = (*FAST[:-1], "1", "--recipe", "lsq", "--checkpoint")
+    for file, recipe in (("qat/model.pt", "statquant-qat"), ("joint/student-2.pt", "joint-2-4")):
+        done = run(*lsq, file, "--out", "r")
+        assert done.status == 2
+        assert len(done.err.splitlines()) == 1, done.err
+        assert f"'{file}' was trained by {recipe}; give a full-precision checkpoint" in done.err
+        assert not Path("r").exists()
+    # The teacher is in full precision, and nothing is known of weights from elsewhere.
+    shutil.copy("qat/model.pt", "model.pt")
+    for number, file in enumerate(("exact/model.pt", "joint/teacher.pt", "model.pt")):
+        done = run(*lsq, file, "--out", f"lsq-{number}")
+        assert done.status == 0, done.err
+    done = run(*FAST, "--recipe", "exact", "--checkpoint", "lsq-0/model.pt", "--out", "r")
+    assert done.status == 2
+    assert "'lsq-0/model.pt' was trained with quantized layers, not in full precision" in done.err
+    # A recipe that does not ask for full precision takes any weights that fit.
+    assert run(*FAST[:-1], "1", "--checkpoint", "qat/model.pt", "--out", "r").status == 0
+
+
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("recipe", ["exact/digits", "exact"])
+def test_a_run_of_a_recipe_has_options_of_its_own_unless_they_are_given(run: Run, recipe: str) -> None:
+    done = run("train", "--recipe", recipe, "--model", "mlp", "--epochs", "1", "--out", "r")
     assert done.status == 0, done.err
     arguments = fqtstats.load_training("r").metadata["arguments"]
     expected = {"model": "mlp", "data": "digits", "epochs": 1, "batch_size": 64, "augment": False, "image_size": None}
     assert {name: arguments[name] for name in expected} == expected
-    assert run("train", "--recipe", "exact/digits", "--model", "mlp", "--epochs", "1").status == 0
-    assert os.listdir("runs") == ["train-exact-digits"]
+    assert run("train", "--recipe", recipe, "--model", "mlp", "--epochs", "1").status == 0
+    assert os.listdir("runs") == [f"train-{recipe.replace('/', '-')}"]
 
 
 @pytest.mark.usefixtures("without_figures")
@@ -315,7 +315,7 @@ def test_list_recipes(run: Run) -> None:
         (("--skip", "no*"), "matches no layer"),
         (("--checkpoint", "none.pt"), "found nothing"),
         (("--checkpoint", "other.pt"), "does not fit the model"),
-        (("--checkpoint", "lsq.pt"), "does not fit the model: unexpected (1): 1.fqt_weight.step"),
+        (("--checkpoint", "lsq.pt"), "trained with quantized layers, not in full precision: it has what quantizers"),
         (("--teacher", "fits.pt"), "has no teacher"),
         (("--recipe", "exact", "--variance-every", "5"), "recipe 'exact' quantizes no gradient"),
         (("--data", "cifar10"), "needs a root directory"),
@@ -426,21 +426,111 @@ def test_edges_of_comparisons() -> None:
         fqtstats.compare([])
 
 
+def test_configurations_are_told_apart_by_what_they_are_not_by_how_options_were_typed() -> None:
+    same = dict.fromkeys(comparison.METRICS, 1.0)
+
+    def one(seed: int, rate: float, **arguments: object) -> Training:
+        recipe = {"name": "a", "bits": 5, "optimizer": f"Optimizer(lr={rate})"}
+        settings = {"epochs": 2, "backend": "native"}
+        asked = {"model": "mlp", "bits": None, "lr": None, "epochs": 2, "recipe": "a", **arguments}
+        return made("a", seed, same, recipe=recipe, settings=settings, arguments=asked)
+
+    typed = [one(0, 0.1), one(1, 0.1, bits=5), one(2, 0.1, lr=0.1), one(3, 0.1, recipe="a/digits")]
+    found = fqtstats.compare(typed)
+    assert list(found.metadata["groups"]) == ["a@5"]
+    assert list(found.groups["runs"]) == [4] * 4
+    with pytest.raises(InputError, match="both runs of a@5 with seed 0"):
+        fqtstats.compare([one(0, 0.1), one(0, 0.1, bits=5)])
+    # Where runs of a configuration were asked for in several words, its name has what came of them.
+    others = [one(0, 0.2, lr=0.2), one(1, 0.2, lr=0.2)]
+    assert list(fqtstats.compare([*typed, *others]).metadata["groups"]) == [
+        "a@5 optimizer=Optimizer(lr=0.1)",
+        "a@5 optimizer=Optimizer(lr=0.2)",
+    ]
+    assert list(fqtstats.compare([typed[2], *others]).metadata["groups"]) == ["a@5 lr=0.1", "a@5 lr=0.2"]
+    models = [one(0, 0.1), one(0, 0.1, model="vgg16")]
+    assert list(fqtstats.compare(models).metadata["groups"]) == ["a@5 model=mlp", "a@5 model=vgg16"]
+
+
+def test_tables_that_do_not_fit_are_no_training_and_no_comparison(tmp_path: Path) -> None:
+    one = made("a", 0, dict.fromkeys(comparison.METRICS, 0.5))
+    twice = pd.concat([one.epochs, one.epochs.iloc[:1]])
+    with pytest.raises(InputError, match="expected one row per epoch, network in the table 'epochs' of a training"):
+        Training(twice, one.variance, {})
+    found = fqtstats.compare([one])
+    with pytest.raises(InputError, match="table 'pairs' of a comparison"):
+        comparison.Comparison(found.groups, found.pairs.drop(columns="p"), found.curves, {})
+    with pytest.raises(InputError, match="metadata"):
+        comparison.Comparison(found.groups, found.pairs, found.curves, {"a": object()})
+    # On disk, where the sums are right and the table is not.
+    one.save(tmp_path / "r")
+    content = parquet_bytes(twice, EPOCHS)
+    (tmp_path / "r" / "epochs.parquet").write_bytes(content)
+    document = json.loads((tmp_path / "r" / "run.json").read_text())
+    document["epochs_sha256"] = hashlib.sha256(content).hexdigest()
+    (tmp_path / "r" / "run.json").write_text(json.dumps(document))
+    with pytest.raises(RunDirectoryError, match="holds no valid training: expected one row per epoch"):
+        fqtstats.load_training(tmp_path / "r")
+
+
+def alike_groups() -> comparison.Comparison:
+    """Two configurations whose names take 40 and 43 characters."""
+    same = dict.fromkeys(comparison.METRICS, 0.5)
+    settings = [{"backend": "native", "epochs": 10}, {"backend": "simulated", "epochs": 20}]
+    runs = [made("statquant-bhq", seed, same, settings=own) for own in settings for seed in (0, 1)]
+    return fqtstats.compare(runs)
+
+
+def test_names_of_configurations_have_the_room_that_there_is() -> None:
+    found = alike_groups()
+    names = list(found.metadata["groups"])
+    assert [len(name) for name in names] == [40, 43]
+    printed = {}
+    for width in (60, 80, 120):
+        console = Console(width=width, file=io.StringIO())
+        console.print(comparisons.summary(found))
+        printed[width] = console.file.getvalue()
+        assert max(cell_len(line) for line in printed[width].splitlines()) <= width
+    # In the table of groups, as the pairs have two names.
+    groups = printed[120].partition("\n\n")[0]
+    assert all(name in groups for name in names)
+    # Where a name is cut the line is full.
+    for width in (60, 80):
+        cut = [line for line in printed[width].splitlines() if "…" in line]
+        assert cut
+        assert {len(line.rstrip()) for line in cut} <= {width - 1, width}
+
+
+@pytest.mark.parametrize("width", [3.3, 7.0])
+def test_the_legend_lies_on_no_line(width: float) -> None:
+    figure = alike_groups().plot(width=width)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent, axes = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert not extent.overlaps(axes)
+    assert figure.bbox.x0 <= extent.x0 < extent.x1 <= figure.bbox.x1
+    # Axes of the caller's have their legend inside, as their figure has more than these lines.
+    ax = Figure().subplots()
+    assert alike_groups().plot(ax=ax) is ax.figure
+    assert ax.get_legend() is not None
+
+
 def test_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = ["exact-0", "exact-1", "statquant-ptq-1"]
+    places = ["exact-0", "exact-1", "statquant-ptq-0", "statquant-ptq-1"]
     with monkeypatch.context() as patch:
         patch.setattr(trainings, "render_all", lambda training: {})
         for place in places:
             recipe, _, seed = place.rpartition("-")
-            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, "--out", place).status == 0
+            typed = ("--bits", "5") if place == "statquant-ptq-0" else ()  # the default
+            assert run(*FAST[:-1], "1", "--recipe", recipe, "--seed", seed, *typed, "--out", place).status == 0
     done = run("compare", *places, "--out", "c")
     assert done.status == 0, done.err
     assert "statquant-ptq@5" in done.out
     figures = ", ".join(f"figures/{metric}.png" for metric in sorted(comparison.METRICS))
     assert done.out.splitlines()[-1].endswith(figures)
     found = fqtstats.load_comparison("c")
-    assert list(found.groups["runs"]) == [2, 1] * 4
-    assert set(found.pairs["seeds"]) == {1}
+    assert list(found.groups["runs"]) == [2, 2] * 4
+    assert set(found.pairs["seeds"]) == {2}
     assert repr(found).startswith("Comparison(exact: loss ")
     monkeypatch.setattr(comparisons, "render_all", lambda result: {})
     shown = json.loads(run("compare", *places, "--metric", "test_loss", "--json").out)

@@ -20,7 +20,7 @@ from fqtstats.data.base import InMemory
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError, TrainingDiverged
 from fqtstats.hashing import tensor_digest
-from fqtstats.training import loop, recipes
+from fqtstats.training import recipes, steps
 from fqtstats.training.distillation import Distillation
 from fqtstats.training.loop import train
 from fqtstats.training.recipes import Optimizer, Recipe, Stage
@@ -354,6 +354,14 @@ def test_joint_networks(digits):
     assert (ends < starts).all()
 
 
+def test_the_layers_that_every_student_skips_have_the_names_of_the_model(digits):
+    left = {}
+    for skip in (None, "1", iter(["1"]), lambda name, module: name == "1"):
+        found = go(digits, JOINT, mlp(), skip=skip)
+        left[skip] = [row["layer"] for row in found.metadata["unquantized"] if row["reason"] == "skipped on request"]
+    assert list(left.values()) == [[], *([["students.0.1", "students.1.1"]] * 3)]
+
+
 # --- divergence -------------------------------------------------------------------------------------------------------
 
 
@@ -466,9 +474,9 @@ def test_what_a_divergence_falls_back_to_depends_on_steps_alone(digits):
 
 
 def test_a_loss_that_stays_far_off_is_a_divergence(digits, monkeypatch):
-    monkeypatch.setattr(loop, "LONG", 4)
+    monkeypatch.setattr(steps, "LONG", 4)
     go(digits, one(bhq()))
-    monkeypatch.setattr(loop, "FAR", 0.01)
+    monkeypatch.setattr(steps, "FAR", 0.01)
     with pytest.raises(TrainingDiverged, match="for 4 steps; the largest number is") as caught:
         go(digits, one(bhq()))
     assert caught.value.diagnosis["first"] is None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsJson",
+    "Backend",
     "BatchSize",
     "Batches",
     "Bits",
@@ -73,6 +74,7 @@ Data = Annotated[str, typer.Option(help="Built-in data or package.module:functio
 DataRoot = Annotated[str | None, typer.Option(help="Folder of data that are read from disk.", metavar="FOLDER")]
 ImageSize = Annotated[int | None, typer.Option(help="Pixels of images that are read from a folder.")]
 BatchSize = Annotated[int, typer.Option(help="Samples in a minibatch.")]
+Backend = Annotated[str, typer.Option(help="How the products are computed: simulated or native.")]
 Batches = Annotated[int, typer.Option(help="Further minibatches, for the sampling variance; 0 for none.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 Skip = Annotated[
@@ -94,7 +96,12 @@ def arguments_of(context: typer.Context, leave_out: Sequence[str] = (), **change
         context: of the command.
         leave_out: options that say what others say, too.
         changed: options whose value is not the one that was given.
+
+    Raises:
+        InputError: a run is to be resumed, and its folder is not given.
     """
+    if context.params["resume"] and context.params["output"] is None:
+        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     others = ("output", "resume", "as_json", *leave_out)
     given = {name: value for name, value in context.params.items() if name not in others}
     return {"command": context.info_name, **given, **changed}

@@ -65,8 +65,6 @@ def measure(
     from fqtstats.run_directory import RunDirectory
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
-    if resume and output is None:
-        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = experiments.policies_of(quantizer, bits, grad_weight)
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; known: {', '.join(METHODS)}")

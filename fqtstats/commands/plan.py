@@ -49,7 +49,7 @@ def plan(
     skip: experiments.Skip = None,
     checkpoint: experiments.Checkpoint = None,
     device: experiments.Device = "cpu",
-    backend: Annotated[str, typer.Option(help="How the products are computed: simulated or native.")] = "simulated",
+    backend: experiments.Backend = "simulated",
     output: experiments.Output = None,
     resume: experiments.Resume = False,
     as_json: experiments.AsJson = False,
@@ -62,8 +62,6 @@ def plan(
     from fqtstats.run_directory import RunDirectory
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
-    if resume and output is None:
-        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     _check_target(budget, mean_bits, batches)
     policy = _policy(quantizer, grad_weight)
     widths = sorted({experiments.width_of(text, "--bits") for text in separated(bits, "--bits")})

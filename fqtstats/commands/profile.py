@@ -42,7 +42,7 @@ def profile(
     skip: experiments.Skip = None,
     checkpoint: experiments.Checkpoint = None,
     device: experiments.Device = "cpu",
-    backend: Annotated[str, typer.Option(help="How the products are computed: simulated or native.")] = "simulated",
+    backend: experiments.Backend = "simulated",
     output: experiments.Output = None,
     resume: experiments.Resume = False,
     as_json: experiments.AsJson = False,
@@ -56,8 +56,6 @@ def profile(
     from fqtstats.run_directory import RunDirectory
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
-    if resume and output is None:
-        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
     policies = experiments.policies_of(quantizer, bits, grad_weight)
     arguments = experiments.arguments_of(context, leave_out=["quantizer", "bits"])
     if not 0 < precision < 1:

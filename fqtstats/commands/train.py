@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from fqtstats.commands import experiments
 from fqtstats.commands.console import check_counts, err, out, progress
-from fqtstats.errors import InputError, TrainingDiverged
+from fqtstats.errors import InputError, RunDirectoryError, TrainingDiverged
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from fqtstats.run_directory import RunDirectory
     from fqtstats.training.recipes import Recipe
     from fqtstats.trainings import Training
@@ -30,7 +29,8 @@ def train(
         str,
         typer.Option(
             help="How to train; fqtstats list recipes has them all. RECIPE/RUN is one of its runs: that has a model, "
-            "data and numbers of its own, for the options that are not given."
+            "data and numbers of its own, for the options that are not given. RECIPE alone is its run on the data, "
+            "digits or text."
         ),
     ] = "statquant-bhq",
     bits: Annotated[int | None, typer.Option(help="The recipe's bits.", show_default="the recipe's own")] = None,
@@ -61,7 +61,7 @@ def train(
     variance_draws: Annotated[int, typer.Option(help="Draws of the quantized gradient each time.")] = 8,
     threads: Annotated[int, typer.Option(help="Threads of torch; with several, bits depend on their number.")] = 1,
     device: experiments.Device = "cpu",
-    backend: Annotated[str, typer.Option(help="How the products are computed: simulated or native.")] = "simulated",
+    backend: experiments.Backend = "simulated",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write events for TensorBoard into the run's folder.")
     ] = False,
@@ -76,9 +76,7 @@ def train(
     from fqtstats.trainings import load_training
 
     # Everything that can be told to be wrong is, before a folder is made and before anything is trained.
-    if resume and output is None:
-        raise InputError("--resume needs the folder of the run, got none; add --out FOLDER")
-    chosen, own = _recipe(recipe, bits, lr)
+    chosen, own = _recipe(recipe, data, bits, lr)
     if not _is_default(context, "data") and data != own.get("data"):
         own = {name: value for name, value in own.items() if name not in ("augment", "image_size")}
     defaults = {name: value for name, value in own.items() if _is_default(context, name)}
@@ -111,10 +109,13 @@ def train(
         raise typer.Exit(1)
 
 
-def _recipe(name: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict[str, object]]:
-    """The recipe, and the options that come with it if it is that of a run."""
+def _recipe(name: str, data: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict[str, object]]:
+    """The recipe, and the options that come with it from the run that is named, or that it has on embedded data."""
     from fqtstats.training import recipes, runs
 
+    on_data = f"{name}/{data}"
+    if on_data in runs.RUNS and not runs.run(on_data).published:
+        name = on_data
     own: dict[str, object] = {}
     if "/" in name:
         run = runs.run(name, bits)
@@ -123,6 +124,22 @@ def _recipe(name: str, bits: int | None, lr: float | None) -> tuple[Recipe, dict
     else:
         found = recipes.get(name, bits)
     return (found if lr is None else replace(found, optimizer=found.optimizer.with_lr(lr))), own
+
+
+def _check_full_precision(file: str, recipe: Recipe) -> None:
+    """Raise InputError if a training wrote the file, and ended with quantized layers in this network."""
+    from fqtstats.trainings import load_training
+
+    path = Path(file)
+    try:
+        found = load_training(path.parent)
+    except RunDirectoryError:
+        return  # weights from elsewhere
+    if path.name in [f"{network}.pt" for network in found.metadata.get("quantized", [])]:
+        raise InputError(
+            f"recipe {recipe.name!r} starts from a network that was trained in full precision, but {file!r} was "
+            f"trained by {found.label}; give a full-precision checkpoint, as of recipe 'exact'"
+        )
 
 
 def _is_default(context: typer.Context, option: str) -> bool:
@@ -137,16 +154,21 @@ def _train(run: RunDirectory, recipe: Recipe, arguments: Mapping[str, Any], path
     from fqtstats.training import loop
 
     seed = arguments["seed"]
+    files = {
+        name: None if arguments[name] is None else arguments[name].replace("{seed}", str(seed))
+        for name in ("checkpoint", "teacher")
+    }
+    if files["checkpoint"] is not None and recipe.starts_from == "full-precision":
+        _check_full_precision(files["checkpoint"], recipe)
 
     def built(weights: str) -> experiment.Trainable:
-        file = arguments[weights]
         return experiment.trainable(
             arguments["model"],
             arguments["data"],
             root=arguments["data_root"],
             image_size=arguments["image_size"],
             seed=seed,
-            checkpoint=None if file is None else file.replace("{seed}", str(seed)),
+            checkpoint=files[weights],
             device_name=arguments["device"],
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 from fqtstats.errors import InputError
 from fqtstats.quantizers.agp import AGP, TopK
 from fqtstats.quantizers.base import Claim, Quantized, Quantizer
@@ -15,7 +17,7 @@ from fqtstats.quantizers.sawb import SAWB
 from fqtstats.quantizers.sign import ScaledSign, Sign
 from fqtstats.quantizers.uniform import PCQ, PSQ, PTQ
 
-__all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "quantizer"]
+__all__ = ["QUANTIZERS", "Claim", "Quantized", "Quantizer", "quantizer", "registered"]
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     cls.name: cls
@@ -63,6 +65,11 @@ def quantizer(name: str, **options: object) -> Quantizer:
     if unknown:
         raise InputError(f"unknown option {unknown[0]!r} of quantizer {name!r}; known: {', '.join(known)}")
     return cls(**options)
+
+
+def registered(q: object) -> TypeGuard[Quantizer]:
+    """Whether ``q`` is of one of the registry's own classes; a subclass may do anything otherwise."""
+    return type(q) in QUANTIZERS.values()
 
 
 def options_of(cls: type[Quantizer]) -> dict[str, object]:

@@ -25,16 +25,17 @@ Shape legend: N rows, D elements per row, K groups of n rows, leader first.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from fqtstats.quantizers.grid import affine
+from fqtstats.quantizers.grid import Grid, affine
 from fqtstats.rounding import up_probability
 
 if TYPE_CHECKING:
+    from fqtstats.quantizers.base import Transformed
     from fqtstats.quantizers.bhq import BlockHouseholder
 
 __all__ = ["adapt"]
@@ -48,10 +49,18 @@ _CLOSE = 2.0**-4
 _SUMMATION = 2.0**-16
 """Relative error of a sum within the intervals; a generous bound."""
 
+_SUMMED = 128
+"""Elements that are added in the compute dtype, in any order: an error of at most 2^-17. Their sums are float64."""
+
+_PIECE = 1 << 16
+"""Elements at a time on a CPU: the temporaries stay in the cache."""
+
+_ALONE, _MATCHED, _PUBLISHED = range(3)
+
 
 def adapt(
     published: BlockHouseholder, x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int
-) -> BlockHouseholder:
+) -> tuple[BlockHouseholder, Transformed]:
     """The transform with the best candidate in each of the groups of ``published``.
 
     Args:
@@ -61,172 +70,200 @@ def adapt(
         high: maximum of each row, likewise.
         levels: ``B = 2^bits - 1``.
         random_bits: random bits per decision.
+
+    Returns:
+        The transform, and what its ``forward_extremes`` gives for ``x``: the rows of all candidates are found on the
+        way.
     """
-    if published.heads.numel() == 0:
-        return published
-    order, heads, sizes = published.order, published.heads, published.sizes.long()
-    group = _groups_of_positions(published)
-    rows, low, high = x.reshape(len(x), -1)[order], low.view(-1, 1)[order], high.view(-1, 1)[order]
-    matched, close = _matched_scale(published, low, high, group)
-    scale = torch.stack([matched, published.row_scale], 1).view(len(x), 2, 1)
-    both = replace(published, row_scale=scale)
-    y = both.of_ordered(rows.unsqueeze(1))
-    reflected = y, y.amin(2, keepdim=True), y.amax(2, keepdim=True)
-
-    lower, upper = _intervals(*reflected, levels, random_bits)
-    weight = _weights(both, group)
-    lower, upper = (
-        _group_sums(torch.where(v.isfinite(), v * weight, torch.inf), group, len(heads)) for v in (lower, upper)
+    n, count = len(x), len(published.heads)
+    if count == 0:
+        return published, published.forward_extremes_in_torch(x)
+    position, group, rank = published.places
+    order = published.order
+    scale, close = _scales(published, low, high)
+    # One transform for the published groups, and after them the matched ones that are tried.
+    tried = ~close
+    row_tried = tried[group]
+    sizes = published.sizes[tried]
+    both = replace(
+        published,
+        order=torch.cat([order, order[position[row_tried]]]),
+        heads=torch.cat([published.heads, n + (sizes.cumsum(0) - sizes).long()]),
+        sizes=torch.cat([published.sizes, sizes]),
+        row_scale=torch.cat([published.row_scale, scale[_MATCHED][row_tried].view(-1, 1, 1)]),
     )
-    lower[:, 0], upper[:, 0] = (torch.where(close, torch.inf, v[:, 0]) for v in (lower, upper))
-    best = upper.amin(1)
-    # The rows alone: often the leader's variance says enough.
-    alone_lower, alone_upper = (
-        v.view(-1) for v in _intervals(rows[heads], low[heads], high[heads], levels, random_bits)
-    )
-    unsure = torch.cat([alone_lower <= best, best.new_zeros(1, dtype=torch.bool)])
-    chosen = unsure[group]
-    some_lower, some_upper = (
-        _group_sums(v, group[chosen], len(heads)).view(-1)
-        for v in _intervals(rows[chosen], low[chosen], high[chosen], levels, random_bits)
-    )
-    alone_lower = torch.where(unsure[:-1], some_lower, alone_lower)
-    alone_upper = torch.where(unsure[:-1], some_upper, torch.inf)
-    lower, upper = torch.cat([alone_lower.view(-1, 1), lower], 1), torch.cat([alone_upper.view(-1, 1), upper], 1)
-    choice = upper.argmin(1)
-    beaten = lower > upper.gather(1, choice.view(-1, 1))
-    for g in torch.nonzero(beaten.sum(1) < 2).view(-1).tolist():
-        of_group = slice(int(heads[g]), int(heads[g]) + int(sizes[g]))
-        values = [float(_tree_sum(_exact(rows[of_group], low[of_group], high[of_group], levels, random_bits)))]
-        for candidate in range(2):
-            if candidate == 0 and close[g]:
-                values.append(math.inf)
-                continue
-            candidate_rows, lowest, highest = (part[of_group, candidate] for part in reflected)
-            noise = _exact(candidate_rows, lowest, highest, levels, random_bits)
-            values.append(float(_tree_sum(_exact_weights(scale[of_group, candidate, 0]) * noise)))
-        choice[g] = values.index(min(values))
-    return _chosen(published, scale, choice, group)
+    y, lowest, highest = both.forward_extremes_in_torch(x)
+    # Then the rows of x themselves. Where no matched candidate is tried, `row` names any other.
+    parts = y.view(len(y), -1), x.view(n, -1)
+    lowest, highest = torch.cat([lowest, low]), torch.cat([highest, high])
+    row = torch.stack([len(y) + order[position], n - 1 + row_tried.cumsum(0), position])
+
+    cell = (group + count * torch.arange(6, device=x.device).view(6, 1)).view(-1)
+
+    def group_sums(values: torch.Tensor) -> torch.Tensor:
+        # [..., M] to [..., K], in any order.
+        sums = values.new_zeros(values.numel() // len(group) * count)
+        return sums.index_add_(0, cell[: values.numel()], values.view(-1)).view(*values.shape[:-1], count)
+
+    bounds = _intervals(parts, lowest.view(-1, 1), highest.view(-1, 1), levels, random_bits)
+    weight = _weights(scale, group, rank, published.sizes, group_sums)
+    bounds = group_sums(_weighted(bounds[:, row], weight))
+    bounds[:, _MATCHED].masked_fill_(close, torch.inf)
+    lower, upper = bounds
+    choice = upper.argmin(0)
+    unclear = (lower <= upper.amin(0)).sum(0) > 1
+    if bool(unclear.any()):
+        some = unclear[group]
+        place, rank, size = (unclear.cumsum(0) - 1)[group[some]], rank[some], published.sizes[unclear]
+
+        def tree_sums(values: torch.Tensor) -> torch.Tensor:
+            return _tree_sums(values, rank, size[place])
+
+        of = row[:, some].view(-1)
+        numbers = torch.cat([parts[1][order[position[some]]], parts[0][of[len(rank) :]]])
+        noise = _exact(numbers, lowest.view(-1, 1)[of], highest.view(-1, 1)[of], levels, random_bits).view(3, -1)
+        exact = tree_sums(_weighted(noise, _weights(scale[:, some], place, rank, size, tree_sums)))
+        exact[_MATCHED].masked_fill_(close[unclear], torch.inf)
+        alone, matched, theirs = exact
+        first = torch.where(matched < alone, _MATCHED, _ALONE)
+        choice[unclear] = torch.where(theirs < torch.minimum(alone, matched), _PUBLISHED, first)
+
+    of_row = choice[group]
+    chosen = torch.arange(n, device=x.device)
+    chosen[position] = row.gather(0, of_row.unsqueeze(0)).view(-1)
+    kept, alone, matched = choice != _ALONE, position[of_row == _ALONE], position[of_row == _MATCHED]
+    row_scale = torch.cat([both.row_scale, torch.ones_like(low)])[chosen]
+    transform = replace(published, heads=published.heads[kept], sizes=published.sizes[kept], row_scale=row_scale)
+    y[alone] = x[order[alone]]
+    y[matched] = y[chosen[matched]]
+    return transform, (y[:n], lowest[chosen], highest[chosen])
 
 
-def _groups_of_positions(transform: BlockHouseholder) -> torch.Tensor:
-    """Index of the group of each position, K where it is in none, ``[N]``."""
-    position = torch.arange(len(transform.order), device=transform.order.device)
-    group = torch.searchsorted(transform.heads, position, right=True) - 1
-    inside = (group >= 0) & (position < (transform.heads + transform.sizes.long())[group.clamp(min=0)])
-    return torch.where(inside, group, len(transform.heads))
-
-
-def _matched_scale(
-    published: BlockHouseholder, low: torch.Tensor, high: torch.Tensor, group: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales of the matched candidate, ``[N, 1, 1]``, and in which groups they are close to the published ones."""
-    heads, count = published.heads, len(published.heads)
-    ranges, theirs = (high.double() - low.double()).view(-1), published.row_scale.view(-1).double()
-    of_row = torch.cat([heads, heads.new_zeros(1)])[group]
-    leader, small = ranges[of_row], ranges[(of_row + 1).clamp(max=len(ranges) - 1)]
-    ratio = (leader / torch.maximum(ranges, _SMALLEST_SHARE * small)).sqrt()
-    scale = (theirs[of_row] * ratio).to(published.row_scale.dtype)
-    scale[heads] = published.row_scale.view(-1)[heads]
-    scale = torch.where(group < count, scale, 1.0)
-    apart = (scale.double() - theirs).abs() > _CLOSE * theirs
-    close = torch.ones(count + 1, dtype=torch.bool, device=group.device).index_fill_(0, group[apart], False)
-    return scale.view(-1, 1, 1), close[:count]
-
-
-def _chosen(
-    published: BlockHouseholder, scale: torch.Tensor, choice: torch.Tensor, group: torch.Tensor
-) -> BlockHouseholder:
-    kept = choice > 0
-    per_position = torch.cat([choice, choice.new_zeros(1)])[group]
-    ours, theirs = scale.view(-1, 2).unbind(1)
-    chosen = torch.where(per_position == 1, ours, torch.where(per_position == 2, theirs, 1.0))
-    return replace(published, heads=published.heads[kept], sizes=published.sizes[kept], row_scale=chosen.view(-1, 1, 1))
+def _scales(published: BlockHouseholder, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of the candidates of the M rows in groups, ``[3, M]``, and whose matched ones are close, ``[K]``."""
+    position, group, rank = published.places
+    theirs = published.row_scale.view(-1)[position]
+    ranges = (high.double() - low.double()).view(-1)[published.order]
+    leader, small = ranges[published.heads][group], ranges[published.heads + 1][group]
+    ratio = (leader / torch.maximum(ranges[position], _SMALLEST_SHARE * small)).sqrt()
+    first = published.row_scale.view(-1)[published.heads].double()
+    matched = torch.where(rank == 0, theirs, (first[group] * ratio).to(theirs.dtype))
+    t = theirs.double()
+    apart = (matched.double() - t).abs() > _CLOSE * t
+    close = torch.ones(len(published.heads), dtype=torch.bool, device=low.device)
+    return torch.stack([torch.ones_like(theirs), matched, theirs]), close.index_fill_(0, group[apart], False)
 
 
 # --- variance of rounded rows -----------------------------------------------------------------------------------------
 
 
+def _finite_grid(low: torch.Tensor, high: torch.Tensor, levels: int) -> tuple[torch.Tensor, Grid]:
+    """The ranges, ``[R, 1]`` float64, infinite where one or its row is not finite, and the grids of the others."""
+    span = high.double() - low.double()
+    finite = span <= torch.finfo(low.dtype).max  # false for NaN
+    grid = affine(torch.where(finite, low, 0.0), torch.where(finite, high, 0.0), levels)
+    return torch.where(finite, span, torch.inf), grid
+
+
+def _pieces(y: torch.Tensor) -> list[slice]:
+    """Rows that are worked on together."""
+    step = max(1, _PIECE // y.shape[1]) if y.device.type == "cpu" else len(y)
+    return [slice(start, start + step) for start in range(0, len(y), step)]
+
+
+def _part(grid: Grid, piece: slice) -> Grid:
+    assert grid.offset is not None
+    prescale = None if grid.prescale is None else grid.prescale[piece]
+    return replace(grid, step=grid.step[piece], scale=grid.scale[piece], offset=grid.offset[piece], prescale=prescale)
+
+
 def _intervals(
-    y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bounds of :func:`_exact` for each row, float64; infinite where a row or its range is not finite.
+    parts: Sequence[torch.Tensor], low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int
+) -> torch.Tensor:
+    """Bounds of :func:`_exact`, ``[2, R]`` float64; infinite where a row or its range is not finite.
 
     Args:
-        y: ``[..., D]``.
-        low: minimum of each row, ``[..., 1]``.
-        high: maximum of each row, ``[..., 1]``.
+        parts: some of the R rows each, ``[., D]``.
+        low: minimum of each row, ``[R, 1]``.
+        high: maximum of each row, ``[R, 1]``.
         levels: of the grids.
         random_bits: of the decisions.
     """
-    info = torch.finfo(y.dtype)
-    span = high.double() - low.double()
-    finite = low.isfinite() & high.isfinite() & (span <= info.max)
-    span = torch.where(finite, span, 0.0)
-    grid = affine(torch.where(finite, low, 0.0), torch.where(finite, high, 0.0), levels)
-    f = grid.coordinates(y).clamp_(max=levels).frac_()  # a coordinate is not negative
-    total = f.addcmul_(f, f, value=-1).sum(-1, keepdim=True, dtype=torch.float64)
+    info = torch.finfo(low.dtype)
+    span, grid = _finite_grid(low, high, levels)
+    total = _fractions(parts, grid)
     # A probability lies up to 2^-n below f, and f (1 - f) is rounded.
-    slack = y.shape[-1] * (2.0**-random_bits + 2 * info.eps)
+    slack = parts[0].shape[1] * (2.0**-random_bits + 2 * info.eps)
     # Two decoded neighbours are a step apart, up to the rounding of product and sum.
     step = grid.step.double()
-    largest = torch.where(finite, torch.maximum(low.abs(), high.abs()), 0.0).double()
+    largest = torch.maximum(low.abs(), high.abs()).double()
     smallest = info.smallest_normal * info.eps
-    gap = torch.where(step > 0, (1.01 * info.eps * (span + largest) + 4 * smallest) / step, 0.0)
-    lower = (step * (1 - gap).clamp(min=0)).square() * (total * (1 - _SUMMATION) - slack).clamp(min=0)
-    upper = (step * (1 + gap)).square() * (total * (1 + _SUMMATION) + slack)
-    return torch.where(finite, lower, torch.inf).squeeze(-1), torch.where(finite, upper, torch.inf).squeeze(-1)
+    gap = torch.where(step > 0, 1.01 * info.eps * (span + largest) + 4 * smallest, 0.0)
+    lower = (step - gap).clamp(min=0).square() * (total * (1 - _SUMMATION) - slack).clamp(min=0)
+    upper = (step + gap).square() * (total * (1 + _SUMMATION) + slack)
+    return torch.where(span < torch.inf, torch.stack([lower, upper]), torch.inf).squeeze(2)
+
+
+def _fractions(parts: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """Sums of ``f (1 - f)`` over the rows for the fractions ``f`` of the coordinates, ``[R, 1]`` float64."""
+    width = parts[0].shape[1]
+    most = max(piece.stop - piece.start for y in parts for piece in _pieces(y))
+    padded = parts[0].new_zeros(most, width + -width % _SUMMED)
+    assert grid.offset is not None
+    sums, start = [], 0
+    for y in parts:
+        for piece in _pieces(y):
+            numbers = y[piece]
+            rows = slice(start, start := start + len(numbers))
+            part = padded[: len(numbers)]
+            f = torch.sub(numbers, grid.offset[rows], out=part[:, :width])
+            if grid.prescale is not None:
+                f.mul_(grid.prescale[rows])
+            f.mul_(grid.scale[rows]).clamp_(max=grid.levels).frac_()  # a coordinate is not negative
+            f.addcmul_(f, f, value=-1)
+            sums.append(part.view(len(part), -1, _SUMMED).sum(2).double().sum(1, keepdim=True))
+    return torch.cat(sums)
 
 
 def _exact(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int) -> torch.Tensor:
-    """Variance of the decoded codes, summed over each row; ``[n]``, float64, infinite where a number is not finite."""
-    if not bool((low.isfinite() & high.isfinite() & (high.double() - low.double() <= torch.finfo(y.dtype).max)).all()):
-        return torch.full_like(low.view(-1), torch.inf, dtype=torch.float64)
-    grid = affine(low, high, levels)
-    k, up = up_probability(grid.coordinates(y), random_bits)
-    gap = grid.decode(grid.codes(k + 1)).double() - grid.decode(grid.codes(k)).double()
-    return _tree_sum(gap.square() * (up * (1 - up)))
+    """Variance of the decoded codes, summed over each row, ``[R]`` float64; infinite as :func:`_intervals`."""
+    span, grid = _finite_grid(low, high, levels)
+    total = []
+    for piece in _pieces(y):
+        of_piece = _part(grid, piece)
+        k, up = up_probability(of_piece.coordinates(y[piece]), random_bits)
+        gap = of_piece.decode(of_piece.codes(k + 1)).double() - of_piece.decode(of_piece.codes(k)).double()
+        total.append(_tree_sum(gap.square() * (up * (1 - up))))
+    return torch.where(span.view(-1) < torch.inf, torch.cat(total), torch.inf)
 
 
-def _exact_weights(scale: torch.Tensor) -> torch.Tensor:
-    """:func:`_weights` of one group, ``[n]``, operation by operation."""
-    inverse = 1 / scale.double().square()
-    members = _tree_sum(torch.cat([torch.zeros_like(inverse[:1]), inverse[1:]]))
-    return _weights_of(inverse, inverse[0], members, torch.tensor(float(len(scale)), dtype=torch.float64), first=0)
-
-
-def _weights(transform: BlockHouseholder, group: torch.Tensor) -> torch.Tensor:
-    """``sum_j (T^-1)_jr^2`` of each position ``r``: how its variance enters the decoded rows; ``[N, 2]``, float64.
+def _weights(
+    scale: torch.Tensor,
+    group: torch.Tensor,
+    rank: torch.Tensor,
+    sizes: torch.Tensor,
+    group_sums: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """``sum_j (T^-1)_jr^2`` of each row ``r``: how its variance enters the decoded rows; ``[3, M]`` float64.
 
     For ``T = H diag(s)`` that is ``sum_j 1 / (n s_j^2)`` for the leader and
-    ``1 / (n s_1^2) + c^2 sum_{j > 1} 1 / s_j^2 + (1 - 2 c) / s_r^2`` for the others, with ``c = 1 / (n - sqrt n)``.
+    ``1 / (n s_1^2) + c^2 sum_{j > 1} 1 / s_j^2 + (1 - 2 c) / s_r^2`` for the others, with ``c = 1 / (n - sqrt n)``; and
+    1 for rows alone.
     """
-    count = len(transform.heads)
-    inverse = 1 / transform.row_scale.squeeze(2).double().square()
-    first = inverse[transform.heads]
-    members = _group_sums(inverse.index_fill(0, transform.heads, 0.0), group, count)
-    inside = group.clamp(max=count - 1)
-    n = transform.sizes[inside].view(-1, 1)
-    return _weights_of(inverse, first[inside], members[inside], n, first=transform.heads)
-
-
-def _weights_of(
-    inverse: torch.Tensor,
-    leader: torch.Tensor,
-    members: torch.Tensor,
-    n: torch.Tensor,
-    *,
-    first: int | torch.Tensor,
-) -> torch.Tensor:
+    inverse = 1 / scale.double().square()
+    is_leader = rank == 0
+    leader = inverse[:, is_leader][:, group]
+    members = group_sums(torch.where(is_leader, 0.0, inverse))[:, group]
+    n = sizes[group]
     corner = 1 / (n - n.sqrt())
     weight = (leader / n + corner * corner * members) + (1 - 2 * corner) * inverse
-    weight[first] = ((leader + members) / n).expand_as(weight)[first]
+    weight = torch.where(is_leader, (leader + members) / n, weight)
+    weight[_ALONE] = 1
     return weight
 
 
-def _group_sums(values: torch.Tensor, group: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums over the groups, in any order; the first axis becomes ``count``."""
-    return values.new_zeros(count + 1, *values.shape[1:]).index_add_(0, group, values)[:count]
+def _weighted(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return torch.where(values < torch.inf, values * weight, torch.inf)
 
 
 def _tree_sum(values: torch.Tensor) -> torch.Tensor:
@@ -237,3 +274,20 @@ def _tree_sum(values: torch.Tensor) -> torch.Tensor:
         width //= 2
         values = values[..., :width] + values[..., width:]
     return values.squeeze(-1)
+
+
+def _tree_sums(values: torch.Tensor, rank: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """:func:`_tree_sum` of each group.
+
+    Args:
+        values: ``[3, M]``, groups contiguous.
+        rank: place of each column in its group, ``[M]``.
+        size: of its group, ``[M]``.
+    """
+    values = values.clone()
+    width = 1 << (int(size.max()) - 1).bit_length()
+    while width > 1:
+        width //= 2
+        target = torch.nonzero((rank < width) & (rank + width < size)).view(-1)
+        values[:, target] += values[:, target + width]
+    return values[:, rank == 0]

@@ -13,6 +13,7 @@ B = 2^b - 1 bins; K groups that are kept.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -242,23 +243,33 @@ class AGP(Quantizer):
         """Which groups are kept in this draw, ``[K]`` int64, ascending."""
         return torch.nonzero(self._kept(keep, stream)).view(-1)
 
-    def _codes(self, x: torch.Tensor, stream: Stream) -> tuple[torch.Tensor, Frame, Keep, torch.Tensor]:
-        y, frame, keep = self._prepared(x)
+    def _codes(
+        self, y: torch.Tensor, frame: Frame, keep: Keep, stream: Stream
+    ) -> tuple[torch.Tensor, Frame, torch.Tensor]:
+        # Consumes y.
         index = self.drawn(keep, stream)
         # Element i takes number i, whichever groups are kept.
         rounded = self.rounding._round(y, stream).index_select(self.axis, index)
         grid = _of_groups(frame.grid, self.axis, index)
         view = (rounded.shape[0], rounded.shape[1], rounded.shape[2])
-        return grid.codes(rounded), Frame(rounded.shape, view, grid, None), keep, index
+        return grid.codes(rounded), Frame(rounded.shape, view, grid, None), index
 
     def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        codes, frame, _, index = self._codes(x, stream)
-        whole = codes.new_zeros(self.rounding.view_shape(x.shape))
-        return whole.index_copy_(self.axis, index, frame.decode(codes)).view(x.shape).to(x.dtype)
+        return self._whole(*self._prepared(x), stream).to(x.dtype)
+
+    def for_input(self, x: torch.Tensor) -> Callable[[Stream], torch.Tensor]:
+        y, frame, keep = self._prepared(x)
+        return lambda stream: self._whole(y.clone(), frame, keep, stream).to(x.dtype)
+
+    def _whole(self, y: torch.Tensor, frame: Frame, keep: Keep, stream: Stream) -> torch.Tensor:
+        # Kept groups between zeros, in the compute dtype; consumes y.
+        codes, kept, index = self._codes(y, frame, keep, stream)
+        return codes.new_zeros(frame.view).index_copy_(self.axis, index, kept.decode(codes)).view(frame.shape)
 
     def encode(self, x: torch.Tensor, stream: Stream) -> Pruned:
         """The same numbers as calling, as codes of the groups that are kept."""
-        codes, frame, keep, index = self._codes(x, stream)
+        y, prepared, keep = self._prepared(x)
+        codes, frame, index = self._codes(y, prepared, keep, stream)
         probability = keep.probability[index].to(codes.dtype)
         payload = pack(codes.to(torch.uint8), self.format)
         return Pruned(payload, self.format, frame, index, probability, x.shape, self.axis)

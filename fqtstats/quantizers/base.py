@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +28,8 @@ __all__ = ["Claim", "Frame", "Quantized", "Quantizer", "Role", "Transform", "Uni
 
 Claim = Literal["unbiased", "asymptotic", "biased"]
 Role = Literal["gradient", "forward"]
+Transformed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Transformed rows ``[N, C, S]``, and the minimum and maximum of each of them, ``[N, 1, 1]``."""
 
 
 class Quantizer(ABC):
@@ -55,6 +58,13 @@ class Quantizer(ABC):
             NonFiniteError: ``x`` holds NaN or Inf, or a range that overflows.
             InputError: ``x`` is not a floating-point tensor with a sample axis, or is empty.
         """
+
+    def for_input(self, x: torch.Tensor) -> Callable[[Stream], torch.Tensor]:
+        """``q.for_input(x)(stream)`` is ``q(x, stream)``: for many draws on one ``x``, which must not change meanwhile.
+
+        What does not depend on the random numbers may be computed once. Errors are those of a call, here or there.
+        """
+        return partial(self, x)
 
     @abstractmethod
     def mean(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,6 +230,10 @@ class UniformQuantizer(Quantizer):
         """What is applied to the view ``[N, C, S]`` of ``x`` before rounding."""
         return None
 
+    def _transformed(self, x: torch.Tensor) -> tuple[Transform | None, Transformed | None]:
+        """:meth:`transform`, and its ``forward_extremes`` of the view of ``x`` where that is known already."""
+        return self.transform(x), None
+
     def _view(self, x: torch.Tensor) -> torch.Tensor:
         return rows(x).view(self.view_shape(x.shape))
 
@@ -229,11 +243,11 @@ class UniformQuantizer(Quantizer):
     def _frame(self, x: torch.Tensor) -> tuple[torch.Tensor, Frame]:
         """Grid coordinates ``[N, C, S]`` of ``x``, fresh memory, and the frame that undoes them."""
         view = self._view(x)
-        transform = self.transform(x)
+        transform, known = self._transformed(x)
         if transform is None:
             y, (low, high) = view, extremes(view, self.recipe.axis)
         else:
-            y, low, high = transform.forward_extremes(view)
+            y, low, high = known or transform.forward_extremes(view)
             native.require_finite(low, high, y)
         grid = self._grid(low, high)
         n, c, s = view.shape
@@ -248,12 +262,27 @@ class UniformQuantizer(Quantizer):
         """Lower neighbour ``k`` and P(k + 1) (float64) of :meth:`_round`."""
 
     def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return self._drawn(*self._frame(x), stream).to(x.dtype)
+
+    def for_input(self, x: torch.Tensor) -> Callable[[Stream], torch.Tensor]:
         y, frame = self._frame(x)
-        return frame.decode(frame.grid.codes(self._round(y, stream))).to(x.dtype)
+        return lambda stream: self._drawn(y.clone(), frame, stream).to(x.dtype)
+
+    def _drawn(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
+        """The numbers that coordinates ``y`` are rounded to, in the compute dtype; consumes ``y``."""
+        return frame.decode(frame.grid.codes(self._round(y, stream)))
 
     def encode(self, x: torch.Tensor, stream: Stream) -> Quantized:
         """The same numbers as calling, as codes in their storage format."""
+        return self._encoded(*self._frame(x), stream)
+
+    def encode_input(self, x: torch.Tensor) -> Callable[[Stream], Quantized]:
+        """``q.encode_input(x)(stream)`` is ``q.encode(x, stream)``, with what :meth:`for_input` saves."""
         y, frame = self._frame(x)
+        return lambda stream: self._encoded(y.clone(), frame, stream)
+
+    def _encoded(self, y: torch.Tensor, frame: Frame, stream: Stream) -> Quantized:
+        """The codes that coordinates ``y`` are rounded to; consumes ``y``."""
         codes = frame.grid.codes(self._round(y, stream)).to(torch.uint8)
         return Quantized(pack(codes, self.format), self.format, frame)
 

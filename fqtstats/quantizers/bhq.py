@@ -26,9 +26,12 @@ from fqtstats.ops.householder import Groups as NativeGroups
 from fqtstats.ops.householder import householder_adapt, householder_forward, householder_groups, householder_inverse
 from fqtstats.ops.quantize import Recipe, require_finite_ranges
 from fqtstats.quantizers.adaptive import adapt
-from fqtstats.quantizers.base import StochasticQuantizer, Transform, extremes, rows
+from fqtstats.quantizers.base import StochasticQuantizer, Transform, Transformed, extremes, rows
 
 __all__ = ["BHQ", "AdaptiveBHQ", "BlockHouseholder", "Groups", "group_rows", "prefix_sums"]
+
+_PIECE = 1 << 16
+"""Elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,30 +183,37 @@ class BlockHouseholder(Transform):
     @cached_property
     def members(self) -> torch.Tensor:
         """Position of each small row of the transformed groups, ``[M]``."""
-        position, _, rank = self._rows
+        position, _, rank = self.places
         return position[rank > 0]
 
     @cached_property
     def head_of_member(self) -> torch.Tensor:
         """Index of the group of each of ``members``, ``[M]``."""
-        _, group, rank = self._rows
+        _, group, rank = self.places
         return group[rank > 0]
 
     @cached_property
-    def tree(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-        """Per level of the summation tree, the positions that are added to and those that are added."""
-        position, group, rank = self._rows
+    def tree(self) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...], torch.Tensor]:
+        """How groups are summed, pairwise.
+
+        Positions of the rows of even rank, where sums begin; per level, the sums that are added to, and those that are
+        added (at the first level, positions of rows); the sums that are the groups'.
+        """
+        position, group, rank = self.places
         size = self.sizes[group]
+        even = rank % 2 == 0
+        index = even.cumsum(0) - 1
         levels = []
-        width = 1
-        while (target := position[(rank % (2 * width) == 0) & (rank + width < size)]).numel() > 0:
-            levels.append((target, target + width))
+        width, largest = 1, int(self.sizes.max()) if len(self.sizes) > 0 else 0
+        while width < largest:
+            target = torch.nonzero((rank % (2 * width) == 0) & (rank + width < size)).view(-1)
+            levels.append((index[target], position[target + 1] if width == 1 else index[target + width]))
             width *= 2
-        return tuple(levels)
+        return position[even], tuple(levels), index[rank == 0]
 
     @cached_property
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # Of each row of the transformed groups: position, index of its group, place within it.
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of each row of the transformed groups: position, index of its group, place within it."""
         sizes = self.sizes.long()
         group = torch.repeat_interleave(sizes)
         rank = torch.arange(group.numel(), device=group.device) - (sizes.cumsum(0) - sizes)[group]
@@ -213,17 +223,17 @@ class BlockHouseholder(Transform):
         # Rows of x in their own order, the result in group order.
         return self.forward_extremes(x)[0]
 
-    def forward_extremes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward_extremes(self, x: torch.Tensor) -> Transformed:
         native = householder_forward(x, self._native_groups())
         if native is not None:
             y, low, high = native
             return y, low.view(-1, 1, 1), high.view(-1, 1, 1)
-        y = self.of_ordered(x[self.order])
-        return y, y.amin((1, 2), keepdim=True), y.amax((1, 2), keepdim=True)
+        return self.forward_extremes_in_torch(x)
 
-    def of_ordered(self, x: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` of rows that are in group order; here ``row_scale`` may be ``[N, C, 1]``, one per channel."""
-        return self._reflect_(x * self.row_scale)
+    def forward_extremes_in_torch(self, x: torch.Tensor) -> Transformed:
+        """:meth:`forward_extremes` without the native kernels; ``order`` may name a row of ``x`` more than once."""
+        y = self._reflect_(x.index_select(0, self.order).mul_(self.row_scale))
+        return y, y.amin((1, 2), keepdim=True), y.amax((1, 2), keepdim=True)
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         if self.row_scale.dtype == torch.float32:
@@ -259,15 +269,20 @@ class BlockHouseholder(Transform):
         spread = (1 / (self.sizes.sqrt() - 1)).to(z.dtype).view(-1, 1, 1)
         mean = self._group_sums(z).mul_(root)
         shift = (mean - z[self.heads]).mul_(spread)
-        z[self.members] -= shift[self.head_of_member]
+        # A piece at a time on a CPU: what is subtracted stays in the cache.
+        step = max(1, _PIECE // z[0].numel()) if z.device.type == "cpu" else max(1, len(z))
+        for members, heads in zip(self.members.split(step), self.head_of_member.split(step), strict=True):
+            z.index_add_(0, members, shift.index_select(0, heads), alpha=-1)
         return z.index_copy_(0, self.heads, mean)
 
     def _group_sums(self, z: torch.Tensor) -> torch.Tensor:
         """Sum of each transformed group, ``[K, C, S]``: a pairwise tree in group order, which fixes its rounding."""
-        sums = z.clone()
-        for target, source in self.tree:
-            sums[target] += sums[source]
-        return sums[self.heads]
+        even, levels, of_group = self.tree
+        sums, added = z.index_select(0, even), z
+        for target, source in levels:
+            sums.index_add_(0, target, added.index_select(0, source))
+            added = sums
+        return sums.index_select(0, of_group)
 
     @property
     def nbytes(self) -> int:
@@ -302,18 +317,21 @@ class BHQ(StochasticQuantizer):
         return Recipe(0, "affine", self.bits, self.random_bits)
 
     def transform(self, x: torch.Tensor) -> BlockHouseholder | None:
+        return self._transformed(x)[0]
+
+    def _transformed(self, x: torch.Tensor) -> tuple[BlockHouseholder | None, Transformed | None]:
         view = rows(x)
         low, high = extremes(view, 0)
         ranges = self._ranges(low, high)
         if ranges is None:
-            return None
-        if self.grouping == "adaptive":
-            native = householder_adapt(view, low.view(-1), high.view(-1), self.bits, self.random_bits)
-            if native is not None:
-                return BlockHouseholder.of_native(native)
-            published = BlockHouseholder.of(group_rows(ranges), view.dtype)
-            return adapt(published, view, low, high, self.format.levels, self.random_bits)
-        return BlockHouseholder.of_ranges(ranges, view.dtype)
+            return None, None
+        if self.grouping == "published":
+            return BlockHouseholder.of_ranges(ranges, view.dtype), None
+        native = householder_adapt(view, low.view(-1), high.view(-1), self.bits, self.random_bits)
+        if native is not None:
+            return BlockHouseholder.of_native(native), None
+        published = BlockHouseholder.of(group_rows(ranges), view.dtype)
+        return adapt(published, view, low, high, self.format.levels, self.random_bits)
 
     @staticmethod
     def _ranges(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor | None:

@@ -182,13 +182,13 @@ class LUQ(StochasticQuantizer):
         """Those of the samples."""
         return [stream] if self.samples == 1 else [stream.child(f"sample {i}") for i in range(self.samples)]
 
-    def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
-        y, frame = self._frame(x)
-        drawn = [self._codes(y, frame, s) for s in self.streams(stream)]
-        return _mean([frame.decode(codes) for codes in drawn]).to(x.dtype)
+    def _drawn(self, y: torch.Tensor, frame: Frame, stream: Stream) -> torch.Tensor:
+        return _mean([frame.decode(self._codes(y, frame, s)) for s in self.streams(stream)])
 
     def encode(self, x: torch.Tensor, stream: Stream) -> LogQuantized:
-        y, frame = self._frame(x)
+        return self._encoded(*self._frame(x), stream)
+
+    def _encoded(self, y: torch.Tensor, frame: Frame, stream: Stream) -> LogQuantized:
         steps = torch.stack([self._codes(y, frame, s) for s in self.streams(stream)]) - self.magnitudes
         return LogQuantized(pack(sign_magnitude(steps, self.format), self.format), self.format, frame, self.samples)
 

@@ -22,6 +22,7 @@ __all__ = [
     "RangedQuantizer",
     "absolute_mean",
     "binary",
+    "require_bits",
     "require_choice",
     "require_finite",
     "thread_free_sum",
@@ -161,6 +162,14 @@ def absolute_mean(x: torch.Tensor, axis: int | None) -> torch.Tensor:
     table = rows(x)
     table = table.reshape(1, -1) if axis is None else table.transpose(0, axis).reshape(table.shape[axis], -1)
     return thread_free_sum(table.abs()) / table.shape[1]
+
+
+def require_bits(name: str, bits: int, only: int, why: str = "") -> None:
+    """Raise InputError unless ``bits`` is the one width that a quantizer has."""
+    uint(bits)
+    if bits != only:
+        widths = "1 bit" if only == 1 else f"{only} bits"
+        raise InputError(f"{name} has {widths} only{why and f' ({why})'}, got bits={bits}")
 
 
 def require_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:

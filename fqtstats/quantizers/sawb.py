@@ -13,10 +13,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fqtstats.errors import InputError
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.base import rows
-from fqtstats.quantizers.ranged import RangedQuantizer, require_choice, require_finite, thread_free_sum
+from fqtstats.quantizers.ranged import (
+    RangedQuantizer,
+    require_bits,
+    require_choice,
+    require_finite,
+    thread_free_sum,
+)
 
 __all__ = ["SAWB"]
 
@@ -47,8 +52,7 @@ class SAWB(RangedQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits != 4:
-            raise InputError(f"sawb has 4 bits only (its coefficients are fitted for that width), got bits={self.bits}")
+        require_bits(self.name, self.bits, 4, "its coefficients are fitted for that width")
         require_choice("on", self.on, ("weight", "activation"))
 
     @property

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fqtstats.errors import InputError
-from fqtstats.formats import uint
 from fqtstats.ops.quantize import Recipe
 from fqtstats.quantizers.passage import Passage, clipped
 from fqtstats.quantizers.ranged import (
@@ -23,6 +22,7 @@ from fqtstats.quantizers.ranged import (
     LearnedQuantizer,
     RangedQuantizer,
     absolute_mean,
+    require_bits,
     require_choice,
     require_finite,
 )
@@ -71,7 +71,7 @@ class Sign(RangedQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_one_bit(self.name, self.bits)
+        require_bits(self.name, self.bits, 1)
         require_choice("scale", self.scale, ("one", "channel"))
 
     @property
@@ -118,7 +118,7 @@ class ScaledSign(LearnedQuantizer):
 
     def __post_init__(self) -> None:
         super().__init__()
-        _require_one_bit(self.name, self.bits)
+        require_bits(self.name, self.bits, 1)
         self.scale = nn.Parameter(torch.zeros(1))
 
     def attach(self, place: str, layer: nn.Module) -> None:
@@ -146,9 +146,3 @@ class ScaledSign(LearnedQuantizer):
     def passage(self, w: torch.Tensor) -> Passage:
         """As :meth:`Sign.passage`."""
         return Sign().passage(w)
-
-
-def _require_one_bit(name: str, bits: int) -> None:
-    uint(bits)
-    if bits != 1:
-        raise InputError(f"{name} has 1 bit only, got bits={bits}")

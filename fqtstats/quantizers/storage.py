@@ -13,7 +13,7 @@ from fqtstats.ops import quantize as native
 from fqtstats.ops.codes import Affine, Codes, Kept, empty_codes
 from fqtstats.ops.householder import householder_encode
 from fqtstats.policy import QuantizerLike
-from fqtstats.quantizers import QUANTIZERS
+from fqtstats.quantizers import registered
 from fqtstats.quantizers.agp import AGP, Pruned
 from fqtstats.quantizers.base import Quantized, Transform, UniformQuantizer
 from fqtstats.quantizers.bhq import BHQ, BlockHouseholder
@@ -148,7 +148,7 @@ def _store_native(
     q: UniformQuantizer, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
 ) -> Stored | None:
     # A class that is not the registry's may round otherwise than its recipe says, a stream have other numbers.
-    ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
+    ours = registered(q) and type(stream) is Stream
     known = isinstance(q, BHQ) or type(q).transform is UniformQuantizer.transform
     if native_module() is None or x.device.type != "cpu" or x.numel() == 0:
         return None
@@ -227,7 +227,7 @@ def _store_pruned(
     q: AGP, x: torch.Tensor, stream: Stream, pad: tuple[int, int], extremes: Extremes | None
 ) -> Stored | None:
     """The groups that are kept, and nothing of the others: neither are they rounded nor have they codes."""
-    ours = QUANTIZERS.get(q.name) is type(q) and type(stream) is Stream
+    ours = registered(q) and type(stream) is Stream
     if not ours or native.native_for(x) is None or q.random_bits > native.MOST_RANDOM_BITS or x.numel() == 0:
         return None
     groups = native.extremes(x, q.axis) if extremes is None else _of_groups(extremes, q.axis)

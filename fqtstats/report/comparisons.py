@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ _LABELS = {
     "test_accuracy": "test accuracy",
 }
 
+_LEGEND_LINE = 0.12
+"""Height in inches."""
+
 
 def plot_curves(
     comparison: Comparison, metric: str = "loss", ax: Axes | None = None, *, width: float | None = None
@@ -49,8 +53,14 @@ def plot_curves(
     if metric not in METRICS:
         raise InputError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}")
     with style.applied():
+        width = style.COLUMN_WIDTH if width is None else width
+        names = {
+            group: _legend(str(group), rows, width) for group, rows in comparison.curves.groupby("group", sort=False)
+        }
+        own = ax is None
         if ax is None:
-            figure = style.new_figure(style.COLUMN_WIDTH if width is None else width, 2.4)
+            lines = sum(name.count("\n") + 1 for name in names.values())
+            figure = style.new_figure(width, 2.2 + _LEGEND_LINE * lines)
             ax = figure.subplots()
         else:
             figure = root(ax)
@@ -63,14 +73,22 @@ def plot_curves(
                 mean, n = table.mean(axis=1), table.count(axis=1)
                 half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, np.maximum(n - 1, 1)) * table.std(axis=1) / np.sqrt(n)
                 ax.fill_between(epochs, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
-            ax.plot(epochs, table.mean(axis=1), color=color, label=f"{group} (n = {table.shape[1]})")
+            ax.plot(epochs, table.mean(axis=1), color=color, label=names[group])
         if metric.endswith("loss"):
             ax.set_yscale("log")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(axis="y")
         ax.set(xlabel="epoch", ylabel=_LABELS[metric])
-        ax.legend()
+        if own:
+            figure.legend(loc="outside upper center")
+        else:
+            ax.legend()
     return figure
+
+
+def _legend(group: str, rows: pd.DataFrame, width: float) -> str:
+    """A group's name and its number of runs, in lines that a figure of so many inches has room for."""
+    return textwrap.fill(f"{group} (n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{rows['seed'].nunique()})", round(16 * width))
 
 
 def render_all(comparison: Comparison) -> dict[str, bytes]:

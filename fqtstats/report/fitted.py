@@ -41,7 +41,7 @@ class FittedColumn:
         header: its title.
         cells: one per row.
         priority: those with the lowest are dropped first where the terminal is narrow.
-        names: it holds names: set to the left, and long ones are cut at their front.
+        names: it holds names: set to the left, and long ones are cut at their front where there is no room.
         meaning: what is in it, for the legend, where the header does not say.
     """
 
@@ -76,20 +76,23 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width
-        kept = [
-            column.cut(max(12, 3 * room // 10)) for column in self.columns if any(cell.plain for cell in column.cells)
-        ]
+        least = max(12, 3 * room // 10)
+        kept = [column for column in self.columns if any(cell.plain for cell in column.cells)]
 
-        def fits(gap: int) -> bool:
-            return sum(column.width + gap for column in kept) - gap <= room
+        def fits(gap: int, limit: int) -> bool:
+            return sum(column.cut(limit).width + gap for column in kept) - gap <= room
 
         dropped = []
-        while len(kept) > 1 and not fits(1):
+        while len(kept) > 1 and not fits(1, least):
             dropped.append(min(kept, key=lambda column: column.priority))
             kept.remove(dropped[-1])
+        # The room that is left goes to the names.
+        limit = next((limit for limit in range(room, least, -1) if fits(1, limit)), least)
+        wide = fits(2, limit)
+        kept = [column.cut(limit) for column in kept]
         # The box puts one space between columns; a second one is padding.
         table = Table(
-            box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1 if fits(2) else 0, 0, 0),
+            box=box.HORIZONTALS, show_edge=False, pad_edge=False, padding=(0, 1 if wide else 0, 0, 0),
             title=Text(self.title, style="bold"), title_justify="left",
         )  # fmt: skip
         for column in kept:

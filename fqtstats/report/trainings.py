@@ -99,7 +99,9 @@ def summary(training: Training) -> RenderableType:
         spent = training.epochs["variance_seconds"].sum()
         rest = training.epochs["seconds"].sum() - spent
         share = 100 * spent / rest if rest > 0 else math.nan
-        parts.append(Text(f"variance measured at {len(training.totals)} steps: {share:.0f} % on top of the training"))
+        count = len(training.totals)
+        times = f"{count} step{'s' * (count != 1)}"
+        parts.append(Text(f"variance measured at {times}: {share:.0f} % on top of the training"))
     if training.diverged:
         parts.append(_diagnosis(training.metadata["diverged"]))
     return Group(*parts, *unquantized(training.metadata))

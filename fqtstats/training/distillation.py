@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fqtstats.errors import InputError
+from fqtstats.layers.swap import Skip
 from fqtstats.policy import Policy
 
 __all__ = ["Distillation", "Joint", "Losses"]
@@ -165,3 +166,14 @@ class Joint(nn.Module):
                 overrides[f"students.{j}.{pattern}"] = own
             overrides[f"students.{j}.*"] = replace(policy, overrides={})
         return Policy(overrides=overrides, name="+".join(policy.name for policy in policies))
+
+    def skip(self, skip: Skip | None) -> Skip | None:
+        """Layers to leave in full precision: by their names in every student, made names in this module."""
+        if skip is None:
+            return None
+        if callable(skip):
+            chosen = skip
+            own = {module: name for student in self.students for name, module in student.named_modules()}
+            return lambda _, module: module in own and chosen(own[module], module)
+        patterns = [skip] if isinstance(skip, str) else list(skip)
+        return [f"students.{j}.{pattern}" for j in range(len(self.students)) for pattern in patterns]

@@ -12,10 +12,22 @@ from torch.nn.parameter import is_lazy
 
 from fqtstats.errors import NonFiniteError
 
-__all__ = ["Seen", "diagnose", "tell"]
+__all__ = ["Diverged", "Seen", "diagnose", "tell"]
 
 _LISTED = 5
 """Tensors that are named for their size."""
+
+
+class Diverged(Exception):  # noqa: N818  (it ends the steps)
+    """A run cannot go on.
+
+    Attributes:
+        objective: computes the step's loss again; None if it shows after the step that was made last.
+    """
+
+    def __init__(self, reason: str, objective: Callable[[], torch.Tensor] | None = None) -> None:
+        super().__init__(reason)
+        self.objective = objective
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fqtstats.data.base import Data
 from fqtstats.determinism import seeded, single_thread
 from fqtstats.errors import InputError
 from fqtstats.hashing import tensor_digest
+from fqtstats.policy import PREFIX
 from fqtstats.training.evaluation import evaluate
 
 __all__ = [
@@ -278,6 +279,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
             "under 'state_dict' or 'model'"
         )
     own = model.state_dict()
+    learned = [str(name) for name in loaded if name not in own and f".{PREFIX}" in f".{name}"]
+    if learned:
+        raise InputError(
+            f"{str(file)!r} was trained with quantized layers, not in full precision: it has what quantizers learned "
+            f"({len(learned)}: {', '.join(learned[:3])}); give a full-precision checkpoint"
+        )
     differences = {
         "missing": [name for name in own if name not in loaded],
         "unexpected": [str(name) for name in loaded if name not in own],

@@ -133,7 +133,7 @@ class Recipe:
                 f"recipe {self.name!r} starts from a network that was trained in full precision, and this one was not; "
                 "give a full-precision checkpoint"
             )
-        if not any(stage.quantizes for stage in self.stages):
+        if self.rules == NO_RULES or not any(stage.quantizes for stage in self.stages):
             return self
         try:
             found = roles(model, inputs)
@@ -294,7 +294,7 @@ def _psq1(bits: int) -> Policy:
 
 
 SMALL_ADAM = Optimizer("adam", lr=5e-3, weight_decay=1e-5)
-SMALL_SGD = Optimizer("sgd", lr=0.03, momentum=0.9, weight_decay=1e-5)
+SMALL_SGD = Optimizer("sgd", lr=0.3, momentum=0.9, weight_decay=1e-5)
 
 
 def _one_bit(policy: Callable[[int], Policy], optimizer: Optimizer) -> Callable[[int], Recipe]:
@@ -394,10 +394,12 @@ def _two_step(bits: int) -> Recipe:
 
 def _progressive(bits: int) -> Recipe:
     widths = [width for width in (16, 8, 4, 2) if width >= bits]
-    share = 1 / (1 + len(widths))
+    # The last stage is what remains: it gets the time. The others only prepare its weights.
+    share = 0.6 / len(widths)
     stages = (
         Stage("32 bits", FULL, share),
-        *(Stage(f"{width} bits", _zhuang(width), share, lr_scale=0.3) for width in widths),
+        *(Stage(f"{width} bits", _zhuang(width), share) for width in widths[:-1]),
+        Stage(f"{bits} bits", _zhuang(bits), 0.4),
     )
     return _recipe(stages, optimizer=EFFECTIVE_OPTIMIZER, rules=EDGES_FULL)
 

@@ -190,14 +190,16 @@ class Battery:
         d = self.decisions
         halves = (self.draws + 1) // 2, self.draws // 2
         e = [count.double() / max(n, 1) - d.p for count, n in zip(self._counts, halves, strict=True)]
+        v = d.variance
         best, text = 1.0, "no direction"
         for fit, test in ((0, 1), (1, 0)):
-            deviation = (d.variance / halves[fit]).sqrt()
+            deviation, distance = (v / halves[fit]).sqrt(), e[fit].abs()
             for cut in _CUTS:
-                w = torch.where(e[fit].abs() > cut * deviation, e[fit], 0.0)
-                total = ((w * e[test]).sum() - (w.abs() * d.tolerance).sum()).clamp(min=0)
-                variance = (w.square() * d.variance).sum() / halves[test]
-                p = float(bernstein(total, variance, w.abs().max() / halves[test])) * 2 * len(_CUTS)
+                w = torch.where(distance > cut * deviation, e[fit], 0.0)
+                size = w.abs()
+                total = ((w * e[test]).sum() - (size * d.tolerance).sum()).clamp(min=0)
+                variance = (w.square() * v).sum() / halves[test]
+                p = float(bernstein(total, variance, size.max() / halves[test])) * 2 * len(_CUTS)
                 if p < best:
                     best = p
                     text = f"errors of one half of the draws (beyond {cut:g} deviations) predict those of the other"
@@ -220,7 +222,7 @@ class _Fixed:
         for r in range(_TRUNCATIONS):
             levels = 2.0**r
             names += [f"P(up) truncated to {r} bits", f"P(up) rounded to {r} bits"]
-            dense += [(p * levels).floor() / levels - p, (p * levels).round() / levels - p]
+            dense += [at.div_(levels).sub_(p) for at in ((p * levels).floor_(), (p * levels).round_())]
         generator = torch.Generator().manual_seed(seed)
         for i in range(_RANDOM_SIGNS):
             names.append(f"random signs {i}")
@@ -237,22 +239,23 @@ class _Fixed:
             for what in ("sum", "correlation with x"):
                 names += [f"{what} of {kind} {i}" for i in range(count)]
         self._names = names
-        v, tolerance = d.variance.float(), d.tolerance.float()
-        self.variance = self.sums(v, power=2)
-        self.slack = self.sums(tolerance, power=1)
-        x = self._x.abs()
+        size, x = self._dense.abs(), self._x.abs()
+        self.slack = self._along(size, x, d.tolerance.float())
         ones = [torch.ones(count) for count in p.shape]
-        parts = [self._dense.abs().amax(1), torch.ones(2 * _STRATA), ones[0], x.amax(1), ones[1], x.amax(0)]
+        parts = [size.amax(1), torch.ones(2 * _STRATA), ones[0], x.amax(1), ones[1], x.amax(0)]
         self.largest = torch.cat([part.double() for part in parts])
+        self.variance = self._along(size.square_(), x.square_(), d.variance.float())
 
-    def sums(self, values: torch.Tensor, power: int | None = None) -> torch.Tensor:
-        """``sum w values`` of each direction, float64; with ``|w|^power`` in place of ``w``."""
-        dense, x = self._dense, self._x
-        if power is not None:
-            dense, x = dense.abs() ** power, x.abs() ** power
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """``sum w values`` of each direction, float64."""
+        return self._along(self._dense, self._x, values)
+
+    def _along(self, dense: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        # With other weights along the dense directions and those of x; the rest's are 0 and 1.
         flat = values.reshape(-1)
         weighted = x * values
-        strata = [torch.bincount(s, flat.double(), _STRATA) for s in self._strata]
+        wide = flat.double()
+        strata = [torch.bincount(s, wide, _STRATA) for s in self._strata]
         parts = [dense @ flat, *strata, values.sum(1), weighted.sum(1), values.sum(0), weighted.sum(0)]
         return torch.cat([part.double() for part in parts])
 

@@ -12,7 +12,7 @@ import torch
 from fqtstats.estimators.bias import FLIPS, Directions, cross_fit_p, directed_p, sign_flip_p
 from fqtstats.random import Stream
 from fqtstats.verdicts.battery import Finding, autocorrelation, strongest_lag
-from fqtstats.verdicts.probe import StreamFunction, call
+from fqtstats.verdicts.probe import StreamFunction, call, repeated
 
 __all__ = ["DRAWS", "FAMILIES", "FEWEST", "BlackBox"]
 
@@ -43,7 +43,7 @@ class BlackBox:
     """
 
     def __init__(self, f: StreamFunction, x: torch.Tensor, seed: int = 0) -> None:
-        self.f, self.x, self.seed = f, x, seed
+        self.f, self.x, self.seed = repeated(f, x), x, seed
         self._errors: list[torch.Tensor] = []
         rows = x.shape[0]
         matrix = x.double().view(rows, -1)

@@ -9,8 +9,8 @@ from typing import Any
 
 from fqtstats.determinism import single_thread
 from fqtstats.errors import InputError
-from fqtstats.quantizers import QUANTIZERS, quantizer
-from fqtstats.quantizers.base import Claim, Quantizer
+from fqtstats.quantizers import QUANTIZERS, quantizer, registered
+from fqtstats.quantizers.base import Claim
 from fqtstats.verdicts import designs
 from fqtstats.verdicts.junit import Case, junit
 from fqtstats.verdicts.probe import StreamFunction
@@ -132,7 +132,7 @@ def check_all(
         return Checked(one.name, one.claim, verdict)
 
     # Registered quantizers share nothing. Others may: with each other, or the global random state, which is watched.
-    ours = [isinstance(one.f, Quantizer) and type(one.f) is QUANTIZERS.get(one.f.name) for one in subjects]
+    ours = [registered(one.f) for one in subjects]
     with single_thread(), ThreadPoolExecutor(_WORKERS) as pool:
         begun = [pool.submit(judge, one) if own else None for one, own in zip(subjects, ours, strict=True)]
         try:

@@ -14,7 +14,7 @@ from fqtstats.errors import InputError
 from fqtstats.quantizers.base import UniformQuantizer
 from fqtstats.random import Stream
 from fqtstats.verdicts.expectation import Law, Shared
-from fqtstats.verdicts.probe import StreamFunction, call, replay
+from fqtstats.verdicts.probe import StreamFunction, call, repeated, repeated_codes, replay
 
 __all__ = ["Decisions", "of_grid", "of_groups", "of_law", "of_steps"]
 
@@ -60,11 +60,13 @@ def of_grid(q: UniformQuantizer, x: torch.Tensor, tolerance: float) -> Decisions
     zero = 0.0 if frame.grid.zero is None else frame.grid.zero.double()
     lowest = (low.view(frame.view) + zero).view(rows, -1)
     p = y - low
+    lower, upper = lowest.to(torch.int16), (lowest + 1).to(torch.int16)
+    encoded = repeated_codes(q, x)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        step = q.encode(x, s).codes().view(rows, -1) - lowest
-        up = step == 1
-        return up, int(((step != 0) & ~up).sum())
+        codes = encoded(s).codes().view(rows, -1)
+        up = codes == upper
+        return up, _count_others(up, codes == lower)
 
     return Decisions(y, p, torch.full_like(p, tolerance), lowest + p, ups)
 
@@ -84,13 +86,14 @@ def of_law(f: StreamFunction, x: torch.Tensor, law: Law) -> Decisions:
     low, high = law.low.to(x.dtype), law.high.to(x.dtype)  # exact: they are outputs
     gap = law.high - law.low
     moves = gap > 0
+    upper = torch.where(moves, high, torch.nan)  # which nothing equals
     p = law.up.view(rows, -1)
+    draw = repeated(f, x)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        out = call(f, x, s)
-        up = out == high
-        outside = int((~up & (out != low)).sum())
-        return (up & moves).view(rows, -1), outside
+        out = call(draw, x, s)
+        up = out == upper
+        return up.view(rows, -1), _count_others(up, out == low)
 
     along = torch.where(moves, x / torch.where(moves, gap, 1.0), 0.0)
     return Decisions(along.view(rows, -1), p, torch.full_like(p, _ROUNDED), p, ups)
@@ -112,9 +115,10 @@ def of_groups(f: StreamFunction, x: torch.Tensor, shared: Shared) -> Decisions:
     p = torch.where(moves, 1 - quiet.probability, 0.0).view(-1, 1)
     known = [state for state in shared.states if state.law.values <= 2]
     all_known = len(known) == len(shared.states)
+    draw = repeated(f, x)
 
     def ups(s: Stream) -> tuple[torch.Tensor, int]:
-        out = call(f, x, s).double().movedim(shared.axis, 0).flatten(1)
+        out = call(draw, x, s).double().movedim(shared.axis, 0).flatten(1)
         fits = {id(state): _within(state.law, out, shared.axis) for state in known}
         beyond = int((~torch.stack(list(fits.values())).any(0)).sum()) if all_known else 0
         quiets = fits.get(id(quiet), torch.zeros_like(moves))
@@ -123,6 +127,12 @@ def of_groups(f: StreamFunction, x: torch.Tensor, shared: Shared) -> Decisions:
     size = x.double().abs().movedim(shared.axis, 0).flatten(1).mean(1, keepdim=True)
     along = size / size.max().clamp(min=1e-300)
     return Decisions(along, p, torch.full_like(p, _ROUNDED), p, ups)
+
+
+def _count_others(up: torch.Tensor, down: torch.Tensor) -> int:
+    """How many are neither."""
+    known = up | down
+    return 0 if bool(known.all()) else int((~known).sum())
 
 
 def _within(law: Law, out: torch.Tensor, axis: int) -> torch.Tensor:

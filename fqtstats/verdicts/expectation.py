@@ -13,6 +13,7 @@ Shape legend: P elements, n bits per number, L values that an element takes; K g
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ import torch
 from fqtstats.errors import NotExact
 from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream, stream
-from fqtstats.verdicts.probe import Outlet, Probe, StreamFunction, call, require_input
+from fqtstats.verdicts.probe import Outlet, Probe, StreamFunction, call, repeated, repeated_codes, require_input
 
 __all__ = ["Law", "Shared", "State", "coupled_codes", "exact_mean", "law"]
 
@@ -143,7 +144,7 @@ def law(f: StreamFunction, x: torch.Tensor, key: Stream | None = None) -> Law:
 def _generators(x: torch.Tensor) -> tuple[object, ...]:
     """Where the generators of torch, NumPy and Python stand."""
     device = torch.cuda.get_rng_state(x.device).numpy().tobytes() if x.is_cuda else b""
-    numpy = str(np.random.get_state(legacy=False))  # noqa: NPY002
+    numpy = json.dumps(np.random.get_state(legacy=False), default=lambda part: part.tolist())  # noqa: NPY002
     return torch.get_rng_state().numpy().tobytes(), device, numpy, random.getstate()
 
 
@@ -152,6 +153,7 @@ class _Bisection:
 
     def __init__(self, f: StreamFunction, x: torch.Tensor, key: Stream) -> None:
         self.f, self.x, self.key = f, x, key
+        self.repeated = repeated(f, x)
         self.own: Outlet | None = None  # with a number for every element
         self.shared: Outlet | None = None  # with a number for every group of elements
         self.group = torch.zeros(0, dtype=torch.int64)  # of every element
@@ -257,10 +259,10 @@ class _Bisection:
         """The least and the largest number of an element; 0 where it has none."""
         return (0,) if self.own is None else (0, (1 << self.own.n) - 1)
 
-    def _at(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _at(self, numbers: torch.Tensor, f: StreamFunction | None = None) -> torch.Tensor:
         words = numbers if self.own is None else numbers << (_WIDEST - self.own.n)
         probe = Probe(words, self.key, others=self.held)
-        out = call(self.f, self.x, probe).reshape(-1)
+        out = call(self.repeated if f is None else f, self.x, probe).reshape(-1)
         if probe.outlets != {outlet for outlet in (self.own, self.shared) if outlet is not None}:
             raise NotExact("what it asks of the stream depends on the numbers")
         return out
@@ -288,7 +290,7 @@ class _Bisection:
                 for value, start in zip(values[1:], starts[1:], strict=True):
                     here = torch.where(numbers >= start, value, here)
                 expected = torch.where(of_group >= states[state][self.group], here, expected) if states else here
-            out = self._at(numbers)
+            out = self._at(numbers, self.f)  # called anew: what is kept for the repeated calls is checked, too
             wrong = (out != expected).nonzero().view(-1)
             if wrong.numel():
                 i = int(wrong[0])
@@ -374,8 +376,9 @@ def coupled_codes(f: StreamFunction, x: torch.Tensor) -> tuple[Callable[..., tor
     example = f.encode(x, stream(site="probe"))
     if example.frame.transform is None:
         return None
+    encoded = repeated_codes(f, x)
 
     def codes(_: torch.Tensor, s: Stream) -> torch.Tensor:
-        return f.encode(x, s).codes().double()
+        return encoded(s).codes().double()
 
     return codes, example

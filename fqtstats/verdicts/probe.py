@@ -11,17 +11,33 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fqtstats.errors import InputError, NotExact
+from fqtstats.quantizers import registered
+from fqtstats.quantizers.base import Quantized, UniformQuantizer
 from fqtstats.random import Stream
 
-__all__ = ["Held", "Outlet", "Probe", "StreamFunction", "attempt", "call", "replay", "require_input"]
+__all__ = [
+    "Held",
+    "Outlet",
+    "Probe",
+    "StreamFunction",
+    "attempt",
+    "call",
+    "repeated",
+    "repeated_codes",
+    "replay",
+    "require_input",
+]
 
 StreamFunction = Callable[[torch.Tensor, Stream], torch.Tensor]
 """``f(x, stream) -> tensor``: anything that can be judged; a quantizer is one."""
+
+_Device = torch.device | str | None
 
 _WIDEST = 32
 
@@ -44,7 +60,28 @@ class _Record:
     largest: dict[Outlet, int] = field(default_factory=dict)  # one past the largest index that was asked for
 
 
-class Probe(Stream):
+class _Prescribed(Stream):
+    """A stream whose numbers, or some of them, do not follow from its key."""
+
+    __slots__ = ()
+
+    def words(self) -> tuple[int, int, int, int]:
+        raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
+
+    @staticmethod
+    def _numbers(
+        words: torch.Tensor, size: tuple[int, ...], n: int, start: int, dtype: torch.dtype, device: _Device
+    ) -> torch.Tensor:
+        """``n`` bits of each of the words from ``start`` on, as :meth:`bits` returns them."""
+        numbers = words[start : start + math.prod(size)] >> (_WIDEST - n)
+        return numbers.to(device=device or "cpu", dtype=dtype).view(size)
+
+
+def _size(shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+class Probe(_Prescribed):
     """A stream whose element ``i`` has the number ``words[i] >> (32 - n)`` for ``n`` bits.
 
     Args:
@@ -89,27 +126,23 @@ class Probe(Stream):
     def child(self, name: str) -> Probe:
         return Probe(self._words, self, self._record, (*self.path, name), self._others)
 
-    def words(self) -> tuple[int, int, int, int]:
-        raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
-
     def bits(
         self,
         shape: int | Sequence[int],
         n: int = 24,
         *,
         dtype: torch.dtype = torch.int64,
-        device: torch.device | str | None = None,
+        device: _Device = None,
         start: int = 0,
     ) -> torch.Tensor:
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = _size(shape)
         count = math.prod(size)
         outlet = Outlet(self.path, n)
         self._record.largest[outlet] = max(self._record.largest.get(outlet, 0), start + count)
         words = self._others.get(outlet, self._words)
         if start + count > words.numel():
             raise NotExact(f"it asks for {start + count} numbers for a result of {self._words.numel()} elements")
-        numbers = words[start : start + count] >> (_WIDEST - n)
-        return numbers.to(device=device or "cpu", dtype=dtype).view(size)
+        return self._numbers(words, size, n, start, dtype, device)
 
     def require_one_outlet(self) -> Outlet | None:
         """The one outlet that was used, with a number for every element; None where nothing was asked for.
@@ -133,7 +166,7 @@ class Probe(Stream):
         return outlet
 
 
-class Held(Stream):
+class Held(_Prescribed):
     """A stream of which one outlet has prescribed numbers, and all others their own.
 
     Args:
@@ -159,23 +192,40 @@ class Held(Stream):
     def child(self, name: str) -> Held:
         return Held(self._base.child(name), self._outlet, self._words, (*self._own, name))
 
-    def words(self) -> tuple[int, int, int, int]:
-        raise NotExact("it takes the stream's key instead of its numbers, so that these cannot be prescribed")
-
     def bits(
         self,
         shape: int | Sequence[int],
         n: int = 24,
         *,
         dtype: torch.dtype = torch.int64,
-        device: torch.device | str | None = None,
+        device: _Device = None,
         start: int = 0,
     ) -> torch.Tensor:
         if (self._own, n) != (self._outlet.path, self._outlet.n):
             return self._base.bits(shape, n, dtype=dtype, device=device, start=start)
-        size = (shape,) if isinstance(shape, int) else tuple(shape)
-        numbers = self._words[start : start + math.prod(size)] >> (_WIDEST - n)
-        return numbers.to(device=device or "cpu", dtype=dtype).view(size)
+        return self._numbers(self._words, _size(shape), n, start, dtype, device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated:
+    name: str
+    drawn: Callable[[Stream], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, stream: Stream) -> torch.Tensor:
+        return self.drawn(stream)
+
+
+def repeated(f: StreamFunction, x: torch.Tensor) -> StreamFunction:
+    """``f`` for many calls on this ``x``: of a registered quantizer, what does not depend on the stream is kept.
+
+    Others may do anything when they are called, and are called.
+    """
+    return _Repeated(f.name, f.for_input(x)) if registered(f) else f
+
+
+def repeated_codes(q: UniformQuantizer, x: torch.Tensor) -> Callable[[Stream], Quantized]:
+    """The codes of ``x`` from each stream, likewise."""
+    return q.encode_input(x) if registered(q) else partial(q.encode, x)
 
 
 def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
@@ -192,7 +242,8 @@ def call(f: StreamFunction, x: torch.Tensor, stream: Stream) -> torch.Tensor:
             f"{_name(f)} must return {x.dtype} {list(x.shape)} like its input, got {out.dtype} {list(out.shape)}; "
             f"called with {replay(x, stream)}"
         )
-    bad = int((~torch.isfinite(out)).sum())
+    # A sum of finite numbers is finite, or too large.
+    bad = 0 if math.isfinite(float(out.sum())) else int((~torch.isfinite(out)).sum())
     if bad:
         raise InputError(
             f"{_name(f)} returned {bad} NaN or Inf of {out.numel()} elements for finite input; called with "

@@ -24,7 +24,7 @@ from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detecta
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_groups, of_law, of_steps
 from fqtstats.verdicts.expectation import Law, Shared, coupled_codes, law
-from fqtstats.verdicts.probe import Held, StreamFunction, require_input
+from fqtstats.verdicts.probe import Held, StreamFunction, repeated, require_input
 
 __all__ = ["Verdict", "assert_unbiased", "check_unbiased"]
 
@@ -223,9 +223,10 @@ class _Judge:
         parts = [of_groups(self.f, design.x, shared)] if design.name == "natural" else []
         loudest = max(shared.states, key=lambda state: int((state.law.high > state.law.low).sum()))
         if loudest.law.values == 2:
+            draw = repeated(self.f, design.x)
 
             def held(x: torch.Tensor, s: Stream) -> torch.Tensor:
-                return self.f(x, Held(s, shared.outlet, loudest.words))
+                return draw(x, Held(s, shared.outlet, loudest.words))
 
             parts.append(of_law(held, design.x, loudest.law))
         self.parts = 2

@@ -1,7 +1,10 @@
 // To be preloaded: counts the allocations that native code makes during a call from Python, for steady.py. What holds
 // the interpreter's lock is Python's or the binding's, on the way in and out; kernels run without it, on any thread.
+//
+// Aligned memory comes from the next library that offers it: guard.cc where that is preloaded after this one.
+#include <dlfcn.h>
+
 #include <atomic>
-#include <cerrno>
 #include <cstddef>
 
 extern "C" void* __libc_malloc(std::size_t size);
@@ -64,8 +67,10 @@ void* memalign(std::size_t alignment, std::size_t size) {
 void* aligned_alloc(std::size_t alignment, std::size_t size) { return memalign(alignment, size); }
 
 int posix_memalign(void** out, std::size_t alignment, std::size_t size) {
-  *out = memalign(alignment, size);
-  return *out == nullptr ? ENOMEM : 0;
+  using Function = int(void**, std::size_t, std::size_t);
+  static auto* const next = reinterpret_cast<Function*>(dlsym(RTLD_NEXT, "posix_memalign"));
+  note(size);
+  return next(out, alignment, size);
 }
 
 }  // extern "C"

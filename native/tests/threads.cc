@@ -287,7 +287,7 @@ bool fused_chain() {
     std::vector<double> sums = std::vector<double>(4 * kC);
     std::vector<std::uint8_t> codes = std::vector<std::uint8_t>(kN * (kHeight + 2) * (kWidth + 2) * kC);
     std::vector<std::uint8_t> bits = std::vector<std::uint8_t>(kN * (kHeight + 2) * (kWidth + 2) * 16);
-    std::vector<std::uint8_t> signs = std::vector<std::uint8_t>(kN * kHeight * 24);
+    std::vector<std::uint8_t> signs = std::vector<std::uint8_t>(kN * kHeight * kC * 8);
     bool operator==(const Result&) const = default;
   };
   bool equal = true;
@@ -304,7 +304,7 @@ bool fused_chain() {
                                           high + kN * kC + 2 * kC, high + kN * kC + 3 * kC);
                    fused::encode(kernel, in, map, {0, 1, 1, 3, 255}, 1, 1, kC, threads, out.codes.data());
                    fused::bits(kernel, in, map, 0.5f, 1, 1, 16, threads, out.bits.data());
-                   fused::signs(kernel, y.data(), kN * kHeight, kWidth, kC / 32, 8, threads, out.signs.data());
+                   fused::signs(kernel, y.data(), kN * kHeight, kWidth, kC, 8, threads, out.signs.data());
                    fused::apply(kernel, in, map, threads, x);
                    fused::gradient_sums(kernel, in, map, mean.data(), y.data(), threads, sums + 2 * kC, sums + 3 * kC);
                    fused::gradient(kernel, in, map, adjoint, y.data(), threads, dy, low, high);

@@ -92,6 +92,33 @@ struct Rows {
   std::int64_t height, width;
 };
 
+void clear(std::uint8_t* at, std::int64_t pixels, std::int64_t row) {
+  std::memset(at, 0, static_cast<std::size_t>(pixels * row));
+}
+
+// Writes padded images of `row` bytes per pixel: border(at, pixels) around each, inside it write(run, at) row by row.
+template <typename Border, typename Write>
+void padded_rows(const Images& images, std::int64_t pad_h, std::int64_t pad_w, std::int64_t row, int threads,
+                 std::uint8_t* out, const Border& border, const Write& write) {
+  const Rows rows(images);
+  const std::int64_t padded = rows.height + 2 * pad_h, line = (rows.width + 2 * pad_w) * row;
+  cpu::split(images.n * padded, grain((images.pooled ? 4 : 1) * rows.width * images.channels), threads,
+             [&](std::int64_t begin, std::int64_t end) {
+               for (std::int64_t i = begin; i < end; ++i) {
+                 const std::int64_t n = i / padded, h = i % padded - pad_h;
+                 std::uint8_t* at = out + i * line;
+                 if (h < 0 || h >= rows.height) {
+                   border(at, rows.width + 2 * pad_w);
+                   continue;
+                 }
+                 border(at, pad_w);
+                 at += pad_w * row;
+                 write(rows.run(n * rows.height + h, 0, rows.width), at);
+                 border(at + rows.width * row, pad_w);
+               }
+             });
+}
+
 }  // namespace
 
 void moments(const Kernel& kernel, const float* y, std::int64_t pixels, std::int64_t channels, int threads, double* sum,
@@ -135,53 +162,21 @@ void window_extremes(const Kernel& kernel, const Images& images, int threads, co
 
 void encode(const Kernel& kernel, const Images& images, const Map& map, const Grid& grid, std::int64_t pad_h,
             std::int64_t pad_w, std::int64_t row, int threads, std::uint8_t* out) {
-  const Rows rows(images);
-  const std::int64_t c = images.channels, line = (rows.width + 2 * pad_w) * row;
+  const std::int64_t c = images.channels;
   const auto border = [&](std::uint8_t* at, std::int64_t pixels) {
-    std::memset(at, 0, static_cast<std::size_t>(pixels * row));
+    clear(at, pixels, row);
     if (grid.zero != 0)
       for (std::int64_t i = 0; i < pixels; ++i) std::memset(at + i * row, grid.zero, static_cast<std::size_t>(c));
   };
-  const std::int64_t padded = rows.height + 2 * pad_h;
-  cpu::split(images.n * padded, fused::grain((images.pooled ? 4 : 1) * rows.width * c), threads,
-             [&](std::int64_t begin, std::int64_t end) {
-               for (std::int64_t i = begin; i < end; ++i) {
-                 const std::int64_t n = i / padded, h = i % padded - pad_h;
-                 std::uint8_t* at = out + i * line;
-                 if (h < 0 || h >= rows.height) {
-                   border(at, rows.width + 2 * pad_w);
-                   continue;
-                 }
-                 border(at, pad_w);
-                 at += pad_w * row;
-                 kernel.encode(rows.run(n * rows.height + h, 0, rows.width), map, grid, row, at);
-                 border(at + rows.width * row, pad_w);
-               }
-             });
+  padded_rows(images, pad_h, pad_w, row, threads, out, border,
+              [&](const Run& run, std::uint8_t* at) { kernel.encode(run, map, grid, row, at); });
 }
 
 void bits(const Kernel& kernel, const Images& images, const Map& map, float threshold, std::int64_t pad_h,
           std::int64_t pad_w, std::int64_t row, int threads, std::uint8_t* out) {
-  const Rows rows(images);
-  const std::int64_t padded = rows.height + 2 * pad_h, line = (rows.width + 2 * pad_w) * row;
-  const auto border = [&](std::uint8_t* at, std::int64_t pixels) {
-    std::memset(at, 0, static_cast<std::size_t>(pixels * row));
-  };
-  cpu::split(images.n * padded, grain((images.pooled ? 4 : 1) * rows.width * images.channels), threads,
-             [&](std::int64_t begin, std::int64_t end) {
-               for (std::int64_t i = begin; i < end; ++i) {
-                 const std::int64_t n = i / padded, h = i % padded - pad_h;
-                 std::uint8_t* at = out + i * line;
-                 if (h < 0 || h >= rows.height) {
-                   border(at, rows.width + 2 * pad_w);
-                   continue;
-                 }
-                 border(at, pad_w);
-                 at += pad_w * row;
-                 kernel.bits(rows.run(n * rows.height + h, 0, rows.width), map, threshold, row, at);
-                 border(at + rows.width * row, pad_w);
-               }
-             });
+  const auto border = [&](std::uint8_t* at, std::int64_t pixels) { clear(at, pixels, row); };
+  padded_rows(images, pad_h, pad_w, row, threads, out, border,
+              [&](const Run& run, std::uint8_t* at) { kernel.bits(run, map, threshold, row, at); });
 }
 
 void apply(const Kernel& kernel, const Images& images, const Map& map, int threads, float* out) {
