@@ -24,12 +24,12 @@ Families:
 
 Variants of one seed start from the same weights and see the same batches. The loss of a run is its mean cross entropy
 over the minibatches of the last epoch, through the recipe's own forward quantizers, when the learning rate has nearly
-come to 0. A run that diverged counts with the loss of guessing, the logarithm of the number of classes.
+come to 0. A run that diverged counts with the loss of guessing, the entropy of the classes.
 
 A claim is tested on the differences of the logarithms of the two losses over the seeds by one-sided paired t tests in
 both directions. P-values of each direction are adjusted over all claims of the study by Holm's method, and each
 direction is held to 2.5 %: the probability of any false statement is at most 5 %. Intervals are those of single claims,
-at 95 %. The text is a part of the data ``text`` in small batches (``TEXT``), so that a run takes a minute.
+at 95 %. Of the text a part is taken, in small batches (:mod:`analysis.tasks`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -51,8 +51,8 @@ import scipy.stats
 import torch
 from torch import nn
 
+from analysis.tasks import TASKS, guessing, records
 from fqtstats import models, ops
-from fqtstats.data import data
 from fqtstats.data.base import InMemory
 from fqtstats.errors import TrainingDiverged
 from fqtstats.files import write_atomically
@@ -72,23 +72,6 @@ LEVEL = 0.025
 CONFIDENCE = 0.95
 FINE_TUNING = 5
 """Epochs on the rotated digits."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """The run on text.
-
-    Attributes:
-        sequences: the first of the training and of the test data.
-        epochs, batch_size: instead of the run's own.
-    """
-
-    sequences: tuple[int, int] = (2048, 512)
-    epochs: int = 5
-    batch_size: int = 32
-
-
-TEXT = Text()
 
 
 # --- what is trained --------------------------------------------------------------------------------------------------
@@ -228,15 +211,7 @@ FAMILIES: dict[str, Family] = {
 @cache
 def source(task: str) -> InMemory:
     """The data of one of the tasks."""
-    found = data("text" if task == "text" else "digits")
-    assert isinstance(found, InMemory)
-    if task == "text":
-        lengths = dict(zip(("train", "test"), TEXT.sequences, strict=True))
-        return replace(
-            found,
-            inputs={split: found.inputs[split][:n] for split, n in lengths.items()},
-            targets={split: found.targets[split][:n] for split, n in lengths.items()},
-        )
+    found = records("text" if task == "text" else "digits")
     if task == "rotated":
         return replace(
             found,
@@ -260,16 +235,16 @@ def trained(variant: Variant, task: str, seed: int) -> tuple[nn.Module, Training
         TrainingDiverged: the run, or that of its first weights, diverged.
     """
     run = runs.run(f"{variant.recipe}/{'text' if task == 'text' else 'digits'}", variant.bits)
-    records = source(task)
-    model = models.build(run.model, records, seed)
+    examples = source(task)
+    model = models.build(run.model, examples, seed)
     if variant.start is not None:
         model.load_state_dict(first_weights(variant.start, seed))
     training = loop.train(
         model,
-        records,
+        examples,
         variant.change(run.recipe),
-        epochs={"text": TEXT.epochs, "rotated": FINE_TUNING}.get(task, run.epochs),
-        batch_size=TEXT.batch_size if task == "text" else run.batch_size,
+        epochs=FINE_TUNING if task == "rotated" else TASKS[task].epochs or run.epochs,
+        batch_size=(task in TASKS and TASKS[task].batch_size) or run.batch_size,
         seed=seed,
         backend=BACKEND,
         pretrained=variant.start is not None,
@@ -289,7 +264,7 @@ def outcome(family: Family, variant: Variant, seed: int) -> dict[str, object]:
         row["diverged"] = f"epoch {error.diagnosis['epoch']}: {error.diagnosis['reason']}"
     for name in ("epoch", "loss", "accuracy", "test_loss", "test_accuracy"):
         row[name] = last.get(name, math.nan)
-    row |= {"guessing": math.log(source(family.task).num_classes), "cpu_seconds": time.process_time() - began}
+    row |= {"guessing": guessing(source(family.task)), "cpu_seconds": time.process_time() - began}
     return row
 
 
@@ -443,7 +418,7 @@ def save(rows: pd.DataFrame, folder: Path) -> None:
     about = {
         "backend": BACKEND,
         "level": LEVEL,
-        "text": {"sequences": TEXT.sequences, "epochs": TEXT.epochs, "batch_size": TEXT.batch_size},
+        "tasks": {name: asdict(task) for name, task in TASKS.items()},
         "fine_tuning_epochs": FINE_TUNING,
         **provenance(ops.isa()),
     }
