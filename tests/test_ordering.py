@@ -1,0 +1,146 @@
+"""The study of the papers' orderings: what its statistics say of planted losses, and what becomes of its runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+from statsmodels.stats.multitest import multipletests
+
+from fqtstats.errors import TrainingDiverged
+from fqtstats.training import runs
+
+NOISE = np.array([0.3, -0.2, 0.1, -0.4, 0.25, -0.05])
+"""Of logarithms of losses, by seed."""
+
+
+@pytest.fixture
+def ordering(monkeypatch: pytest.MonkeyPatch):
+    # The study stands in the repository, not in the installed package.
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    yield __import__("analysis.ordering", fromlist=["compare"])
+    for name in [name for name in sys.modules if name.split(".")[0] == "analysis"]:
+        del sys.modules[name]
+
+
+def planted(family, logs: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Rows of one family with these logarithms of losses; NaN is a run that diverged."""
+    return pd.DataFrame(
+        {
+            "family": family.name,
+            "variant": name,
+            "seed": seed,
+            "loss": math.exp(value),
+            "test_loss": 0.0,
+            "test_accuracy": 1.0,
+            "diverged": "epoch 1" if math.isnan(value) else None,
+            "guessing": math.log(10),
+        }
+        for name, values in logs.items()
+        for seed, value in enumerate(values)
+    )
+
+
+def test_what_is_planted_is_said_and_nothing_else(ordering) -> None:
+    family = ordering.FAMILIES["statquant-digits"]
+    shared = np.array([1.0, -2.0, 0.5, 3.0, -1.0, 0.0])  # of the seeds: far larger than the differences
+    logs = {f"{name}@{bits}": shared.copy() for name in ("ptq", "psq", "bhq") for bits in (2, 3, 4)}
+    logs["psq@2"] += 2 + NOISE
+    logs["ptq@2"] += 5 + NOISE[::-1]
+    logs["psq@3"] -= 2 + NOISE
+    logs["ptq@3"] -= NOISE[::-1]
+    logs["psq@4"] += NOISE
+    logs["ptq@4"] += NOISE[::-1]
+    table = ordering.compare(planted(family, logs), [family]).set_index(["better", "worse"])
+    assert list(table.loc[[("bhq@2", "psq@2"), ("psq@2", "ptq@2"), ("bhq@2", "ptq@2")], "verdict"]) == ["ordered"] * 3
+    assert table.loc[("bhq@3", "psq@3"), "verdict"] == "ordered the other way"
+    assert table.loc[("psq@3", "ptq@3"), "verdict"] == "ordered"
+    for pair in (("bhq@3", "ptq@3"), ("bhq@4", "psq@4"), ("psq@4", "ptq@4"), ("bhq@4", "ptq@4")):
+        assert table.loc[pair, "verdict"].startswith("no ordering shown (difference within -")
+
+    row, first, second = table.loc[("bhq@2", "psq@2")], logs["bhq@2"], logs["psq@2"]
+    expected = scipy.stats.ttest_rel(second, first, alternative="greater")
+    both = scipy.stats.ttest_rel(second, first).confidence_interval(0.95)
+    np.testing.assert_allclose((row["p"], row["p_other"]), (expected.pvalue, 1 - expected.pvalue), rtol=1e-9)
+    np.testing.assert_allclose((row["log_low"], row["log_high"]), both, rtol=1e-9)
+    losses = scipy.stats.ttest_rel(np.exp(second), np.exp(first)).confidence_interval(0.95)
+    np.testing.assert_allclose((row["difference_low"], row["difference_high"]), losses, rtol=1e-9)
+
+
+def test_p_values_are_adjusted_by_holm_and_missing_ones_count_for_nothing(ordering) -> None:
+    p = [0.04, 0.01, math.nan, 0.02, 0.7, 0.04]
+    adjusted = ordering.holm(p)
+    assert math.isnan(adjusted.pop(2))
+    del p[2]
+    np.testing.assert_allclose(adjusted, multipletests(p, method="holm")[1])
+    assert ordering.holm([math.nan]) == pytest.approx([math.nan], nan_ok=True)
+
+
+def test_false_statements_are_as_rare_as_promised(ordering) -> None:
+    # 300 studies of 8 claims that do not hold: more than 40 with a statement have a probability below 1e-6 at 5 % each.
+    assert scipy.stats.binom.sf(40, 300, 0.05) < 1e-6
+    found = plain = 0
+    for differences in np.random.default_rng(0).standard_normal((300, 8, 6)):
+        p = [[ordering.p_greater(sign * values) for values in differences] for sign in (1, -1)]
+        found += any(min(ordering.holm(each)) < ordering.LEVEL for each in p)
+        plain += min(map(min, p)) < ordering.LEVEL
+    assert found <= 40
+    assert plain > 40  # without the adjustment
+
+
+def test_a_run_that_diverged_counts_with_the_loss_of_guessing(ordering) -> None:
+    family = ordering.FAMILIES["1bit-adam"]
+    logs = {"exact": NOISE - 3, "agp@4": NOISE - 2, "psq@1": np.where(np.arange(6) < 2, np.nan, NOISE)}
+    rows = planted(family, logs)
+    (row,) = ordering.compare(rows, [family]).to_dict("records")
+    assert (row["diverged_better"], row["diverged_worse"], row["seeds"]) == (0, 2, 6)
+    expected = np.where(np.arange(6) < 2, math.log(math.log(10)), NOISE) - logs["agp@4"]
+    assert row["log"] == pytest.approx(expected.mean())
+    assert list(ordering.means(rows, [family])["diverged"]) == [0, 2, 0]
+
+
+def test_one_seed_tests_nothing(ordering) -> None:
+    family = ordering.FAMILIES["1bit-sgd"]
+    logs = {"exact": NOISE[:1], "agp@4": NOISE[:1], "psq@1": NOISE[:1] + 1}
+    (row,) = ordering.compare(planted(family, logs), [family]).to_dict("records")
+    assert row["verdict"].startswith("not tested")
+
+
+def test_runs_are_kept_and_one_that_diverges_is_a_row(ordering, monkeypatch, tmp_path) -> None:
+    family, made = ordering.FAMILIES["1bit-adam"], []
+
+    def trained(variant, task, seed):
+        made.append((variant.name, seed))
+        raise TrainingDiverged("it did", {"epoch": 2, "reason": "the loss became nan, or so"}, None)
+
+    monkeypatch.setattr(ordering, "trained", trained)
+    rows = ordering.complete(ordering.load(tmp_path), family, 0, tmp_path)
+    assert made == [("exact", 0), ("psq@1", 0), ("agp@4", 0)]
+    again = ordering.load(tmp_path)
+    assert list(again["diverged"]) == ["epoch 2: the loss became nan, or so"] * 3
+    pd.testing.assert_frame_equal(again, rows, check_dtype=False)
+    ordering.complete(again.iloc[[0, 2]], family, 0, tmp_path)
+    assert made[3:] == [("psq@1", 0)]
+    ordering.save(ordering.complete(again, family, 1, tmp_path), tmp_path)
+    assert "agp@4 < psq@1" in (tmp_path / "table.md").read_text()
+
+
+def test_variants_of_a_family_differ_in_their_gradients_alone(ordering) -> None:
+    for family in ordering.FAMILIES.values():
+        setting = "text" if family.task == "text" else "digits"
+        variants = (family.reference, *family.variants)
+        recipes = {v.name: v.change(runs.run(f"{v.recipe}/{setting}", v.bits).recipe) for v in variants}
+        assert {name for claim in family.claims for name in claim} == {*recipes} - {"exact"}
+        forward, gradients = set(), set()
+        for recipe in recipes.values():
+            stages = [(stage.share, stage.lr_scale, stage.policy.activation) for stage in recipe.stages]
+            policy = recipe.stages[-1].policy
+            forward.add(repr((recipe.optimizer, recipe.rules, stages, policy.weight)))
+            gradients.add(repr((policy.grad_input, policy.grad_weight)))
+        assert (len(forward), len(gradients)) == (1, len(variants)), family.name
+        assert not recipes["exact"].stages[-1].policy.quantizes_gradients
