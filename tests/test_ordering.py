@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,13 +17,9 @@ NOISE = np.array([0.3, -0.2, 0.1, -0.4, 0.25, -0.05])
 """Of logarithms of losses, by seed."""
 
 
-@pytest.fixture
-def ordering(monkeypatch: pytest.MonkeyPatch):
-    # The study stands in the repository, not in the installed package.
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    yield __import__("analysis.ordering", fromlist=["compare"])
-    for name in [name for name in sys.modules if name.split(".")[0] == "analysis"]:
-        del sys.modules[name]
+@pytest.fixture(scope="module")
+def ordering(analysis):
+    return analysis("ordering")
 
 
 def planted(family, logs: dict[str, np.ndarray]) -> pd.DataFrame:
