@@ -10,7 +10,7 @@ study at a time; whichever is last leaves the table of all. A run that diverges 
 Runs of one seed start from the same weights and see the same batches; a recipe that starts from a network trained in
 full precision takes that of the recipe ``exact`` with the same seed and backend. A recipe trains if its final training
 loss is below a stated share of that of guessing (:mod:`analysis.tasks`: a quarter on digits, nine tenths on text) for
-every seed and backend.
+every seed and backend. On text the recipes that learn slowest have twice the epochs.
 
 The backends compute with the same codes; their products differ by float rounding, after which trajectories part. So the
 question is not whether final losses are equal but whether the backend moves them by less than the seed does. It is
@@ -180,7 +180,7 @@ class Study:
             "backend": self.backend,
             "seed": self.seed,
             "model": self.model or run.model,
-            "epochs": self.epochs or self.task.epochs or run.epochs,
+            "epochs": self.epochs or self.task.longer.get(name) or self.task.epochs or run.epochs,
             "trained_sha256": self.digest(run),
             **dict.fromkeys(MEASURED, math.nan),
             "seconds": 0.0,
@@ -272,7 +272,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     found, tested = [], []
     for recipe, own in rows.groupby("recipe", sort=False):
         final = own.pivot(index="seed", columns="backend", values="loss")
-        row: dict[str, Any] = {"recipe": recipe, "seeds": len(final)}
+        row: dict[str, Any] = {"recipe": recipe, "seeds": len(final), "epochs": int(own["epochs"].max())}
         for backend in final:
             row[f"loss_{backend}"], row[f"loss_sd_{backend}"] = final[backend].mean(), final[backend].std()
             row[f"diverged_{backend}"] = int((own.loc[own["backend"] == backend, "diverged"] != "").sum())
@@ -449,6 +449,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "recipe": row["recipe"],
+            **({"epochs": str(row["epochs"])} if table["epochs"].nunique() > 1 else {}),
             **{f"loss, {backend}": loss(row, backend) for backend in backends},
             "trains": "yes" if row["trains"] else "no",
             "ratio (95 %)": ratio(row),
