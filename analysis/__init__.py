@@ -1,1 +1,4 @@
 """Questions answered with the instrument: one file each, run as ``python -m analysis.<name>``."""
+
+STUDIES = ("variance_bits",)
+"""The studies, in the order of the index ``analysis/README.md``."""

@@ -1,0 +1,72 @@
+"""Makes ``analysis/README.md``, the index of the studies, of the results that are saved: ``python -m analysis``.
+
+A test checks that the file in the repository is what this gives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from analysis import STUDIES
+from analysis.study import RESULTS, Saved, Study, as_json, load
+from fqtstats.errors import InputError
+
+INDEX = Path(__file__).parent / "README.md"
+
+_HEAD = """# Studies
+
+One question each, answered by measuring with fqtstats. Every number below comes from a saved result, with its 95 %
+interval; `python -m analysis` writes this page. A study is run by
+
+```bash
+fqtstats study NAME          # or python -m analysis.NAME; in a clone of the repository
+fqtstats study NAME --quick  # the same about less, in seconds
+```
+
+Its folder has the measurements (Parquet), the figures (PNG and PDF), a table, and where and how they were made
+(`study.json`).
+"""
+
+
+def main() -> None:
+    """Write the index."""
+    INDEX.write_text(index())
+
+
+def studies() -> list[Study]:
+    """All of them, in the order of the index."""
+    return [importlib.import_module(f"analysis.{name}").STUDY for name in STUDIES]
+
+
+def index() -> str:
+    """Its text."""
+    known = studies()
+    for study in known:
+        if load(study, RESULTS / study.name).about["settings"] != as_json(study.full):
+            raise InputError(f"the results of the study {study.name!r} are not those of its full form")
+    contents = "".join(f"- [{study.question}](#{study.name.replace('_', '-')})\n" for study in known)
+    return "\n".join([_HEAD, contents, *(_section(study, load(study, RESULTS / study.name)) for study in known)])
+
+
+def _section(study: Study, saved: Saved) -> str:
+    folder = f"results/{study.name}"
+    about = saved.about["provenance"]
+    claims = "".join(
+        f"- {'**Not as expected.** ' if claim.holds is False else ''}{claim.text}\n" for claim in saved.claims
+    )
+    first, *others = saved.about["figures"]
+    more = "".join(f", [{name}]({folder}/{name}.png)" for name in others)
+    minutes = max(1, round(saved.about["seconds"] / 60))
+    return (
+        f'<a id="{study.name.replace("_", "-")}"></a>\n\n'
+        f"## {study.question}\n\n"
+        f"`fqtstats study {study.name}`: {minutes} min on {about['cpu']}, torch {about['versions']['torch']}.\n\n"
+        f"{claims}\n"
+        f"![{study.question}]({folder}/{first}.png)\n\n"
+        f"[table]({folder}/table.md){more}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What studies share: a question, how it is measured, what is drawn and said of it, and how all of that is kept.
+
+A module of this folder that answers a question has a :class:`Study` as its ``STUDY``, and is run by::
+
+    python -m analysis.<name> [--quick] [--again] [--out FOLDER] [--<setting> VALUE ...]
+
+or ``fqtstats study <name>`` with the same options. It writes to ``analysis/results/<name>``:
+
+* ``<table>.parquet``: what was measured, one file per table;
+* ``<figure>.png`` and ``<figure>.pdf``, for a column of a paper or the width of its page;
+* ``table.md``: what is to be read of the tables;
+* ``study.json``: settings, claims with their numbers, provenance, and the tables' SHA-256.
+
+Measurements are made once: with the same settings they are read from there, and only figures, table and claims are made
+anew; ``--again`` measures again. A study in progress keeps every case that is done in ``runs/studies``, and continues
+there after an interruption. ``--quick`` has small settings, says the same things about less, and writes to
+``runs/studies`` unless told otherwise. ``python -m analysis`` makes ``analysis/README.md`` of what was saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+
+from fqtstats import ops
+from fqtstats.errors import InputError
+from fqtstats.files import read_bytes, write_atomically
+from fqtstats.provenance import provenance
+from fqtstats.report import style
+from fqtstats.schema import Column, normalised, parquet_bytes, read_parquet
+
+__all__ = ["Claim", "Parts", "Saved", "Study", "Tables", "as_json", "command", "load", "main"]
+
+RESULTS = Path(__file__).parent / "results"
+ABOUT = "study.json"
+
+Tables = Mapping[str, pd.DataFrame]
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of the answer, with its number and interval in it.
+
+    Attributes:
+        text: Markdown; every number comes from the tables.
+        holds: whether what was expected is so; None where nothing was.
+    """
+
+    text: str
+    holds: bool | None = None
+
+
+class Parts:
+    """The cases of a study that are done, each in a file: an interrupted study continues with the others.
+
+    Args:
+        folder: of the files; belongs to one study and one choice of settings.
+        settings: what they are made with; other settings are other cases.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
+        self.folder, self.settings = folder, dict(settings)
+
+    def every(
+        self, what: str, cases: Iterable[Mapping[str, Any]], measure: Callable[..., Row | Iterable[Row]]
+    ) -> pd.DataFrame:
+        """A table with the rows of all cases, each led by what the case is; a progress bar shows how many are done.
+
+        Args:
+            what: name of the part; shown beside the bar.
+            cases: arguments of ``measure``, plain JSON.
+            measure: gives one row or several, of numbers, strings, booleans and None.
+        """
+        rows: list[dict[str, object]] = []
+        known = list(cases)
+        for case in track(known, what, console=Console(stderr=True), disable=len(known) < 2):
+            rows += [{**case, **row} for row in self._once(what, case, measure)]
+        return pd.DataFrame(rows)
+
+    def _once(
+        self, what: str, case: Mapping[str, Any], measure: Callable[..., Row | Iterable[Row]]
+    ) -> list[dict[str, object]]:
+        key = json.dumps([what, case, self.settings], sort_keys=True)
+        file = self.folder / f"{what.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if file.exists():
+            found: list[dict[str, object]] = json.loads(file.read_text())
+            return found
+        made = measure(**case)
+        # NaN and infinity are written as the names that json knows and no other reader does: these files stay here.
+        rows = [dict(made)] if isinstance(made, Mapping) else [dict(row) for row in made]
+        text = json.dumps(rows, default=_number)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda opened: opened.write(text.encode()))
+        return json.loads(text)
+
+
+def _number(value: Any) -> Any:
+    """Numpy's and torch's numbers as Python's."""
+    if callable(item := getattr(value, "item", None)):
+        return item()
+    raise TypeError(f"a row of a study holds numbers and strings, not a {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and how it is answered.
+
+    Attributes:
+        name: of the module.
+        question: one line that ends with a question mark.
+        full: a frozen dataclass of settings: numbers and strings, or tuples of them. They are options of the command.
+        quick: of the same class; takes some seconds.
+        columns: of each table, by its name; the first table is the main one.
+        measure: from settings and :class:`Parts` to the tables.
+        draw: from the tables to figures, by name; the first one is shown in the index.
+        read: from the tables to what is to be read of them, as text.
+        claims: from the tables to the answer.
+        legend: what the columns of the table that is read are, where their names do not say.
+    """
+
+    name: str
+    question: str
+    full: Any
+    quick: Any
+    columns: Mapping[str, Sequence[Column]]
+    measure: Callable[[Any, Parts], Tables]
+    draw: Callable[[Tables], Mapping[str, Figure]]
+    read: Callable[[Tables], pd.DataFrame]
+    claims: Callable[[Tables], Sequence[Claim]]
+    legend: str = ""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A study's results as they were kept.
+
+    Attributes:
+        folder: where.
+        tables: by name.
+        about: what ``study.json`` holds.
+    """
+
+    folder: Path
+    tables: dict[str, pd.DataFrame]
+    about: dict[str, Any]
+
+    @property
+    def claims(self) -> list[Claim]:
+        return [Claim(**claim) for claim in self.about["claims"]]
+
+
+def load(study: Study, folder: Path) -> Saved:
+    """What :func:`main` wrote.
+
+    Raises:
+        InputError: nothing is there, or a table is not the one that was written.
+    """
+    if not (folder / ABOUT).is_file():
+        raise InputError(f"no results of the study {study.name!r} in {folder}; run python -m analysis.{study.name}")
+    about = json.loads((folder / ABOUT).read_text())
+    tables = {}
+    for name in study.columns:
+        file = folder / f"{name}.parquet"
+        content = read_bytes(file)
+        if hashlib.sha256(content).hexdigest() != about["sha256"].get(name):
+            raise InputError(f"{file} is not what the study {study.name!r} wrote; run it with --again")
+        tables[name] = normalised(read_parquet(content, file, "table"), study.columns[name], f"table {name!r}")
+    return Saved(folder, tables, about)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> None:
+    """Command line of one study; ends the process with status 2 and one line for what cannot be done."""
+    try:
+        command(study, arguments)
+    except InputError as error:
+        raise SystemExit(f"{study.name}: error: {error}") from None
+
+
+def command(study: Study, arguments: Sequence[str] | None = None) -> Saved:
+    """Measures or reuses, writes, and shows what is to be read.
+
+    Args:
+        study: what is run.
+        arguments: as on the command line; None: of this process.
+
+    Raises:
+        InputError: ``--out`` has results with other settings.
+    """
+    parser = argparse.ArgumentParser(prog=f"analysis.{study.name}", description=study.question)
+    parser.add_argument("--quick", action="store_true", help="small settings, some seconds")
+    parser.add_argument("--again", action="store_true", help="measure again, and replace what is there")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    for field in fields(study.full):
+        _add_option(parser, field.name, getattr(study.full, field.name))
+    given = vars(parser.parse_args(arguments))
+    quick, again, out = (given.pop(name) for name in ("quick", "again", "out"))
+    chosen = {name: value for name, value in given.items() if value is not None}
+    start = study.quick if quick else study.full
+    settings = type(start)(**{**{f.name: getattr(start, f.name) for f in fields(start)}, **chosen})
+    runs = Path("runs") / "studies"
+    folder: Path = out or (runs / f"{study.name}-quick" if quick else RESULTS / study.name)
+    parts = runs / "parts" / f"{study.name}{'-quick' if quick else ''}"
+    saved = produce(study, settings, folder, parts, again=again)
+    show(study, saved)
+    return saved
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, value: Any) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        parser.add_argument(option, action=argparse.BooleanOptionalAction)
+    elif isinstance(value, tuple):
+        parser.add_argument(option, type=type(value[0]), nargs="+", help=f"instead of {' '.join(map(str, value))}")
+    else:
+        parser.add_argument(option, type=type(value), help=f"instead of {value}")
+
+
+def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bool = False) -> Saved:
+    """The results in ``folder``: measured if they are not there, and drawn and told in any case.
+
+    Args:
+        study: what is asked.
+        settings: of its class.
+        folder: of the results.
+        parts: of what is done while it is measured.
+        again: measure again.
+
+    Raises:
+        InputError: ``folder`` has results with other settings.
+    """
+    wanted = as_json(settings)
+    if again:
+        shutil.rmtree(parts, ignore_errors=True)
+    if (folder / ABOUT).is_file() and not again:
+        saved = load(study, folder)
+        if saved.about["settings"] != wanted:
+            raise InputError(
+                f"{folder} has results with the settings {saved.about['settings']}, not {wanted}; "
+                "give another --out, or --again to replace them"
+            )
+        tables, measured = saved.tables, {key: saved.about[key] for key in ("seconds", "provenance")}
+    else:
+        started = time.monotonic()
+        made = study.measure(settings, Parts(parts, wanted))
+        if set(made) != set(study.columns):
+            raise ValueError(f"{study.name} made the tables {sorted(made)}, not {sorted(study.columns)}")
+        tables = {name: normalised(made[name], columns, f"table {name!r}") for name, columns in study.columns.items()}
+        measured = {"seconds": round(time.monotonic() - started, 1), "provenance": provenance(ops.isa())}
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {f"{name}.parquet": parquet_bytes(table, study.columns[name]) for name, table in tables.items()}
+    about = {
+        "study": study.name,
+        "question": study.question,
+        "settings": wanted,
+        "claims": [asdict(claim) for claim in study.claims(tables)],
+        "figures": [],
+        "sha256": {name: hashlib.sha256(content[f"{name}.parquet"]).hexdigest() for name in tables},
+        **measured,
+    }
+    with style.applied():
+        for name, figure in study.draw(tables).items():
+            about["figures"].append(name)
+            content[f"{name}.png"], content[f"{name}.pdf"] = style.png(figure), style.pdf(figure)
+    content["table.md"] = markdown(study, tables).encode()
+    # What is told last makes the others valid.
+    content[ABOUT] = (json.dumps(about, indent=2) + "\n").encode()
+    for name, data in content.items():
+        write_atomically(folder / name, lambda opened, data=data: opened.write(data))  # type: ignore[misc]
+    shutil.rmtree(parts, ignore_errors=True)
+    return Saved(folder, dict(tables), about)
+
+
+def as_json(settings: Any) -> dict[str, Any]:
+    """Settings as ``study.json`` holds them."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
+
+
+def markdown(study: Study, tables: Tables) -> str:
+    """The table that is to be read, with what its columns are."""
+    shown = study.read(tables)
+    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.itertuples(index=False)]
+    rows = "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+    return f"{rows}\n{study.legend}\n" if study.legend else rows
+
+
+def show(study: Study, saved: Saved) -> None:
+    """On the terminal."""
+    screen = Console()
+    screen.print(study.question, style="bold")
+    screen.print(study.read(saved.tables).to_string(index=False), markup=False, highlight=False, soft_wrap=True)
+    for claim in saved.claims:
+        mark = {True: "holds: ", False: "DOES NOT HOLD: ", None: ""}[claim.holds]
+        screen.print(f"- {mark}{claim.text}", markup=False, highlight=False)
+    screen.print(f"saved in {saved.folder}", style="dim", highlight=False)
+
+
+# --- numbers as text --------------------------------------------------------------------------------------------------
+
+
+def interval(low: float, high: float, form: str = ".3g") -> str:
+    """``[low, high]``; "" where there is none."""
+    return "" if math.isnan(low) or math.isnan(high) else f"[{low:{form}}, {high:{form}}]"
+
+
+def with_interval(value: float, low: float, high: float, form: str = ".3g") -> str:
+    """``value [low, high]``."""
+    return f"{value:{form}} {interval(low, high, form)}".rstrip()

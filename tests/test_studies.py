@@ -1,0 +1,179 @@
+"""The studies: each in its quick form, and what they share."""
+
+import ast
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from fqtstats.errors import InputError
+from fqtstats.schema import Column
+
+ROOT = Path(__file__).parents[1]
+
+
+def registered():
+    """The names in analysis/__init__.py, which the installed package does not have."""
+    for node in ast.parse((ROOT / "analysis" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "STUDIES":
+            return ast.literal_eval(node.value)
+    raise AssertionError("analysis/__init__.py names no studies")
+
+
+@pytest.mark.parametrize("name", registered())
+def test_the_quick_form_measures_draws_and_tells(name, analysis, tmp_path, monkeypatch):
+    study, shared = analysis(name).STUDY, analysis("study")
+    assert study.name == name
+    assert study.question.endswith("?")
+    monkeypatch.chdir(tmp_path)
+    saved = shared.command(study, ["--quick", "--out", "out"])
+    assert saved.about["settings"] == shared.as_json(study.quick)
+    assert saved.claims
+    assert all("nan" not in claim.text.lower() for claim in saved.claims)
+    assert saved.about["figures"]
+    for figure in saved.about["figures"]:
+        pixels = np.asarray(Image.open(io.BytesIO((saved.folder / f"{figure}.png").read_bytes())).convert("L"))
+        assert pixels.std() > 5  # something is drawn
+        assert (saved.folder / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+    header, _, *lines = (saved.folder / "table.md").read_text().splitlines()
+    assert header.startswith("| ")
+    assert lines
+    read = shared.load(study, saved.folder)
+    for table, columns in study.columns.items():
+        assert [column.name for column in columns] == list(read.tables[table].columns)
+        pd.testing.assert_frame_equal(read.tables[table], saved.tables[table])
+    # What is saved is drawn and told from what was read back.
+    before = {path.name: path.read_bytes() for path in saved.folder.iterdir()}
+    unmeasured = dataclasses.replace(study, measure=lambda *_: pytest.fail("measured again"))
+    shared.command(unmeasured, ["--quick", "--out", "out"])
+    assert {path.name: path.read_bytes() for path in saved.folder.iterdir()} == before
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    cases: int = 3
+    names: tuple[str, ...] = ("a", "b")
+
+
+@pytest.fixture
+def made(analysis, tmp_path, monkeypatch):
+    """A study of nothing, with a list of the cases that it measured, and the module that runs it."""
+    shared, style = analysis("study"), analysis("variance_bits").style
+    measured = []
+
+    def one(case):
+        measured.append(case)
+        if case == stop[0]:
+            raise KeyboardInterrupt
+        return {"value": float(case), "text": "x"}
+
+    def measure(settings, parts):
+        return {"values": parts.every("values", [{"case": index} for index in range(settings.cases)], one)}
+
+    def draw(tables):
+        figure = style.new_figure(2, 1)
+        figure.subplots().plot(tables["values"]["value"])
+        return {"figure": figure}
+
+    stop = [None]
+    monkeypatch.chdir(tmp_path)
+    study = shared.Study(
+        name="nothing",
+        question="Is this nothing?",
+        full=Settings(),
+        quick=Settings(cases=1),
+        columns={"values": (Column("case", "int64", "1", "of it"), Column("value", "float64", "1", "its value"),
+                            Column("text", "str", "", "a text"))},
+        measure=measure,
+        draw=draw,
+        read=lambda tables: tables["values"].astype(str),
+        claims=lambda tables: [shared.Claim(f"The sum is {tables['values']['value'].sum():g}.", True)],
+    )  # fmt: skip
+    return study, shared, measured, stop
+
+
+def test_an_interrupted_study_continues_with_the_cases_that_are_left(made):
+    study, shared, measured, stop = made
+    stop[0] = 1
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out"])
+    assert not Path("out").exists()
+    stop[0] = None
+    saved = shared.command(study, ["--out", "out"])
+    assert measured == [0, 1, 1, 2]
+    assert saved.claims == [shared.Claim("The sum is 3.", True)]
+    assert not list(Path("runs").rglob("*.json"))  # nothing is left of the parts
+
+
+def test_other_settings_do_not_take_what_others_measured(made):
+    study, shared, measured, stop = made
+    stop[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out"])
+    stop[0] = None
+    shared.command(study, ["--out", "out", "--names", "c"])
+    assert measured == [0, 1, 2, 0, 1, 2]
+
+
+def test_results_are_kept_until_they_are_replaced(made):
+    study, shared, measured, _ = made
+    shared.command(study, ["--out", "out", "--cases", "2"])
+    with pytest.raises(InputError, match=r"results with the settings .*'cases': 2.* --again"):
+        shared.command(study, ["--out", "out"])
+    shared.command(study, ["--out", "out", "--cases", "2"])
+    assert measured == [0, 1]
+    shared.command(study, ["--out", "out", "--cases", "1", "--again"])
+    assert measured == [0, 1, 0]
+    assert shared.load(study, Path("out")).about["settings"] == {"cases": 1, "names": ["a", "b"]}
+
+
+def test_a_table_that_was_changed_is_refused(made):
+    study, shared, *_ = made
+    shared.command(study, ["--out", "out"])
+    file = Path("out") / "values.parquet"
+    file.write_bytes(file.read_bytes() + b"x")
+    with pytest.raises(InputError, match="not what the study 'nothing' wrote"):
+        shared.command(study, ["--out", "out"])
+    with pytest.raises(SystemExit, match="nothing: error"):
+        shared.main(study, ["--out", "out"])
+
+
+def test_the_command_line_lists_runs_and_refuses(capfd, tmp_path, monkeypatch, analysis):
+    from fqtstats import cli
+
+    monkeypatch.chdir(ROOT)
+    assert cli.run(["study"]) == 0
+    listed = capfd.readouterr().out
+    assert all(name in listed for name in registered())
+    assert cli.run(["study", "nothing"]) == 2
+    assert "unknown study 'nothing'; known: " in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["study"]) == 2
+    assert "is not in a clone of it" in capfd.readouterr().err
+
+
+def test_the_index_is_made_of_the_saved_results(analysis):
+    assert (ROOT / "analysis" / "README.md").read_text() == analysis("__main__").index()
+
+
+def test_bits_of_equal_variance_are_interpolated(analysis):
+    crossing = analysis("estimates").crossing
+    bits = np.arange(2, 9)
+    falling = 4.0 ** -bits.astype(float)
+    assert crossing(bits, falling, 4.0**-5.25) == pytest.approx(5.25)
+    assert np.isnan(crossing(bits, falling, 1.0))  # below it everywhere
+    assert np.isnan(crossing(bits, falling, 1e-9))  # above it everywhere
+
+
+def test_intervals_of_a_mean_cover_it(analysis):
+    """Student t intervals of 5 normal numbers cover 95 %; with 4000 of them a share outside .93 to .97 has p < 1e-7."""
+    numbers = np.random.default_rng(0).normal(3, 2, (4000, 5))
+    ends = np.array([analysis("estimates").mean_interval(row) for row in numbers])
+    assert 0.93 < np.mean((ends[:, 1] <= 3) & (ends[:, 2] >= 3)) < 0.97
