@@ -252,7 +252,7 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="Variances as multiples of one minibatch's sampling variance: geometric means over the seeds, 95 % "
-    "intervals (Student t). Input part: from the input-gradient quantizers; weight part: from the weight-gradient quantizers.",
+    "intervals (Student t). Input and weight part: from the input- and the weight-gradient quantizers.",
 )
 
 if __name__ == "__main__":
