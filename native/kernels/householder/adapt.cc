@@ -34,16 +34,17 @@ auto tree_sum(const Leaf& leaf, std::int64_t count, std::int64_t index = 0, std:
 }
 
 // Consecutive elements that are summed side by side; a power of two, so that the order of additions stays the same.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = 128;
 
-struct Lanes {
-  double of[kLanes];
-
-  friend Lanes operator+(Lanes a, const Lanes& b) {
-    for (std::int64_t i = 0; i < kLanes; ++i) a.of[i] += b.of[i];
-    return a;
-  }
-};
+// tree_sum() of kLanes numbers each, which leaf(index, to) writes, in place: `to` has room for those of all levels.
+template <typename Leaf>
+void tree_sums(const Leaf& leaf, std::int64_t count, double* to, std::int64_t index = 0, std::int64_t width = 1) {
+  if (width >= count) return leaf(index, to);
+  tree_sums(leaf, count, to, index, 2 * width);
+  if (index + width >= count) return;
+  tree_sums(leaf, count, to + kLanes, index + width, 2 * width);
+  for (std::int64_t i = 0; i < kLanes; ++i) to[i] += to[kLanes + i];
+}
 
 bool has_grid(float low, float high) {
   return std::isfinite(low) && std::isfinite(high) &&
@@ -83,32 +84,29 @@ class Adapter {
   double exact(const float* y, float low, float high) const {
     if (!has_grid(low, high)) return kInfinity;
     const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
-    const float numbers = std::ldexp(1.0f, rounding_.random_bits), levels = static_cast<float>(rounding_.levels);
-    const auto decoded = [&](float code) { return std::min(code, levels) * grid.step + grid.offset; };
-    const auto variance = [&](float x) {
-      // A coordinate is not negative, and below 2^9: to cut off is to round down.
-      const float coordinate = ((x - grid.offset) * grid.prescale) * grid.scale;
-      const float k = static_cast<float>(static_cast<std::int32_t>(coordinate));
-      const auto below = static_cast<std::int64_t>((coordinate - k) * numbers);
-      const double up = static_cast<double>(below) / static_cast<double>(numbers);
-      const double gap = static_cast<double>(decoded(k + 1)) - static_cast<double>(decoded(k));
-      return gap * gap * (up * (1 - up));
+    const Decoding decoding{grid.offset,
+                            grid.prescale,
+                            grid.scale,
+                            grid.step,
+                            static_cast<float>(rounding_.levels),
+                            std::ldexp(1.0f, rounding_.random_bits)};
+    const auto lanes = [&](std::int64_t i, double* v) {
+      const std::int64_t first = i * kLanes, count = std::min(columns_ - first, kLanes);
+      float numbers[kLanes];
+      if (source_.channels_last)
+        for (std::int64_t j = 0; j < count; ++j) numbers[j] = y[place(first + j)];
+      kernel_.variances(source_.channels_last ? numbers : y + first, count, decoding, v);
+      std::fill(v + count, v + kLanes, 0.0);
     };
-    const auto lanes = [&](std::int64_t i) {
-      Lanes v{};
-      for (std::int64_t j = i * kLanes; j < std::min((i + 1) * kLanes, columns_); ++j)
-        v.of[j - i * kLanes] = variance(y[place(j)]);
-      return v;
-    };
-    Lanes v = tree_sum(lanes, ceil_div(columns_, kLanes));
-    return tree_sum([&](std::int64_t i) { return v.of[i]; }, std::min(columns_, kLanes));
+    constexpr int kLevels = 40;  // 2^40 lanes are more than any memory has
+    double sums[kLevels * kLanes];
+    tree_sums(lanes, ceil_div(columns_, kLanes), sums);
+    return tree_sum([&](std::int64_t i) { return sums[i]; }, std::min(columns_, kLanes));
   }
 
  private:
-  // Where element i of a row, in logical order, is in memory.
-  std::int64_t place(std::int64_t i) const {
-    return source_.channels_last ? i % source_.positions * source_.channels + i / source_.positions : i;
-  }
+  // Where element i of a row, in logical order, is in memory that is channels-last.
+  std::int64_t place(std::int64_t i) const { return i % source_.positions * source_.channels + i / source_.positions; }
 
   const Kernel& kernel_;
   const Source source_;

@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "kernels/householder/reflect.h"
+#include "kernels/householder/variance.h"
 
 namespace fqtstats::householder {
 namespace {
@@ -109,6 +110,7 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
   return 0.25 * static_cast<double>(count) - squares;
 }
 
-extern const Kernel avx512{"avx512", cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>, fractions};
+extern const Kernel avx512{"avx512",  cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>,
+                           fractions, variances};
 
 }  // namespace fqtstats::householder
