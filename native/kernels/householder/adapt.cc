@@ -70,7 +70,7 @@ class Adapter {
     const double total = kernel_.fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
     // A probability lies up to 2^-n below f; the others are those of the sum.
     const double slack = static_cast<double>(columns_) *
-                         (std::ldexp(1.0, -rounding_.random_bits) + 0x1p-20 + 0x1p-21 * rounding_.levels);
+                         (std::ldexp(1.0, -rounding_.random_bits) + 0x1p-20 + 0x1.8p-22 * rounding_.levels);
     // Two decoded neighbours are a step apart, up to the rounding of product and sum; a step without prescale is far
     // from the subnormal numbers.
     const double step = grid.step, span = static_cast<double>(high) - low;
@@ -182,15 +182,18 @@ Choice choose(const Adapter& rows, const Reflected* matched, const Reflected& pu
   int least = kAlone;
   for (int c : {kMatched, kPublished})
     if (total[c].upper < total[least].upper) least = c;
+  const auto open = [&](int c) { return total[c].lower <= total[least].upper; };  // of which exact values decide
   bool clear = true;
-  for (int c : {kAlone, kMatched, kPublished}) clear = clear && (c == least || total[c].lower > total[least].upper);
+  for (int c : {kAlone, kMatched, kPublished}) clear = clear && (c == least || !open(c));
   if (clear) return static_cast<Choice>(least);
-  double smallest = tree_sum(
-      [&](std::int64_t i) { return rows.exact(rows.row(head + i), rows.low(head + i), rows.high(head + i)); }, n);
+  double smallest = kInfinity;
+  if (open(kAlone))
+    smallest = tree_sum(
+        [&](std::int64_t i) { return rows.exact(rows.row(head + i), rows.low(head + i), rows.high(head + i)); }, n);
   Choice choice = kAlone;
   for (Choice c : {kMatched, kPublished}) {
     const Reflected* candidate = reflected[c];
-    bool finite = candidate != nullptr;
+    bool finite = candidate != nullptr && open(c);
     for (std::int64_t i = 0; finite && i < n; ++i) finite = has_grid(candidate->low[i], candidate->high[i]);
     if (!finite) continue;
     const double variance = tree_sum(

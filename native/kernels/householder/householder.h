@@ -57,8 +57,8 @@ struct Kernel {
   // Rows first + i of `in` to rows order[i] of `out`.
   void (*inverse)(const Block& block);
   // Sum of f (1 - f) over f = y - floor(y), y = min((x - offset) scale, most): each rounded to float32 up to f, and
-  // then within 2^-17 of the sum and 2^-20 + 2^-21 most for every element; most >= 1, and no y exceeds it by more than
-  // its rounding. May be negative.
+  // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
+  // than its rounding. May be negative.
   double (*fractions)(const float* x, std::int64_t count, float offset, float scale, float most);
   // gap^2 (up (1 - up)) of every element in float64: gap from one decoded neighbour to the other, up the probability.
   void (*variances)(const float* x, std::int64_t count, const Decoding& by, double* out);
