@@ -10,6 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 
 from fqtstats.profiles import Profile
 from fqtstats.report import style
@@ -98,7 +99,7 @@ def plot_bounds(result: Result, configurations: Sequence[Configuration] | None =
         if np.isfinite(values).any():
             panels.append((ratio[0], values))
     shown = np.isfinite(np.concatenate([values for _, values in panels])).any(axis=0)
-    # One row per layer where only weights have a bound, else one per parameter.
+    # A layer with one bounded parameter is called by its own name.
     layers = [layer for (layer, _), there in zip(keys, shown, strict=True) if there]
     names = [
         layer if layer and layers.count(layer) == 1 else f"{layer}.{parameter}".strip(".")
@@ -121,7 +122,7 @@ def plot_bounds(result: Result, configurations: Sequence[Configuration] | None =
                     markersize=2.8, markeredgewidth=0,
                 )  # fmt: skip
             low, high = ax.get_xlim()
-            low, high = min(low, 0.3), max(high, 2.0)
+            low, high = min(low, 0.08), max(high, 2.0)
             ax.axvspan(1, high, color="#D55E00", alpha=0.12, linewidth=0)
             ax.axvline(1, color=style.INK, linestyle="--", linewidth=0.7)
             ax.set_xlim(low, high)
@@ -182,6 +183,8 @@ def _heat_map(
         ax.set_xlabel(labels[1])
         below = "min" if (positive < bottom).any() else "neither"
         bar = figure.colorbar(mesh, ax=ax, pad=0.01, aspect=height / 0.12, extend=below, extendfrac=0.02)
+        bar.ax.yaxis.set_major_formatter(LogFormatter())
+        bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         bar.set_label("share of the total variance (%)")
         bar.outline.set_visible(False)
     return figure

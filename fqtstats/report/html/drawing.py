@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
@@ -62,7 +63,8 @@ def _svg(figure: Figure, name: str, width: int, height: int, alt: str) -> Markup
         alt: its text alternative.
     """
     buffer = io.StringIO()
-    with style.applied(), matplotlib.rc_context({"svg.hashsalt": name}):
+    with warnings.catch_warnings(), style.applied(), matplotlib.rc_context({"svg.hashsalt": name}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # the browser has others
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(_UNPRINTABLE.sub("�", buffer.getvalue()))
     for parent in list(root.iter()):
@@ -142,20 +144,23 @@ def _extremes(result: Result, group: Sequence[Configuration]) -> str:
 
 
 def widths(result: Result, name: str) -> list[Drawing]:
-    """Variance against the bits, or side by side at one number of them; nothing for a single configuration."""
-    if len(result.configurations) < 2:
+    """Variance against the bits; nothing for a single number of them."""
+    if len({item.bits for item in result.configurations if item.bits is not None}) < 2:
         return []
-    several = len({item.bits for item in result.configurations}) > 1
-    against = "against the bits of the input-gradient quantizer" if several else "by quantizer"
     totals = "; ".join(f"{item} {result.total(item)['variance']:.2e}" for item in result.configurations)
+    drawn = any(result.total(item)["draws"] > 0 for item in result.configurations)
+    above = (
+        "Above, the whole model's variance with 95 % intervals, and the sampling variance of one minibatch; below, t"
+    )
     return [
         _drawing(
-            figures.plot_variance_vs_bits(result, width=4.0),
+            figures.plot_variance_vs_bits(result, width=4.6),
             name,
-            f"Total gradient variance {against}, on a logarithmic axis: {totals}.",
-            f"Above, the whole model's variance {against}, with 95 % intervals and the sampling variance of one "
-            "minibatch; below, the exact variance of the input-gradient quantizers (Q2), median and quartiles of the "
-            "layers. Without draws, only the latter.",
+            f"Variance against the bits of the input-gradient quantizer, on logarithmic axes. Totals: {totals}."
+            if drawn
+            else "Exact variance of the input-gradient quantizers against their bits, on a logarithmic axis.",
+            f"{above if drawn else 'T'}he exact variance of the input-gradient quantizers (Q2): median and quartiles "
+            "of the layers.",
         )
     ]
 

@@ -16,7 +16,7 @@ from fqtstats.results import TOTAL, Configuration, Result
 
 __all__ = ["RULES", "Finding", "findings", "of_profile", "overall"]
 
-_SYMBOLS = {"good": "✓", "bad": "✗", "caution": "!", "unknown": "?"}
+_SYMBOLS = {"good": "✓", "bad": "✗", "caution": "!", "unknown": "?", "fact": "→"}
 _BLAMED = 5
 """At most so many sources are named."""
 
@@ -37,7 +37,7 @@ class Finding:
     """An answer.
 
     Attributes:
-        state: "good", "bad", "caution" or "unknown".
+        state: "good", "bad", "caution", "unknown", or "fact" where there is nothing to judge.
         claim: the answer in a few words.
         detail: the numbers behind it.
         short: the one that decides.
@@ -83,7 +83,8 @@ def overall(result: Result) -> list[Finding]:
         for state, words in (("bad", bad), ("caution", "noise dominates"), ("good", good), ("unknown", unknown)):
             if state in states:
                 names = [str(item) for item, own in zip(result.configurations, states, strict=True) if own == state]
-                which = f"all {count} configurations" if len(names) == count > 1 else _some(names)
+                every_one = "both" if count == 2 else f"all {count}"
+                which = f"{every_one} configurations" if len(names) == count > 1 else _some(names)
                 told.append(Finding(state, words, which))
     return told
 
@@ -131,7 +132,7 @@ def _bounds(rows: pd.DataFrame, total: pd.Series, words: set[tables.Flag]) -> Fi
     if len(own):
         worst = own.loc[own["ratio"] == own["ratio"].max()].iloc[0]
         layer = worst["layer"] or "(model)"
-        short = f"{plain(float(worst['ratio']))} of it"
+        short = f"{plain(float(worst['ratio']))} × bound"
         parts.append(
             f"A quantizer's exact variance is at most {plain(float(worst['ratio']))} of its bound "
             f"({worst['site']} of {layer})."
@@ -195,7 +196,7 @@ def of_profile(profile: Profile) -> list[Finding]:
     told = []
     if named:
         count = f"{len(named)} of {len(profile.sources)} quantizers make {100 * part:.0f} % of the variance"
-        told.append(Finding("unknown", count, f"{', '.join(named)}."))
+        told.append(Finding("fact", count, f"{', '.join(named)}."))
     asked, reached = profile.metadata.get("precision"), profile.metadata.get("precision_reached")
     probes = f"{profile.metadata.get('probes')} probes" if profile.metadata.get("probes") is not None else ""
     if profile.metadata.get("converged") is False:

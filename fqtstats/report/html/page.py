@@ -31,6 +31,9 @@ _MARK = b'<!doctype html>\n<html lang="en" data-made-by="fqtstats report">'
 _UNFOLDED = 4
 """With more configurations, verdicts are a table, and their details and the tables of layers but one are folded."""
 
+_HALF = 540
+"""Half the width of the page, in pixels."""
+
 
 @dataclass(frozen=True)
 class _Figures:
@@ -40,6 +43,11 @@ class _Figures:
     title: str
     drawings: Sequence[Drawing]
     without: str = ""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether two like it fit beside each other."""
+        return len(self.drawings) == 1 and self.drawings[0].width <= _HALF
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ def render(runs: Sequence[Run]) -> bytes:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["breakable"] = _breakable
     script = _part("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = subjects(runs)
@@ -96,6 +105,11 @@ def render(runs: Sequence[Run]) -> bytes:
         script_digest=digest,
     )
     return page.encode()
+
+
+def _breakable(name: str) -> Markup:
+    """A qualified name that a line may end in after each dot."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _part(name: str) -> str:
@@ -124,14 +138,9 @@ def _section(subject: Subject, index: int, count: int) -> _Section:
     configurations = result.configurations if result else ()
     figures: list[_Figures] = []
     if result:
-        several = len({item.bits for item in configurations}) > 1
         figures += [
             _Figures(f"{name}-variance", "Variance by layer", drawing.variance(result, f"{name}-variance")),
-            _Figures(
-                f"{name}-bits",
-                "Variance against bits" if several else "Variance by quantizer",
-                drawing.widths(result, f"{name}-bits"),
-            ),
+            _Figures(f"{name}-bits", "Variance against bits", drawing.widths(result, f"{name}-bits")),
         ]
     matrices = [
         drawing.matrix(profile, f"{name}-matrix-{k}") for k, profile in enumerate(subject.profiles.values(), start=1)

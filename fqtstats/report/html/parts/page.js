@@ -29,6 +29,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
+for (const hint of document.querySelectorAll(".hint")) hint.hidden = false;
 // On paper, everything is unfolded.
 let folded = [];
 window.addEventListener("beforeprint", () => {
