@@ -75,7 +75,7 @@ class Page:
         )
 
     def pdf(self) -> bytes:
-        return base64.b64decode(self.send("Page.printToPDF", printBackground=False)["data"])
+        return base64.b64decode(self.send("Page.printToPDF", printBackground=False, preferCSSPageSize=True)["data"])
 
     def screenshot(self, whole: bool = False) -> bytes:
         return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])

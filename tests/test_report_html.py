@@ -393,7 +393,7 @@ COLUMN = """(name) => {
   return [...table.tBodies[0].rows].map((row) => index === 0 || !row.cells[index].dataset.value
     ? row.cells[index].textContent : Number(row.cells[index].dataset.value));
 }"""
-HEAD = "table.sortable[id*=layers] th:nth-child({}) button"
+HEAD = "table.sortable[id*=layers] th:nth-child({}) [role=button]"
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +461,8 @@ def test_a_click_sorts_by_number_and_back(page: browser.Page) -> None:
     page.press("Enter", 13)
     assert column("elements") == sorted(column("elements"))
     assert (state(2), state(3)) == ("ascending", None)
+    page.press(" ", 32)
+    assert state(2) == "descending"
     page.click(HEAD.format(1))
     assert column("parameter") == sorted(column("parameter"))
     assert page.evaluate("document.querySelector('table[id*=layers] tfoot th').textContent") == "total"

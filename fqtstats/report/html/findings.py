@@ -145,7 +145,7 @@ def _bounds(rows: pd.DataFrame, total: pd.Series, words: set[tables.Flag]) -> Fi
             f"({_name(worst)}); the whole model's is {plain(float(total['bound_ratio']))} of it."
         )
     else:
-        parts.append("End-to-end bounds were not computed (--bounds does).")
+        parts.append("End-to-end bounds were not computed (--bounds computes them).")
     broken = [flag for flag in (tables.ABOVE_BOUND, tables.ABOVE_END) if flag in words]
     if broken:
         parts += [f"{flag.meaning.capitalize()}." for flag in broken]

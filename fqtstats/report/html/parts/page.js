@@ -16,16 +16,22 @@ for (const table of document.querySelectorAll("table.sortable")) {
     return known && also ? direction * (Number(a.dataset.value) - Number(b.dataset.value)) : also - known;
   };
   heads.forEach((head, column) => {
-    const button = document.createElement("button");
-    button.type = "button";
-    button.append(head.firstElementChild);
-    head.prepend(button);
-    button.addEventListener("click", () => {
+    // Not a button element: on paper, browsers leave those out where a header is repeated.
+    const button = head.firstElementChild;
+    button.setAttribute("role", "button");
+    button.tabIndex = 0;
+    const sort = () => {
       const next = { ascending: "descending", descending: null }[head.getAttribute("aria-sort") ?? ""];
       const order = next === undefined ? "ascending" : next;
       heads.forEach((own) => own.removeAttribute("aria-sort"));
       if (order) head.setAttribute("aria-sort", order);
       body.append(...(order ? [...rows].sort(compare(column, order === "ascending" ? 1 : -1)) : rows));
+    };
+    button.addEventListener("click", sort);
+    button.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      sort();
     });
   });
 }
