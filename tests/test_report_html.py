@@ -203,6 +203,15 @@ def test_verdicts_follow_the_table(
         assert "0.01 / 7 = 0.00143" in found.detail
 
 
+@pytest.mark.parametrize(("fine", "told"), [(True, ("good", "backends agree")), (False, ("bad", "backends disagree"))])
+def test_backends_that_were_compared_are_told(runs: Path, fine: bool, told: tuple[str, str]) -> None:
+    result = load(runs / "other")
+    assert told not in {(one.state, one.claim) for one in findings.overall(result)}
+    entry = {**result.metadata["configurations"][0], "parity": [{"ok": True}, {"ok": fine}]}
+    compared = Result(result.table, {**result.metadata, "backend": "native", "configurations": [entry]})
+    assert told in {(one.state, one.claim) for one in findings.overall(compared)}
+
+
 def test_what_was_not_drawn_is_not_tested() -> None:
     exact = fqtstats.measure(small.mlp(), small.batch(), small.loss, small.psq(4), method="exact", draws=0)
     found = findings.findings(exact, exact.configurations[0])

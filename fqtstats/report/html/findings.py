@@ -17,6 +17,7 @@ from fqtstats.results import TOTAL, Configuration, Result
 __all__ = ["RULES", "Finding", "findings", "of_profile", "overall"]
 
 _SYMBOLS = {"good": "✓", "bad": "✗", "caution": "!", "unknown": "?", "fact": "→"}
+_WORST_FIRST = ("bad", "caution", "unknown", "good")
 _BLAMED = 5
 """At most so many sources are named."""
 
@@ -68,25 +69,31 @@ def findings(result: Result, configuration: Configuration) -> dict[str, Finding]
 
 
 def overall(result: Result) -> list[Finding]:
-    """What holds for all configurations together: one finding per question."""
+    """Every answer that there is, by question, with the configurations that it holds for; the worst first."""
     every = [findings(result, item) for item in result.configurations]
-    answers = {
-        "Bias": ("no bias found", "biased", "bias not tested"),
-        "Variance and bounds": ("within the bounds", "above a bound", "no bounds known"),
-        "Independence": ("independent rounding", "dependent rounding", "independence not tested"),
-        "Signal": ("gradient above its noise", "", "signal not known"),
-    }
     count = len(every)
     told = []
-    for question, (good, bad, unknown) in answers.items():
-        states = [one[question].state for one in every]
-        for state, words in (("bad", bad), ("caution", "noise dominates"), ("good", good), ("unknown", unknown)):
-            if state in states:
-                names = [str(item) for item, own in zip(result.configurations, states, strict=True) if own == state]
-                every_one = "both" if count == 2 else f"all {count}"
-                which = f"{every_one} configurations" if len(names) == count > 1 else _some(names)
-                told.append(Finding(state, words, which))
-    return told
+    for question in every[0]:
+        answers: dict[tuple[str, str], list[str]] = {}
+        for item, one in zip(result.configurations, every, strict=True):
+            answers.setdefault((one[question].state, one[question].claim), []).append(str(item))
+        for state, claim in sorted(answers, key=lambda answer: _WORST_FIRST.index(answer[0])):
+            names = answers[state, claim]
+            every_one = "both" if count == 2 else f"all {count}"
+            which = f"{every_one} configurations" if len(names) == count > 1 else _some(names)
+            told.append(Finding(state, claim, which))
+    return [*told, *_parity(result)]
+
+
+def _parity(result: Result) -> list[Finding]:
+    """Whether the native backend gave what the simulated one gives, where they were compared."""
+    entries = result.metadata.get("configurations") or []
+    compared = sum(len(entry.get("parity") or []) for entry in entries)
+    if not compared:
+        return []
+    if tables.parity_ok(result):
+        return [Finding("good", "backends agree", f"{compared} products computed natively and simulated")]
+    return [Finding("bad", "backends disagree", f"in some of {compared} products, see fqtstats measure --backend both")]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -103,7 +110,7 @@ def _name(row: pd.Series) -> str:
 def _bias(frame: pd.DataFrame, level: float) -> Finding:
     tested = frame[frame["bias_p"].notna()]
     if tested.empty:
-        return Finding("unknown", "not tested", "Nothing was drawn, so there is nothing to test.")
+        return Finding("unknown", "bias not tested", "Nothing was drawn, so there is nothing to test.")
     count = len(tested)
     least = tested.iloc[int(np.argmin(tested["bias_p"]))]
     smallest = f"p = {plain(float(least['bias_p']))}"
@@ -152,14 +159,15 @@ def _bounds(rows: pd.DataFrame, total: pd.Series, words: set[tables.Flag]) -> Fi
         return Finding("bad", "above a bound", " ".join(parts), short)
     if not len(own) and not len(ends):
         return Finding("unknown", "no bounds known", " ".join(parts))
-    return Finding("good", "within the bounds", " ".join(parts), short)
+    claim = "within all bounds" if len(ends) else "quantizers within their bounds"
+    return Finding("good", claim, " ".join(parts), short)
 
 
 def _independence(frame: pd.DataFrame, total: pd.Series, level: float) -> Finding:
     tested = frame[frame["own_ratio_p"].notna()]
     if tested.empty:
         told = "No layer has both draws and an exact variance of its own weight-gradient quantizer (--method both)."
-        return Finding("unknown", "not tested", told)
+        return Finding("unknown", "independence not tested", told)
     level = level * tables.DEPENDENT_ALARM / tables.FALSE_ALARM
     least = tested.iloc[int(np.argmin(tested["own_ratio_p"]))]
     smallest = f"p = {plain(float(least['own_ratio_p']))}"
@@ -176,7 +184,7 @@ def _independence(frame: pd.DataFrame, total: pd.Series, level: float) -> Findin
 def _signal(total: pd.Series) -> Finding:
     margin, snr = float(total["sqrt3_margin"]), float(total["snr"])
     if math.isnan(margin):
-        return Finding("unknown", "not known", "Nothing was drawn.")
+        return Finding("unknown", "signal not known", "Nothing was drawn.")
     told = f"‖g‖² is {plain(snr)} times the variance (SNR); ‖g‖ / √(3 variance) is {plain(margin)}"
     if margin < 1:
         return Finding("caution", "noise dominates", f"{told}, below 1.", f"SNR {plain(snr)}")

@@ -50,8 +50,8 @@ class Subject:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Of the first run; what tells model and data is the same in all of them."""
-        return self.runs[0].content.metadata
+        """What all measurements agree on, or that of the first profile where there is none."""
+        return self.result.metadata if self.result else self.runs[0].content.metadata
 
 
 def read(paths: Sequence[str | os.PathLike[str]]) -> list[Run]:
