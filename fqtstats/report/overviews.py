@@ -10,7 +10,7 @@ from matplotlib.artist import Artist
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter
 
 from fqtstats.profiles import Profile
 from fqtstats.report import style
@@ -29,6 +29,9 @@ _PAGE_WIDTH = 6.9
 
 _DECADES = 4
 """The colours span at most so many powers of ten below the largest share."""
+
+_FEW = 30
+"""Ratio of the largest to the smallest share on a scale, below which it needs more labels than the powers of ten."""
 
 _NOTHING = "#ececec"
 
@@ -158,6 +161,11 @@ def _strength(item: Configuration, chosen: Sequence[Configuration]) -> float:
     return 1.0 if len(same) == 1 else 0.4 + 0.6 * same.index(item.bits or 0) / (len(same) - 1)
 
 
+def _between(value: float) -> str:
+    """2 and 5 times a power of ten as a label; "" for any other number."""
+    return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+
+
 def _heat_map(
     values: Floats, rows: Sequence[str], columns: Sequence[str], labels: tuple[str, str], width: float
 ) -> Figure:
@@ -183,8 +191,10 @@ def _heat_map(
         ax.set_xlabel(labels[1])
         below = "min" if (positive < bottom).any() else "neither"
         bar = figure.colorbar(mesh, ax=ax, pad=0.01, aspect=height / 0.12, extend=below, extendfrac=0.02)
-        bar.ax.yaxis.set_major_formatter(LogFormatter())
-        bar.ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # Between powers of ten, 2 and 5 have labels where there is hardly a power of ten.
+        close = top / bottom < _FEW
+        bar.ax.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: _between(value) if close else ""))
         bar.set_label("share of the total variance (%)")
         bar.outline.set_visible(False)
     return figure
