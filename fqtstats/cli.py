@@ -1,4 +1,4 @@
-"""The command line: ``fqtstats measure | profile | plan | train | compare | study | check | bench | list``.
+"""The command line: ``fqtstats measure | profile | plan | train | compare | report | study | check | bench | list``.
 
 Exit status: 0; 1 if a claim fails, a variance exceeds its bound, roundings are dependent, a training diverges, a
 benchmark misses its target or the backends disagree; 2 for bad usage or input (one line that says what to do); 130
@@ -24,6 +24,7 @@ from fqtstats.commands.listing import list_
 from fqtstats.commands.measure import measure
 from fqtstats.commands.plan import plan
 from fqtstats.commands.profile import profile
+from fqtstats.commands.report import report
 from fqtstats.commands.study import study
 from fqtstats.commands.train import train
 from fqtstats.errors import InputError
@@ -51,6 +52,7 @@ app.command()(profile)
 app.command()(plan)
 app.command()(train)
 app.command()(compare)
+app.command()(report)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
 app.command(name="list")(list_)
 app.command()(bench)

@@ -213,6 +213,7 @@ def _draw_dots(
     decades(ax, "x")
     ax.grid(axis="both", which="major")
 
+    what = "variance" if drawn else "exact own Q1 variance"
     variances: list[Artist] = []
     norm, sampling = (_first_finite([_positive(frame[name]) for frame in rows]) for name in columns[3:])
     ax.plot(norm, y, linestyle="", marker="|", markersize=5, markeredgewidth=1.1, color=style.INK)
@@ -226,7 +227,7 @@ def _draw_dots(
         known = np.isfinite(values) & np.isfinite(high) & frame[intervals[1]].notna().to_numpy()
         ax.hlines((y + offset)[known], low[known], high[known], color=color, linewidth=1.0)
         ax.plot(values, y + offset, linestyle="", marker=mark.marker, color=color, markersize=2.8, markeredgewidth=0)
-        variances.append(_handle(mark.marker, color, f"{'variance' if drawn else 'exact own Q1 variance'}, {item}"))
+        variances.append(_handle(mark.marker, color, style.literal(f"{what}, {item}")))
     ax.set_xlabel(_VARIANCE_LABEL if drawn else _OWN_LABEL)
     return [*variances, *others]
 
@@ -270,7 +271,8 @@ def _label_rows(ax: Axes, keys: Sequence[tuple[str, str]], every: int) -> None:
     last = len(keys) - 1
     names[last] = "total (all parameters)"  # also those that have no row here, because they are not quantized
     labelled = [index for index in range(0, last, every) if last - index >= every] + [last]
-    ax.set_yticks(labelled, [name if len(name) <= 24 else "…" + name[-23:] for name in (names[i] for i in labelled)])
+    shown = [name if len(name) <= 24 else "…" + name[-23:] for name in (names[i] for i in labelled)]
+    ax.set_yticks(labelled, [style.literal(name) for name in shown])
     ax.get_yticklabels()[-1].set_fontweight("bold")
     ax.set_ylim(last + 0.7, -0.7)
     ax.axhline(last - 0.5, color=style.GREY, linewidth=0.5)
@@ -345,7 +347,7 @@ def _draw_series(ax: Axes, x: Floats, middle: Floats, low: Floats, high: Floats,
 
 def _names(result: Result) -> list[Artist]:
     """The quantizers' handles for a legend."""
-    return [_handle(mark.marker, mark.color, name) for name, mark, _, _ in _lines(result)]
+    return [_handle(mark.marker, mark.color, style.literal(name)) for name, mark, _, _ in _lines(result)]
 
 
 def _draw_totals(ax: Axes, result: Result) -> list[Artist]:
@@ -404,7 +406,7 @@ def _label_configurations(ax: Axes, result: Result) -> None:
         ax.set_xlabel("bits of the input-gradient quantizer")
         return
     widths = {item.bits for item in result.configurations}
-    names = [item.quantizer if len(widths) == 1 else str(item) for item in result.configurations]
+    names = [style.literal(item.quantizer if len(widths) == 1 else str(item)) for item in result.configurations]
     crowded = sum(len(name) for name in names) > 40
     ax.set_xticks(range(len(names)), names, rotation=40 if crowded else 0, ha="right" if crowded else "center")
     ax.set_xlim(-0.6, len(names) - 0.4)

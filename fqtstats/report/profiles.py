@@ -17,7 +17,7 @@ from fqtstats.profiles import Profile, target_name
 from fqtstats.report import style
 from fqtstats.report.figures import decades, root
 
-__all__ = ["plot_matrix", "plot_parameters", "plot_sources", "render_all"]
+__all__ = ["label_axis", "plot_matrix", "plot_parameters", "plot_sources", "render_all"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -78,8 +78,8 @@ def plot_matrix(profile: Profile, ax: Axes | None = None, *, width: float | None
             shown, norm=LogNorm(bottom, top), cmap="viridis", aspect="auto", interpolation="nearest", origin="upper"
         )
         ax.axhline(0.5, color="white", linewidth=1.5)
-        _label(ax, "y", names, height / len(names))
-        _label(ax, "x", targets, across / len(targets))
+        label_axis(ax, "y", names, height / len(names))
+        label_axis(ax, "x", targets, across / len(targets))
         ax.set_xlabel("gradient that the noise reaches")
         ax.set_ylabel("source of the noise")
         below = "min" if (positive < bottom).any() else "neither"
@@ -114,7 +114,7 @@ def plot_parameters(profile: Profile, ax: Axes | None = None, *, width: float | 
             bars, figure = ax, root(ax)
             pitch = ax.get_window_extent().height / figure.dpi / len(names)
             ax.legend(handles=_draw_shares(bars, shares))
-        _label(bars, "y", names, pitch)
+        label_axis(bars, "y", names, pitch)
         bars.get_yticklabels()[-1].set_fontweight("bold")
         for panel in [bars] if ax is not None else figure.axes:
             panel.axhline(len(names) - 1.5, color=style.GREY, linewidth=0.5)
@@ -159,7 +159,7 @@ def plot_sources(profile: Profile, ax: Axes | None = None, *, width: float | Non
         ax.set_xlim(left=0)
         ax.set_xlabel("share of the total variance, with standard error (%)")
         ax.set_ylabel("layer")
-        _label(ax, "y", [layer or "(model)" for layer in layers], pitch)
+        label_axis(ax, "y", [layer or "(model)" for layer in layers], pitch)
         ax.set_ylim(len(layers) - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
         if own:
@@ -267,13 +267,22 @@ def _draw_variances(ax: Axes, profile: Profile) -> list[Artist]:
     return handles
 
 
-def _label(ax: Axes, axis: str, names: Sequence[str], pitch: float) -> None:
-    """Names along an axis, thinned where they would stand closer than they are high; the last always has one."""
+def label_axis(ax: Axes, axis: str, names: Sequence[str], pitch: float, offset: float = 0.0) -> None:
+    """Names along an axis, thinned where they would stand closer than they are high; the last always has one.
+
+    Args:
+        ax: where they stand.
+        axis: "x" or "y".
+        names: one per place.
+        pitch: between two places, in inches.
+        offset: of the first place from zero.
+    """
     every = math.ceil(_LABEL_PITCH / pitch)
     last = len(names) - 1
     places = [*(index for index in range(0, last, every) if last - index >= every), last] if names else []
-    told = [names[i] if len(names[i]) <= 32 else "…" + names[i][-31:] for i in places]
+    told = [style.literal(names[i] if len(names[i]) <= 32 else "…" + names[i][-31:]) for i in places]
+    ticks = [place + offset for place in places]
     if axis == "y":
-        ax.set_yticks(places, told)
+        ax.set_yticks(ticks, told)
     else:
-        ax.set_xticks(places, told, rotation=90)
+        ax.set_xticks(ticks, told, rotation=90)

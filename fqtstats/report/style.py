@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-__all__ = ["GREY", "INK", "Mark", "applied", "marks", "new_figure", "pdf", "png", "tint"]
+__all__ = ["GREY", "INK", "Mark", "applied", "literal", "marks", "new_figure", "pdf", "png", "tint"]
 
 COLUMN_WIDTH = 3.3
 """Width in inches of one column in a two-column paper."""
@@ -57,6 +57,11 @@ def tint(color: str, strength: float) -> tuple[float, float, float]:
     """``color`` mixed with white; strength 1 is the colour itself, 0 is white."""
     red, green, blue = (1 - strength * (1 - part) for part in to_rgb(color))
     return red, green, blue
+
+
+def literal(name: str) -> str:
+    """``name`` as matplotlib shows it unchanged: a dollar sign in it begins no formula."""
+    return name.replace("$", r"\$")
 
 
 _RC: dict[Any, Any] = {

@@ -89,7 +89,7 @@ DEPENDENT = Flag(
 )
 NOISY = Flag("NOISY", "yellow", "noise-dominated: √3 margin below 1, that is ‖g‖² < 3 × variance")
 
-_FLAGS = (BIASED, ABOVE_BOUND, ABOVE_END, DEPENDENT, NOISY)
+FLAGS = (BIASED, ABOVE_BOUND, ABOVE_END, DEPENDENT, NOISY)
 
 
 def bias_level(rows: pd.DataFrame) -> float:
@@ -161,7 +161,7 @@ def _p_cells(rows: Sequence[pd.Series], levels: Sequence[float]) -> list[Text]:
 
 def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
     present = {flag for items in found for flag in items}
-    return [Text.assemble((flag.word, flag.style), f": {flag.meaning}") for flag in _FLAGS if flag in present]
+    return [Text.assemble((flag.word, flag.style), f": {flag.meaning}") for flag in FLAGS if flag in present]
 
 
 def _entries(result: Result) -> list[dict[str, Any]]:
@@ -349,7 +349,7 @@ def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ..
     level = bias_level(frame)
     of_any = {flag for index in range(len(frame)) for flag in flags(frame.iloc[index], level)}
     of_total = flags(total, level)
-    return tuple(flag for flag in _FLAGS if flag in (of_total if flag is NOISY else of_any))
+    return tuple(flag for flag in FLAGS if flag in (of_total if flag is NOISY else of_any))
 
 
 def _plain_row(row: pd.Series, level: float) -> dict[str, Json]:
