@@ -48,8 +48,9 @@ ON_SCREEN = 0.6
 ALT = re.compile(r"^#\| ?(?:fig-alt: )?(.*)\n?", re.MULTILINE)
 
 STYLE = """
-body { margin: 2.5rem auto; max-width: 48rem; padding: 0 1rem; color: #222; background: #fff;
+body { margin: 2.5rem auto; max-width: 62rem; padding: 0 1rem; color: #222; background: #fff;
   font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+p, blockquote { max-width: 46rem; }
 h1 { line-height: 1.2; }
 h2 { margin-top: 2.4rem; }
 a { color: #0b5a8f; }
