@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import io
 import re
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +28,7 @@ import nbformat
 from markdown_it import MarkdownIt
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
@@ -42,8 +43,8 @@ SECONDS = 300
 CODE = HtmlFormatter(style="friendly", cssclass="code")
 MARKDOWN = MarkdownIt("js-default")  # without HTML of its own
 
-ON_SCREEN = 0.6
-"""Width of a figure on the screen, in pixels per pixel of the PNG, which has 300 dots per inch."""
+ON_SCREEN = 180
+"""Pixels on the screen per inch of a figure: its text of 6 points is then as large as the text around it."""
 
 ALT = re.compile(r"^#\| ?(?:fig-alt: )?(.*)\n?", re.MULTILINE)
 
@@ -196,9 +197,10 @@ def _output(output: nbformat.NotebookNode, alt: str) -> str:
 def _image(encoded: str, alt: str) -> str:
     if not alt:
         raise ValueError("a figure has no text that tells what it shows: begin its cell with '#| fig-alt: ...'")
-    width = struct.unpack(">I", base64.b64decode(encoded)[16:20])[0]  # the first field of a PNG's first chunk
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    dots, _ = picture.info.get("dpi", (ON_SCREEN, ON_SCREEN))
     source = f"data:image/png;base64,{encoded}"
-    return f'<img src="{source}" alt="{html.escape(alt)}" width="{round(ON_SCREEN * width)}">'
+    return f'<img src="{source}" alt="{html.escape(alt)}" width="{round(ON_SCREEN * picture.width / dots)}">'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import io
 import re
 from pathlib import Path
 from types import ModuleType
 
 import nbformat
 import pytest
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -161,12 +163,14 @@ def test_widgets_are_left_out_of_a_page(publish, stripped) -> None:
 
 def test_a_figure_without_a_text_fails(publish, stripped) -> None:
     notebook = _notebook(stripped, "figure")
-    png = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(16)).decode()
+    file = io.BytesIO()
+    Image.new("RGB", (660, 400)).save(file, "png", dpi=(200, 200))
+    png = base64.b64encode(file.getvalue()).decode()
     notebook.cells[1].outputs = [nbformat.v4.new_output("display_data", {"image/png": png})]
     with pytest.raises(ValueError, match="fig-alt"):
         publish.page(notebook)
     notebook.cells[1].source = "#| fig-alt: what it shows\nfigure"
-    assert 'alt="what it shows"' in publish.page(notebook)
+    assert 'alt="what it shows" width="594"' in publish.page(notebook)  # 3.3 inches
 
 
 def test_a_cell_that_fails_ends_the_command(publish, stripped, tmp_path, capsys) -> None:
