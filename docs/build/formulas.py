@@ -6,6 +6,7 @@ import re
 from latex2mathml.converter import convert
 from mkdocs.exceptions import PluginError
 
+WORD = re.compile(r"<mo>([A-Za-z]{2,})</mo>")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.DOTALL)
 
 
@@ -18,6 +19,8 @@ def on_page_content(page_html: str, /, page, **_):
             found = convert(latex, display="block" if match[1] == "div" else "inline")
         except Exception as error:
             raise PluginError(f"{page.file.src_uri}: the formula {latex!r} is not LaTeX: {error!r}") from error
+        # As an operator, the name of a function would stand apart from its argument.
+        found = WORD.sub(r"<mi>\1</mi>", found)
         # A command that the converter does not know stays as it is.
         if "\\" in re.sub(r"<[^>]*>", "", found):
             raise PluginError(f"{page.file.src_uri}: the formula {latex!r} has a command that cannot be converted")

@@ -22,14 +22,15 @@ def on_page_markdown(markdown, /, **_):
     return MARK.sub(made, markdown)
 
 
-def _table(head, rows, kind=""):
+def _table(head, rows):
     """An HTML table; cells are text, and names in the first column."""
     first = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = ""
     for name, *cells in rows:
         others = "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
         body += f"<tr><td><code>{html.escape(name)}</code></td>{others}</tr>"
-    return f'<table class="{kind}"><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>\n'
+    table = f"<table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="names">{table}</div>\n'
 
 
 def _inline(text):
@@ -41,7 +42,7 @@ def _columns(name):
     module, _, own = name.rpartition(".")
     schema = getattr(importlib.import_module(f"fqtstats.{module}"), own)
     rows = [(column.name, "" if column.unit in ("", "1") else column.unit, column.meaning) for column in schema]
-    return _table(("column", "unit", "what it is"), rows, "names")
+    return _table(("column", "unit", "what it is"), rows)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def _command(name, command):
         record = parameter.get_help_record(context)
         if record is not None and parameter.name != "help":
             rows.append((record[0], parameter.help or "", _default(parameter)))
-    table = _table(("option", "what it is", "default"), rows, "names")
+    table = _table(("option", "what it is", "default"), rows)
     return f"## fqtstats {name} {{#{name}}}\n\n{command.help}\n\n```text\n{usage}\n```\n\n{table}"
 
 
@@ -85,7 +86,7 @@ def _quantizers():
         what = " ".join(cls.__doc__.split("\n\n")[0].split())
         widths = f"{min(cls.widths)}" if len(cls.widths) == 1 else f"{min(cls.widths)} to {max(cls.widths)}"
         rows.append((name, what, cls.role, cls().claim, widths, f"``{options}``"))
-    return _table(("name", "what it is", "role", "claim", "bits", "options"), rows, "names")
+    return _table(("name", "what it is", "role", "claim", "bits", "options"), rows)
 
 
 def _policies():
@@ -98,7 +99,7 @@ def _policies():
     for name in policies.POLICIES:
         own = policies.get(name)
         rows.append((name, *(shown(q) for q in (own.activation, own.weight, own.grad_input, own.grad_weight))))
-    return _table(("name", "activation", "weight", "grad_input", "grad_weight"), rows, "names")
+    return _table(("name", "activation", "weight", "grad_input", "grad_weight"), rows)
 
 
 def _recipes():
@@ -109,20 +110,20 @@ def _recipes():
         bits = ", ".join(map(str, definition.bits))
         told = f"{bits} (default {definition.default}): {definition.means}" if bits else "-"
         rows.append((name, definition.summary, told, definition.source))
-    return _table(("recipe", "what it is", "bits", "source"), rows, "names")
+    return _table(("recipe", "what it is", "bits", "source"), rows)
 
 
 def _sources():
     from fqtstats.data import SOURCES
 
-    return _table(("data", "what it is"), [(name, source.summary) for name, source in SOURCES.items()], "names")
+    return _table(("data", "what it is"), [(name, source.summary) for name, source in SOURCES.items()])
 
 
 def _models():
     from fqtstats.models import MODELS
 
     rows = [(name, entry.summary, ", ".join(entry.kinds)) for name, entry in MODELS.items()]
-    return _table(("model", "what it is", "data"), rows, "names")
+    return _table(("model", "what it is", "data"), rows)
 
 
 def _readme_output():
