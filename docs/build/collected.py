@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from mkdocs.plugins import event_priority
@@ -15,6 +16,10 @@ NOTEBOOKS = "notebooks/*.ipynb"
 STUDIES = ROOT / "analysis" / "README.md"
 PICTURES = {"images/variance_vs_bits.png": ROOT / "analysis/results/compare/figures/variance_vs_bits.png"}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
+ALT = re.compile(r"^#\| ?(?:fig-alt: )?(.*)\n?", re.MULTILINE)
+"""Comments of a cell that tell what its figure shows, as Quarto has them."""
+WIDE, PRINTED = 800, 0.6
+"""Figures of more pixels have the resolution of print, and are shown smaller."""
 IMAGE = re.compile(r"<!-- image: (\S+) \| (.+?) -->")
 
 
@@ -75,23 +80,33 @@ def _notebook(path):
     for number, cell in enumerate(json.loads(path.read_text())["cells"]):
         source = _text(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(LINK.sub(partial(_neighbour, path), source))
         elif cell["cell_type"] == "code" and source.strip():
-            parts.append(f"```python\n{source}\n```")
+            told = " ".join(ALT.findall(source)).translate(str.maketrans("[]", "()"))
+            parts.append(f"```python\n{ALT.sub('', source).strip()}\n```")
             for place, output in enumerate(cell.get("outputs", [])):
-                parts.append(_output(output, f"{path.stem}-{number}-{place}.png", made))
+                parts.append(_output(output, f"{path.stem}-{number}-{place}.png", told, made))
     return {f"{path.stem}.md": "\n\n".join(parts) + "\n", **made}
 
 
-def _output(output, picture, made):
-    """Markdown of what a cell gave; a picture is put into ``made`` under its name."""
+def _neighbour(path, link):
+    """A link of the notebook at ``path``, to another's page; one to anything else in the repository is left as text."""
+    _, text, target, place = link.groups()
+    other = path.parent / target
+    leads = other.suffix == ".ipynb" and other.exists()
+    return f"[{text}]({other.stem}.md{place or ''})" if leads else text
+
+
+def _output(output, picture, told, made):
+    """Markdown of what a cell gave; a picture, of which ``told`` says what it shows, goes into ``made`` by its name."""
     if output["output_type"] == "stream":
         # What goes to stderr is progress and warnings.
         return _plain(_text(output["text"])) if output["name"] == "stdout" else ""
     data = output.get("data", {})
     if "image/png" in data:
         made[picture] = base64.b64decode(_text(data["image/png"]))
-        return f"![]({picture})"
+        width = int.from_bytes(made[picture][16:20])
+        return f"![{told}]({picture}){{ width={round(PRINTED * width) if width > WIDE else width} }}"
     if "text/html" in data:
         # A blank line would end the block.
         markup = "\n".join(line for line in _text(data["text/html"]).splitlines() if line.strip())
