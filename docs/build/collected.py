@@ -20,7 +20,8 @@ ALT = re.compile(r"^#\| ?(?:fig-alt: )?(.*)\n?", re.MULTILINE)
 """Comments of a cell that tell what its figure shows, as Quarto has them."""
 WIDE, PRINTED = 800, 0.6
 """Figures of more pixels have the resolution of print, and are shown smaller."""
-IMAGE = re.compile(r"<!-- image: (\S+) \| (.+?) -->")
+IMAGE = re.compile(r"<!-- image: (\S+) (\d+) \| (.+?) -->")
+"""Place of a picture that may not be there, width on the screen, and what it shows."""
 
 
 def notebooks():
@@ -66,7 +67,7 @@ def on_page_markdown(markdown, /, page, files, **_):
     def shown(match):
         picture = (Path(page.file.src_uri).parent / match[1]).as_posix()
         there = files.get_file_from_path(os.path.normpath(picture)) is not None
-        return f"![{match[2]}]({match[1]}){{ width=480 }}" if there else ""
+        return f"![{match[3]}]({match[1]}){{ width={match[2]} }}" if there else ""
 
     return IMAGE.sub(shown, markdown)
 
