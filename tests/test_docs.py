@@ -1,0 +1,164 @@
+"""docs/ says what is true: its Python runs, its commands parse, and what they name exists.
+
+That its pages build without a warning, with every link and formula, is a stage of .ci/run of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+# Imported here, because the session inside this one forgets what it has imported, and torch cannot be imported anew.
+import fqtstats.verdicts.claims
+from fqtstats.cli import app
+from fqtstats.data import SOURCES
+from fqtstats.models import MODELS
+from fqtstats.quantizers import QUANTIZERS
+from fqtstats.training import recipes, runs
+from fqtstats.verdicts import pytest_plugin
+
+pytest_plugins = ["pytester"]
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+OTHERS = {"--version", "--resume", "--fqt-alpha", "--fqt-seed", "--quick", "--again", "--strict"}
+"""Options that are not of one command: of the program, of pytest, of studies."""
+
+
+def blocks(text: str, language: str) -> list[tuple[str, str]]:
+    """Name of the file, or "", and content of the blocks in one language."""
+    return [(name, code) for found, name, code in FENCE.findall(text) if found == language]
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of fqtstats in a text."""
+    lines = [line.split("&&")[-1].strip() for _, block in blocks(text, "bash") for line in block.splitlines()]
+    lines += [line for _, block in blocks(text, "yaml") for line in re.findall(r"- run: (fqtstats .+)", block)]
+    lines += [" ".join(span.split()) for span in re.findall(r"`(fqtstats [^`]+)`", FENCE.sub("", text))]
+    return [line for line in lines if line.startswith("fqtstats ")]
+
+
+def parsed(line: str) -> dict[str, object]:
+    """The values of a command line's options, as the program would get them."""
+    _, name, *arguments = shlex.split(line)
+    if name == "--version":
+        return {}
+    values: dict[str, object] = COMMANDS[name].make_context(name, arguments).params
+    return values
+
+
+def execute(text: str, page: str) -> dict[str, object]:
+    """Run the Python of a page, top to bottom; blocks with a name become files in the current directory."""
+    names: dict[str, object] = {}
+    for file, code in blocks(text, "python"):
+        if file:
+            Path(file).write_text(code)
+        else:
+            exec(compile(code, page, "exec"), names)
+    return names
+
+
+def known_names(values: dict[str, object]) -> None:
+    """What a command line names exists."""
+
+    def each(option: str) -> list[str]:
+        value = values.get(option)
+        return value.split(",") if isinstance(value, str) else []
+
+    for name in each("quantizer"):
+        assert name in {*QUANTIZERS, "all"}
+    for name in each("recipe"):
+        assert name in recipes.RECIPES or runs.run(name)
+    for option, table in (("model", MODELS), ("data", SOURCES)):
+        for name in each(option):
+            assert name in table or ":" in name
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if blocks(text, "python")])
+def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    execute(PAGES[page], page)
+
+
+def test_python_that_fails_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError):
+        execute("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n", "page.md")
+
+
+def test_the_users_own_module_gives_model_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [code for name, code in blocks(PAGES["how-to/model.md"], "python") if name == "mine.py"]
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    mine = importlib.import_module("mine")
+    inputs, targets = mine.data()
+    assert mine.model()(inputs).shape == (len(targets), 5)
+    monkeypatch.delitem(sys.modules, "mine")
+
+
+def test_the_tests_of_quantizers_pass(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    ((_, code),) = [block for block in blocks(PAGES["how-to/ci.md"], "python") if block[0] == "test_mine.py"]
+    pytester.makepyfile(test_mine=code)
+    plugins = importlib.metadata.entry_points(group="pytest11")
+    load = () if any(e.value == pytest_plugin.__name__ for e in plugins) else ("-p", pytest_plugin.__name__)
+    pytester.runpytest_inprocess(*load, "-p", "no:cacheprovider", "--strict-markers").assert_outcomes(passed=3)
+
+
+def test_every_command_parses() -> None:
+    lines = [line for text in PAGES.values() for line in commands(text)]
+    assert len(lines) >= 30
+    for line in lines:
+        known_names(parsed(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fqtstats measure --quantiser bhq",
+        "fqtstats measures",
+        "fqtstats measure --draws many",
+        "fqtstats measure --quantizer bqh",
+        "fqtstats train --recipe statquant-bhq/cifar11",
+    ],
+)
+def test_a_command_that_is_wrong_is_noticed(line: str) -> None:
+    (found,) = commands(f"```bash\n{line}\n```\n")
+    with pytest.raises(Exception, match=r"quantiser|measures|integer|bqh|cifar11"):
+        known_names(parsed(found))
+
+
+def test_every_option_exists() -> None:
+    known = OTHERS | {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    for page, text in PAGES.items():
+        for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
+            for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span):
+                assert option in known, f"{page}: {option}"
+
+
+def test_every_documented_name_exists() -> None:
+    for page, text in PAGES.items():
+        names = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE) + re.findall(r"\]\[(fqtstats[\w.]*)\]", text)
+        for name in names:
+            module, _, own = name.rpartition(".")
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError:
+                assert hasattr(importlib.import_module(module), own), f"{page}: {name}"
+
+
+def test_the_public_names_are_documented() -> None:
+    reference = "\n".join(text for page, text in PAGES.items() if page.startswith("reference/"))
+    documented = set(re.findall(r"^::: fqtstats\.(\w+)", reference, re.MULTILINE))
+    assert set(fqtstats.__all__) - {"QUANTIZERS"} <= documented
+    assert "<!-- generated: quantizers -->" in reference
