@@ -188,7 +188,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
     models = list(dict.fromkeys(rows["model"]))
     return {
         "variance_bits": _panels(rows, models, "total", "variance of all gradients\n/ sampling variance"),
-        "parts": _panels(rows, models, "input", "part from Q2 (filled) and Q1 (hollow)\n/ sampling variance"),
+        "parts": _panels(rows, models, "input", "from Q2 (filled), Q1 (hollow)\n/ sampling variance"),
         "equal": _equal(rows),
     }
 
@@ -222,7 +222,7 @@ def _panels(rows: pd.DataFrame, models: list[str], part: str, label: str) -> Fig
 
 def _equal(rows: pd.DataFrame) -> Figure:
     found = equal_bits(rows)
-    figure = style.new_figure(style.COLUMN_WIDTH, 1.6)
+    figure = style.new_figure(style.COLUMN_WIDTH, 1.8)
     ax = figure.subplots()
     marks = style.marks(rows["quantizer"])
     places = []
@@ -234,7 +234,7 @@ def _equal(rows: pd.DataFrame) -> Figure:
         places.append(f"{row.model}, {row.quantizer}")
     ax.axvline(8, color=style.GREY, linewidth=0.8)
     ax.axvline(5.5, color=style.GREY, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="bits with the input-gradient variance of PTQ at 8 bits (mean, 95 %)", yticks=range(len(places)))
+    ax.set(xlabel="bits for the input-gradient variance\nof PTQ at 8 bits (mean over seeds, 95 %)", yticks=range(len(places)))
     ax.set_yticklabels(places)
     ax.set_ylim(len(places) - 0.5, -0.5)
     ax.grid(axis="x")
