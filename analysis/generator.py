@@ -289,7 +289,8 @@ _SHORT = {
 
 
 def _told(p: float, alarm: bool) -> str:
-    return f"{f'{p:.2f}' if p >= 0.01 else f'{p:.0e}'}{'!' if alarm else ''}"
+    number = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}" if p > 0 else "0"
+    return f"{number}{'!' if alarm else ''}"
 
 
 def claims(tables: Tables) -> list[Claim]:
@@ -381,7 +382,7 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="P-values of Kolmogorov-Smirnov tests of the blocks' p-values against the uniform law; !: below 1e-6 over "
-    "the number of rows (Bonferroni).",
+    "the number of rows (Bonferroni). serial: of pairs; rank: of binary matrices; lags: autocorrelation.",
 )
 
 if __name__ == "__main__":

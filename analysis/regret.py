@@ -241,7 +241,7 @@ def claims(tables: Tables) -> list[Claim]:
     apart = bool(adam["high"] < sgd["low"])
     told.append(
         Claim(
-            f"Where sigma dominates, noise costs Adam less than SGD at the same steps: the exponents' intervals "
+            f"Where sigma dominates, the excess grows more slowly with Adam than with SGD: the exponents' intervals "
             f"{interval(adam['low'], adam['high'], '.3f')} and {interval(sgd['low'], sgd['high'], '.3f')} "
             f"{'do not overlap' if apart else 'overlap'} (95 % each).",
             apart,

@@ -93,10 +93,9 @@ def claims(tables: Tables) -> list[Claim]:
     text = f"{len(always)} of {len(planted)} defects are found on each of {planted['seeds'].min()} inputs"
     if len(always):
         least = share(always["found"].min(), always["seeds"].min(), len(always))[1]
-        text += (
-            f", after at most {always['most_draws'].max()} draws (0: by probing alone); the share of inputs on which "
-        )
-        text += f"each is found is at least {least:.2g} (95 % for all of them together, Clopper-Pearson and Bonferroni)"
+        most = always["most_draws"].max()
+        text += f", after at most {most} draws (0: by probing alone), each on a share of the inputs of at least "
+        text += f"{least:.2g} (95 % for all of them together, Clopper-Pearson and Bonferroni)"
     missed = "; ".join(f"{row.defect}, on a share of {told(row.found, row.seeds)}" for row in others.itertuples())
     found = [Claim(f"{text}{'. Not so: ' if missed else ''}{missed}.", not missed)]
     for row in sound.itertuples():
@@ -119,9 +118,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
         own = table[(table["defect"] == SOUND) == sound]
         bars(ax, list(own.index), list(own["found"]), list(own["seeds"]), color, marker, label)
     for row in table.itertuples():
-        text = (
-            "not found" if pd.isna(row.most_draws) else "probing" if row.most_draws == 0 else f"{row.most_draws} draws"
-        )
+        text = "not found" if not row.found else f"{row.most_draws} draws" if row.most_draws else "probing"
         ax.annotate(text, (1, row.Index), xytext=(6, 0), textcoords="offset points", va="center", annotation_clip=False)
     ax.set(xlim=(-0.03, 1.03), xlabel="share of inputs on which it is found (95 %)")
     ax.set_yticks(table.index, table["defect"])
