@@ -69,10 +69,14 @@ def _section(study: Study, saved: Saved) -> str:
 def _made(saved: Saved) -> str:
     """How long it took, and on what: of some results that is not known."""
     seconds, about = saved.about["seconds"], saved.about["provenance"]
-    time = "time not recorded" if seconds is None else f"{max(1, round(seconds / 60))} min"
-    cpu = about["cpu"] or "processor not recorded"
-    versions = f"torch {about['versions']['torch']}" if about["versions"] else "versions not recorded"
-    return f"{time}, {cpu}, {versions}"
+    told = {
+        "time": None if seconds is None else f"{max(1, round(seconds / 60))} min",
+        "processor": about["cpu"],
+        "versions": f"torch {about['versions']['torch']}" if about["versions"] else None,
+    }
+    known = [text for text in told.values() if text]
+    missing = ", ".join(what for what, text in told.items() if not text)
+    return ", ".join([*known, *([f"{missing} not recorded"] if missing else [])])
 
 
 if __name__ == "__main__":

@@ -193,4 +193,4 @@ def test_the_index_tells_what_was_not_recorded(analysis):
     known = {"seconds": 100.0, "provenance": {"cpu": "a processor", "versions": {"torch": "2.0"}}}
     assert made(saved(Path(), {}, known)) == "2 min, a processor, torch 2.0"
     unknown = {"seconds": None, "provenance": {"cpu": None, "versions": None}}
-    assert made(saved(Path(), {}, unknown)) == "time not recorded, processor not recorded, versions not recorded"
+    assert made(saved(Path(), {}, unknown)) == "time, processor, versions not recorded"
