@@ -1,10 +1,4 @@
-"""Does the published bound on the variance of activation gradient pruning (AGP) hold? And the corrected one?
-
-``python -m analysis.agp_bound`` (seconds) writes to ``analysis/results/agp_bound/``:
-
-* ``bounds.csv``: for rows of several shapes and ``b`` = 2, 4 and 8 bits, the exact variance, its part from the mask and
-  from rounding, the variance of draws with its standard error, and both bounds;
-* ``bounds.png``: exact variance over bound.
+"""Does the published bound on the variance of activation gradient pruning (AGP) hold, and the corrected one?
 
 AGP (arXiv 2408.14267) keeps row ``i``, of range ``R_i``, with probability ``p_i``, on average ``N / b`` rows, and
 quantizes kept rows to ``b`` bits: ``Q(x_i) = PSQ_b(x_i) m_i / p_i``, ``step_i = R_i / B``, ``B = 2^b - 1``. With
@@ -17,25 +11,43 @@ because ``E[Q^2] = E[PSQ_b(x)^2] / p``. The published bound, ``D / (4 B^2) sum R
 leaves out the second part, which is that of the mask, and the ``1 / p_i`` of the first. The corrected one is
 ``sum_i [D step_i^2 / 4 + ||x_i||^2 (1 - p_i)] / p_i``.
 
-Written with its own short formulas. Shape legend: N rows, D elements per row.
+Written with its own short formulas. Every kind of rows has one input, drawn once: given that, the variance and both
+bounds are exact numbers without intervals. The draws check the exact variance; their intervals are normal, of the mean
+squared error, and hold together with 95 % (Bonferroni). Shape legend: N rows, D elements per row.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.stats
+from matplotlib.figure import Figure
 
+from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.report import style
+from fqtstats.schema import Column
 
-FOLDER = Path(__file__).parent / "results" / "agp_bound"
+COLUMNS = (
+    Column("rows", "str", "", "kind of rows"),
+    Column("bits", "int64", "bit", "b"),
+    Column("always_kept", "int64", "1", "rows with probability 1"),
+    Column("variance", "float64", "1", "exact, over all elements, of which Gaussian rows have unit size"),
+    Column("of_mask", "float64", "1", "part of it from the mask"),
+    Column("of_rounding", "float64", "1", "part of it from rounding"),
+    Column("sampled", "float64", "1", "mean squared error of the draws"),
+    Column("standard_error", "float64", "1", "of it"),
+    Column("draws", "int64", "1", "number of draws"),
+    Column("published_bound", "float64", "1", "on the variance"),
+    Column("corrected_bound", "float64", "1", "on the variance"),
+    Column("over_published", "float64", "1", "exact variance over the published bound"),
+    Column("over_corrected", "float64", "1", "exact variance over the corrected bound"),
+)
+
 N, D = 128, 256
-BITS = (2, 4, 8)
-DRAWS = 2000
 
 Array = npt.NDArray[np.float64]
 
@@ -55,23 +67,24 @@ ROWS: dict[str, Callable[[np.random.Generator], Array]] = {
 """Rows of Gaussian elements with these ranges, except for the last."""
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=DRAWS, help="draws of every quantized gradient")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    table = pd.DataFrame(
-        [
-            compare(kind, rows(np.random.default_rng(0)), b, np.random.default_rng([i, b]), given.draws)
-            for i, (kind, rows) in enumerate(ROWS.items())
-            for b in BITS
-        ]
-    )
-    table.to_csv(given.out / "bounds.csv", index=False, float_format="%.6g")
-    (given.out / "bounds.png").write_bytes(draw(table))
-    print(table.to_string(index=False, float_format="%.4g"))
+@dataclass(frozen=True)
+class Settings:
+    """Of the study."""
+
+    rows: tuple[str, ...] = tuple(ROWS)
+    bits: tuple[int, ...] = (2, 4, 8)
+    draws: int = 2000
+
+
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """One row per kind of rows and bits."""
+
+    def case(rows: str, bits: int) -> dict[str, object]:
+        x = ROWS[rows](np.random.default_rng(0))
+        return compare(x, bits, np.random.default_rng([list(ROWS).index(rows), bits]), settings.draws)
+
+    cases = [{"rows": rows, "bits": bits} for rows in settings.rows for bits in settings.bits]
+    return {"bounds": parts.every("rows", cases, case)}
 
 
 def probabilities(ranges: Array, b: int) -> Array:
@@ -85,7 +98,7 @@ def probabilities(ranges: Array, b: int) -> Array:
         kept |= p > 1
 
 
-def compare(kind: str, x: Array, b: int, random: np.random.Generator, draws: int) -> dict[str, object]:
+def compare(x: Array, b: int, random: np.random.Generator, draws: int) -> dict[str, object]:
     """Exact and sampled variance of AGP, and its bounds."""
     levels = 2**b - 1
     low, ranges = x.min(1, keepdims=True), np.ptp(x, axis=1)
@@ -103,8 +116,6 @@ def compare(kind: str, x: Array, b: int, random: np.random.Generator, draws: int
     published = D / (4 * levels**2) * float(np.square(largest).sum())
     corrected = float(((D * step[:, 0] ** 2 / 4 + np.square(x).sum(1) * (1 - p[:, 0])) / p[:, 0]).sum())
     return {
-        "rows": kind,
-        "bits": b,
         "always_kept": int((p == 1).sum()),
         "variance": rounding + mask,
         "of_mask": mask,
@@ -119,28 +130,135 @@ def compare(kind: str, x: Array, b: int, random: np.random.Generator, draws: int
     }
 
 
-def draw(table: pd.DataFrame) -> bytes:
-    """Exact variance over either bound, by kind of rows, a marker for each number of bits."""
-    with style.applied():
-        figure = style.new_figure(style.COLUMN_WIDTH, 2.1)
-        axes = figure.subplots()
-        place = {kind: i for i, kind in enumerate(ROWS)}
-        for column, label, color, fill in (
-            ("over_published", "published", "#D55E00", "full"),
-            ("over_corrected", "corrected", "#0072B2", "none"),
-        ):
-            for b, marker, shift in zip(BITS, ("v", "o", "^"), (-0.2, 0.0, 0.2), strict=True):
-                part = table[table["bits"] == b]
-                x = part["rows"].map(place) + shift
-                axes.plot(x, part[column], marker, color=color, fillstyle=fill, label=f"{label}, b = {b}")
-        axes.axhline(1, color=style.INK, linewidth=0.8)
-        axes.annotate("bound", (len(place) - 0.4, 1), va="bottom", fontsize=5.5)
-        axes.set(yscale="log", ylabel="exact variance / bound", xlim=(-0.5, len(place) + 0.1))
-        axes.set_xticks(range(len(place)), [kind.replace(" ", "\n") for kind in place], fontsize=5.5)
-        axes.grid(True, axis="y")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        return style.png(figure)
+# --- what is said of it -----------------------------------------------------------------------------------------------
 
+
+def drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """Variance of the draws over the exact one, with intervals that hold together with 95 %."""
+    half = scipy.stats.norm.ppf(1 - 0.025 / len(table)) * table["standard_error"] / table["variance"]
+    ratio = table["sampled"] / table["variance"]
+    return table[["rows", "bits"]].assign(ratio=ratio, low=ratio - half, high=ratio + half)
+
+
+def read(tables: Tables) -> pd.DataFrame:
+    """A row per kind of rows and bits."""
+    table = tables["bounds"]
+    return pd.DataFrame(
+        {
+            "rows": table["rows"],
+            "bits": table["bits"].astype(str),
+            "variance": [f"{value:.3g}" for value in table["variance"]],
+            "of mask": [f"{value:.1%}" for value in table["of_mask"] / table["variance"]],
+            "drawn/exact": [with_interval(row.ratio, row.low, row.high, ".3f") for row in drawn(table).itertuples()],
+            "/published": [f"{value:.3g}" for value in table["over_published"]],
+            "/corrected": [f"{value:.3g}" for value in table["over_corrected"]],
+        }
+    )
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """Which bound is exceeded where."""
+    table = tables["bounds"]
+    over = table[table["over_published"] > 1]
+    worst = table.loc[table["over_published"].idxmax()]
+    closest = table.loc[table["over_corrected"].idxmax()]
+    of_bits = ", ".join(
+        f"{int((own['over_published'] > 1).sum())} of {len(own)} at {bits} bits" for bits, own in table.groupby("bits")
+    )
+    ratios = drawn(table)
+    far = ratios.loc[(ratios["ratio"] - 1).abs().idxmax()]
+    return [
+        Claim(
+            f"The published bound does not bound the variance: the exact variance exceeds it for {len(over)} of "
+            f"{len(table)} inputs ({of_bits}), by a factor of up to {worst['over_published']:.3g} ({worst['rows']} "
+            f"rows, {worst['bits']} bits), of which the mask that it leaves out makes "
+            f"{worst['of_mask'] / worst['variance']:.1%}.",
+            len(over) > 0,
+        ),
+        Claim(
+            f"The corrected bound holds for all {len(table)} inputs: the exact variance is at most "
+            f"{closest['over_corrected']:.5g} of it ({closest['rows']} rows, {closest['bits']} bits), at least "
+            f"{table['over_corrected'].min():.2g}.",
+            bool((table["over_corrected"] <= 1).all()),
+        ),
+        Claim(
+            f"The exact variance is that of the draws: the mean squared error of {table['draws'].iloc[0]} draws is "
+            f"{with_interval(far['ratio'], far['low'], far['high'], '.4f')} of it where it differs most "
+            f"({far['rows']} rows, {far['bits']} bits), and all {len(table)} intervals hold 1 (95 % for all together, "
+            "Bonferroni).",
+            bool(((ratios["low"] <= 1) & (ratios["high"] >= 1)).all()),
+        ),
+    ]
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Exact variance over both bounds; draws over the exact variance."""
+    return {"bounds": _bounds(tables["bounds"]), "draws": _draws(tables["bounds"])}
+
+
+_MARKERS = ("v", "o", "^", "s", "D")
+
+
+def _places(table: pd.DataFrame) -> tuple[dict[str, int], dict[int, tuple[str, float]]]:
+    """Places of the kinds of rows; of every number of bits a marker and a shift."""
+    bits = sorted(table["bits"].unique())
+    shifts = np.linspace(-0.2, 0.2, len(bits)) if len(bits) > 1 else [0.0]
+    kinds = {kind: place for place, kind in enumerate(dict.fromkeys(table["rows"]))}
+    return kinds, {b: (marker, shift) for b, marker, shift in zip(bits, _MARKERS, shifts, strict=False)}
+
+
+def _bounds(table: pd.DataFrame) -> Figure:
+    figure = style.new_figure(style.COLUMN_WIDTH, 2.3)
+    ax = figure.subplots()
+    kinds, looks = _places(table)
+    for column, label, color, fill, aside in (
+        ("over_published", "published", "#D55E00", "full", -0.05),
+        ("over_corrected", "corrected", "#0072B2", "none", 0.05),
+    ):
+        for b, (marker, shift) in looks.items():
+            part = table[table["bits"] == b]
+            x = part["rows"].map(kinds) + shift + aside
+            ax.plot(x, part[column], marker, color=color, fillstyle=fill, label=f"{label}, b = {b}")
+    ax.axhline(1, color=style.INK, linewidth=0.8)
+    ax.annotate("bound", (len(kinds) - 0.55, 1), va="bottom")
+    ax.set(yscale="log", ylabel="exact variance / bound", xlim=(-0.5, len(kinds) + 0.1))
+    ax.set_xticks(range(len(kinds)), [kind.replace(" ", "\n").replace("-", "-\n") for kind in kinds])
+    ax.grid(True, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def _draws(table: pd.DataFrame) -> Figure:
+    figure = style.new_figure(style.COLUMN_WIDTH, 1.9)
+    ax = figure.subplots()
+    kinds, looks = _places(table)
+    ratios = drawn(table)
+    for b, (marker, shift) in looks.items():
+        part = ratios[ratios["bits"] == b]
+        error = (part["ratio"] - part["low"], part["high"] - part["ratio"])
+        x = part["rows"].map(kinds) + shift
+        ax.errorbar(x, part["ratio"], error, fmt=marker, color="#0072B2", elinewidth=0.8, label=f"b = {b}")
+    ax.axhline(1, color=style.GREY, linewidth=0.8)
+    ax.set(ylabel="variance of draws / exact\n(95 % together)", xlim=(-0.5, len(kinds) - 0.5))
+    ax.set_xticks(range(len(kinds)), [kind.replace(" ", "\n").replace("-", "-\n") for kind in kinds])
+    ax.grid(True, axis="y")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    return figure
+
+
+STUDY = Study(
+    name="agp_bound",
+    question="Does the published bound on the variance of activation gradient pruning hold, and the corrected one?",
+    full=Settings(),
+    quick=Settings(("equal", "log-normal 2"), (2, 8), draws=200),
+    columns={"bounds": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Variance: exact; of mask: its part from pruning. drawn/exact: variance of the draws over it, with "
+    "intervals that hold together with 95 % (Bonferroni). /published, /corrected: exact variance over either bound.",
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

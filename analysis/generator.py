@@ -1,14 +1,13 @@
-"""Do the random words look random? A battery of standard tests, within streams and across them.
+"""Do the random words look random, by standard tests, within streams and across them?
 
-``python -m analysis.generator`` runs every test on several families of 32-bit words and saves one row per test and
-family, and a table. A family is either one stream read along its elements, or the first words of many streams whose
-keys differ in one part only; the latter is how training uses the generator. The last families are controls with a
-defect, which the battery has to refuse.
+Every test runs on several families of 32-bit words. A family is either one stream read along its elements, or the first
+words of many streams whose keys differ in one part only; the latter is how training uses the generator. The last
+families are controls with a defect, which the tests have to refuse.
 
-Each test splits its words into ``BLOCKS`` blocks and computes a p-value for each: uniform on [0, 1], up to the error of
-its limit law, if the words are independent and uniform. The row's p-value is that of a Kolmogorov-Smirnov test of the
-blocks' p-values against the uniform law, so that too good a fit counts as well as too bad a one. ``alarm`` is set
-where it is below 1e-6 over the number of rows.
+Each test splits its words into blocks and computes a p-value for each: uniform on [0, 1], up to the error of its limit
+law, if the words are independent and uniform. The row's p-value is that of a Kolmogorov-Smirnov test of the blocks'
+p-values against the uniform law, so that too good a fit counts as well as too bad a one. ``alarm`` is set where it is
+below 1e-6 over the number of rows (Bonferroni): at most one study in a million raises one by chance.
 
 Tests: frequency of ones, runs, serial pairs, birthday spacings, rank of binary matrices, spectral, and
 autocorrelation. Sources: A. Rukhin et al., NIST SP 800-22 rev. 1a (2010), sections 2.1, 2.3 and 2.5; D. Knuth, The Art
@@ -18,65 +17,67 @@ of randomness", JSS 7 (2002) (birthday spacings).
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.stats
+from matplotlib.figure import Figure
 
-from fqtstats import ops
-from fqtstats.provenance import provenance
+from analysis.study import Claim, Parts, Study, Tables, main
 from fqtstats.random import Stream, key_words, stream
+from fqtstats.report import style
+from fqtstats.schema import Column
 
-FOLDER = Path(__file__).parent / "results" / "generator"
-BLOCKS = 32
-BLOCK = 2**16
-"""Words per block."""
+COLUMNS = (
+    Column("family", "str", "", "which words"),
+    Column("test", "str", "", "which test"),
+    Column("blocks", "int64", "1", "number of blocks"),
+    Column("words", "int64", "1", "in a block"),
+    Column("smallest", "float64", "1", "smallest p-value of a block"),
+    Column("p_value", "float64", "1", "of the blocks' p-values against the uniform law"),
+    Column("control", "bool", "", "whether the words have a defect"),
+    Column("alarm", "bool", "", "whether p_value is below 1e-6 over the number of rows"),
+)
+
 FALSE_ALARM = 1e-6
 
 Words = npt.NDArray[np.uint32]
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    given = parser.parse_args()
-    save(run(), given.out)
+Shape = tuple[int, int]
+"""Number of blocks, and of words in a block."""
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
 
-def within() -> Words:
-    """One stream, along its elements: ``[BLOCKS, BLOCK]``."""
-    return _numbers(stream(seed=1), BLOCKS * BLOCK).reshape(BLOCKS, BLOCK)
+def within(shape: Shape) -> Words:
+    """One stream, along its elements."""
+    return _numbers(stream(seed=1), shape[0] * shape[1]).reshape(shape)
 
 
-def half_words() -> Words:
+def half_words(shape: Shape) -> Words:
     """One stream of 16 bits per element, in pairs: the words of :func:`within` in another order."""
-    halves = stream(seed=1).bits(2 * BLOCKS * BLOCK, 16).numpy().astype(np.uint16)
-    return halves.view(np.uint32).reshape(BLOCKS, BLOCK)
+    halves = stream(seed=1).bits(2 * shape[0] * shape[1], 16).numpy().astype(np.uint16)
+    return halves.view(np.uint32).reshape(shape)
 
 
-def key_hashes() -> Words:
+def key_hashes(shape: Shape) -> Words:
     """The keys' own words, of consecutive draws."""
-    keys = [key_words(stream(seed=2, draw=draw)) for draw in range(BLOCKS * BLOCK // 4)]
-    return np.array(keys, np.uint32).reshape(BLOCKS, BLOCK)
+    keys = [key_words(stream(seed=2, draw=draw)) for draw in range(shape[0] * shape[1] // 4)]
+    return np.array(keys, np.uint32).reshape(shape)
 
 
-def across(part: str) -> Words:
+def across(part: str, shape: Shape) -> Words:
     """16 consecutive words of each of consecutive streams, interleaved: neighbours differ in one part of the key."""
     each = 16
+    streams = shape[1] // each
     rows = [
-        np.stack([_numbers(_changed(part, block * BLOCK // each + i), each) for i in range(BLOCK // each)], axis=1)
-        for block in range(BLOCKS)
+        np.stack([_numbers(_changed(part, block * streams + i), each) for i in range(streams)], axis=1)
+        for block in range(shape[0])
     ]
     return np.stack([row.reshape(-1) for row in rows])
 
@@ -92,34 +93,36 @@ def _numbers(s: Stream, n: int) -> Words:
     return s.bits(n, 32).numpy().astype(np.uint32)
 
 
-def biased() -> Words:
+def biased(shape: Shape) -> Words:
     """A control: the lowest two bits of every 16th word are set."""
-    words = within()
+    words = within(shape)
     words[:, ::16] |= np.uint32(3)
     return words
 
 
-def reused() -> Words:
+def reused(shape: Shape) -> Words:
     """A control: the second half of every block repeats the first."""
-    words = within()
-    words[:, BLOCK // 2 :] = words[:, : BLOCK // 2]
+    words = within(shape)
+    half = shape[1] // 2
+    words[:, half:] = words[:, :half]
     return words
 
 
-def congruential() -> Words:
+def congruential(shape: Shape) -> Words:
     """A control: a linear congruential generator modulo 2^32, whose low bits have short periods."""
-    states = accumulate(range(BLOCKS * BLOCK - 1), lambda x, _: (1664525 * x + 1013904223) % 2**32, initial=12345)
-    return np.fromiter(states, np.uint32, BLOCKS * BLOCK).reshape(BLOCKS, BLOCK)
+    n = shape[0] * shape[1]
+    states = accumulate(range(n - 1), lambda x, _: (1664525 * x + 1013904223) % 2**32, initial=12345)
+    return np.fromiter(states, np.uint32, n).reshape(shape)
 
 
 PARTS = ("seed", "step", "layer", "site", "draw", "call", "replica", "path")
-FAMILIES: dict[str, Callable[[], Words]] = {
+FAMILIES: dict[str, Callable[[Shape], Words]] = {
     "within a stream": within,
     "within a stream, 16 bits": half_words,
     "key words": key_hashes,
     **{f"across {part}": partial(across, part) for part in PARTS},
 }
-CONTROLS: dict[str, Callable[[], Words]] = {
+CONTROLS: dict[str, Callable[[Shape], Words]] = {
     "control: biased bits": biased,
     "control: reused": reused,
     "control: congruential": congruential,
@@ -236,60 +239,151 @@ TESTS: dict[str, Callable[[Words], float]] = {
 }
 
 
-def run() -> pd.DataFrame:
-    """One row per family and test: ``family``, ``test``, ``blocks``, smallest block's ``smallest``, ``p_value``."""
-    rows = []
-    for family, make in (FAMILIES | CONTROLS).items():
-        words = make()
+@dataclass(frozen=True)
+class Settings:
+    """Of the study; the controls are always among the words."""
+
+    families: tuple[str, ...] = tuple(FAMILIES)
+    blocks: int = 32
+    words: int = 2**16
+
+
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """One row per family and test."""
+
+    def of_family(family: str) -> Iterator[dict[str, object]]:
+        blocks = (FAMILIES | CONTROLS)[family]((settings.blocks, settings.words))
         for test, f in TESTS.items():
-            found = np.array([f(block) for block in words])
-            p = float(scipy.stats.kstest(found, "uniform").pvalue)
-            rows.append({"family": family, "test": test, "blocks": len(found), "smallest": found.min(), "p_value": p})
-        print(family, {row["test"]: f"{row['p_value']:.3g}" for row in rows[-len(TESTS) :]}, flush=True)
-    table = pd.DataFrame(rows)
-    table["alarm"] = table["p_value"] < FALSE_ALARM / len(table)
-    return table
+            found = np.array([f(block) for block in blocks])
+            yield {
+                "test": test,
+                "blocks": settings.blocks,
+                "words": settings.words,
+                "smallest": found.min(),
+                "p_value": scipy.stats.kstest(found, "uniform").pvalue,
+                "control": family in CONTROLS,
+            }
+
+    table = parts.every("families", [{"family": family} for family in (*settings.families, *CONTROLS)], of_family)
+    return {"tests": table.assign(alarm=table["p_value"] < FALSE_ALARM / len(table))}
 
 
-def save(rows: pd.DataFrame, folder: Path) -> None:
-    """``rows.csv``, ``table.md`` and ``run.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows.to_csv(folder / "rows.csv", index=False, float_format="%.6g")
-    ours = rows[~rows["family"].isin(CONTROLS)]
-    told = {
-        "blocks": BLOCKS,
-        "words_per_block": BLOCK,
-        "rows": len(ours),
-        "alarms": int(ours["alarm"].sum()),
-        "smallest_p_value": float(ours["p_value"].min()),
-        "p_values_uniform": float(scipy.stats.kstest(ours["p_value"], "uniform").pvalue),
-        "controls_refused": sorted(set(rows[rows["family"].isin(CONTROLS) & rows["alarm"]]["family"])),
-    }
-    (folder / "run.json").write_text(json.dumps({**told, **provenance(ops.isa())}, indent=2) + "\n")
-    (folder / "table.md").write_text(markdown(rows, told))
-    print(json.dumps(told, indent=2))
+# --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def markdown(rows: pd.DataFrame, told: dict[str, object]) -> str:
-    """The p-values, a row per family and a column per test; alarms are bold."""
-    about = (
-        f"P-values of {told['rows']} tests of {BLOCKS} blocks of {BLOCK} words each; {told['alarms']} alarms, smallest "
-        f"p-value {told['smallest_p_value']:.2g}. Uniformity of these p-values: p = {told['p_values_uniform']:.2g} "
-        "(tests of one family share their words). Bold: below 1e-6 over the number of rows."
+def read(tables: Tables) -> pd.DataFrame:
+    """P-values, a row per family and a column per test; alarms have an exclamation mark."""
+    shown = []
+    for family, own in tables["tests"].groupby("family", sort=False):
+        shown.append({"words": family, **{_SHORT[row.test]: _told(row.p_value, row.alarm) for row in own.itertuples()}})
+    return pd.DataFrame(shown)
+
+
+_SHORT = {
+    **{test: test for test in TESTS},
+    "serial pairs": "serial",
+    "birthday spacings": "birthdays",
+    "matrix rank": "rank",
+    "autocorrelation": "lags",
+}
+
+
+def _told(p: float, alarm: bool) -> str:
+    number = f"{p:.2f}" if p >= 0.01 else f"{p:.0e}" if p > 0 else "0"
+    return f"{number}{'!' if alarm else ''}"
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """Whether anything was found, and whether the controls were."""
+    table = tables["tests"]
+    ours, controls = table[~table["control"]], table[table["control"]]
+    least = ours.loc[ours["p_value"].idxmin()]
+    refused = {family: list(own[own["alarm"]]["test"]) for family, own in controls.groupby("family", sort=False)}
+    how = "; ".join(
+        f"{family.removeprefix('control: ')} by {', '.join(tests) if tests else 'none'}"
+        for family, tests in refused.items()
     )
-    lines = [
-        about,
-        "",
-        "| words | " + " | ".join(TESTS) + " |",
-        "|---" * (len(TESTS) + 1) + "|",
+    uniform = scipy.stats.kstest(ours["p_value"], "uniform").pvalue
+    return [
+        Claim(
+            f"{int(ours['alarm'].sum())} of {len(ours)} tests refuse the generator's words (false-alarm rate 1e-6 over "
+            f"all {len(table)} rows together, Bonferroni: p < {FALSE_ALARM / len(table):.2g}); the smallest p-value is "
+            f"{least['p_value']:.2g} ({least['family']}, {least['test']}).",
+            not ours["alarm"].any(),
+        ),
+        Claim(
+            f"{sum(map(bool, refused.values()))} of {len(refused)} controls are refused at the same rate: {how}.",
+            all(refused.values()),
+        ),
+        Claim(
+            f"The p-values of the {len(ours)} tests of the generator's words agree with the uniform law: p = "
+            f"{uniform:.2g} (Kolmogorov-Smirnov; not exact, as tests of one family share their words)."
+        ),
     ]
-    for family, group in rows.groupby("family", sort=False):
-        cells = [
-            f"**{p:.2g}**" if alarm else f"{p:.2g}" for p, alarm in zip(group["p_value"], group["alarm"], strict=True)
-        ]
-        lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
+
+_SMALLEST = 1e-12  # p-values below are drawn here
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """All p-values; those of the generator's words against the uniform law."""
+    return {"p_values": _p_values(tables["tests"]), "uniform": _uniform(tables["tests"])}
+
+
+def _p_values(table: pd.DataFrame) -> Figure:
+    families = list(dict.fromkeys(table["family"]))
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.19 * len(families) + 1.0)
+    ax = figure.subplots()
+    colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#222222")
+    tests = table.groupby("test", sort=False)
+    for (test, own), color, marker, shift in zip(tests, colors, "s^oDvpX", np.linspace(-0.3, 0.3, 7), strict=True):
+        height = own["family"].map(families.index) + shift
+        ax.plot(own["p_value"].clip(lower=_SMALLEST), height, marker, color=color, markersize=2.2, label=test)
+    ax.axvline(FALSE_ALARM / len(table), color=style.INK, linestyle="--", linewidth=0.8, label="alarm below")
+    ax.set(xscale="log", xlim=(_SMALLEST / 3, 3), xlabel=f"p-value (smaller ones at {_SMALLEST:g})")
+    ax.set_yticks(range(len(families)), families)
+    ax.invert_yaxis()
+    ax.set_yticks(np.arange(len(families) + 1) - 0.5, minor=True)
+    ax.tick_params(axis="y", which="minor", length=0)
+    ax.grid(True, axis="x")
+    ax.grid(True, axis="y", which="minor")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure
+
+
+def _uniform(table: pd.DataFrame) -> Figure:
+    """Sorted p-values over their ranks, with the 95 % band of each one's order statistic."""
+    values = np.sort(table[~table["control"]]["p_value"])
+    n = len(values)
+    ranks = np.arange(1, n + 1)
+    expected = ranks / (n + 1)
+    low, high = scipy.stats.beta.ppf([[0.025], [0.975]], ranks, n + 1 - ranks)
+    figure = style.new_figure(style.COLUMN_WIDTH, 2.4)
+    ax = figure.subplots()
+    ax.fill_between(
+        expected, low, high, color=style.tint("#0072B2", 0.2), linewidth=0, label="95 % of each, if independent"
+    )
+    ax.plot((0, 1), (0, 1), color=style.GREY, linewidth=0.8)
+    ax.plot(expected, values, "o", markersize=2, color="#0072B2", label=f"p-values of {n} tests")
+    ax.set(xlabel="uniform law", ylabel="p-value", xlim=(0, 1), ylim=(0, 1))
+    ax.grid(True)
+    ax.legend(loc="upper left")
+    return figure
+
+
+STUDY = Study(
+    name="generator",
+    question="Do the random words look random, within streams and across them?",
+    full=Settings(),
+    quick=Settings(("within a stream", "across step"), blocks=16, words=2**15),
+    columns={"tests": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="P-values of Kolmogorov-Smirnov tests of the blocks' p-values against the uniform law; !: below 1e-6 over "
+    "the number of rows (Bonferroni). serial: of pairs; rank: of binary matrices; lags: autocorrelation.",
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

@@ -1,12 +1,9 @@
 """How does regret grow with the variance of an unbiased quantizer, with SGD and with Adam?
 
-``python -m analysis.regret`` (some minutes) writes to ``analysis/results/regret/``:
-
-* ``regret.csv``: regret of every run by optimizer, variance and seed, and of the runs without noise;
-* ``exponents.csv``: exponents of the regret's excess over the run without noise, against the variance, with 95 %
-  intervals (least squares in logarithms, covariance clustered by seed, t distribution), over all variances and over
-  those that are at least ten times the largest squared gradient of the run without noise;
-* ``regret.png``.
+Measured: regret of every run by optimizer, variance and seed, and of the runs without noise. Told: exponents of the
+regret's excess over the run without noise, against the variance, with 95 % intervals (least squares in logarithms,
+covariance clustered by seed, t distribution), over all variances and over those that are at least ten times the largest
+squared gradient of the run without noise.
 
 Found with 8000 steps, where sigma dominates: exponent 1.01 (0.95 to 1.07) of sigma^2 for SGD, theory 1; 0.54 (0.52 to
 0.56) for Adam, theory 0.5, which the interval leaves out. Adam's exponent depends on the horizon: 2000 steps gave 0.44
@@ -33,24 +30,32 @@ Shape legend: R runs side by side, P parameters, M samples.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.optimize
-import scipy.stats
 import statsmodels.api as sm
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
+from analysis.estimates import mean_interval
+from analysis.study import Claim, Parts, Study, Tables, interval, main, with_interval
 from fqtstats.report import style
+from fqtstats.schema import Column
 
-FOLDER = Path(__file__).parent / "results" / "regret"
-STEPS, SEEDS = 8000, 10
-VARIANCES = tuple(float(v) for v in np.logspace(-1, 3, 9))
-"""sigma^2 in units of the squared gradient at the start."""
+COLUMNS = (
+    Column("optimizer", "str", "", "sgd or adam"),
+    Column("variance", "float64", "(loss/parameter)^2", "sigma^2, summed over the parameters; 0: without noise"),
+    Column("seed", "int64", "1", "of the noise"),
+    Column("steps", "int64", "1", "number of steps"),
+    Column("regret", "float64", "nat", "sum over the steps of the loss above the least one"),
+    Column("largest_gradient", "float64", "(loss/parameter)^2", "largest squared norm in the run without noise"),
+    Column("excess", "float64", "nat", "regret beyond that of the run without noise"),
+)
+
 STEP = {"sgd": 1.0, "adam": 0.1}
 """``a`` of the step ``a / sqrt t``: in units of 1/L for SGD, L the largest curvature."""
 THEORY = {"sgd": 1.0, "adam": 0.5}
@@ -61,20 +66,14 @@ DOMINATES = 10.0
 Array = npt.NDArray[np.float64]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of each run")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="runs for each variance")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    runs = measure(given.steps, given.seeds)
-    exponents = fit(runs)
-    runs.to_csv(given.out / "regret.csv", index=False, float_format="%.8g")
-    exponents.to_csv(given.out / "exponents.csv", index=False, float_format="%.5g")
-    (given.out / "regret.png").write_bytes(draw(runs, exponents))
-    print(exponents.to_string(index=False))
+@dataclass(frozen=True)
+class Settings:
+    """Of the study; ``variances`` of them are spread evenly in the logarithm over sigma^2 from 0.1 to 1000, in units of
+    the squared gradient at the start."""
+
+    steps: int = 8000
+    seeds: int = 10
+    variances: int = 9
 
 
 class Problem:
@@ -111,29 +110,42 @@ def rounded(g: Array, step: Array, random: np.random.Generator) -> Array:
     return np.where(step > 0, step * (low + (u < y - low) + offset), g)
 
 
-def measure(steps: int, seeds: int) -> pd.DataFrame:
-    """Regret of runs from zero weights, one row for each optimizer, variance and seed; variance 0 once."""
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """One row for each optimizer, variance and seed; variance 0 once."""
+
+    def of_optimizer(optimizer: str) -> list[dict[str, object]]:
+        return run(optimizer, settings)
+
+    return {"regret": parts.every("optimizers", [{"optimizer": name} for name in OPTIMIZERS], of_optimizer)}
+
+
+def run(optimizer: str, settings: Settings) -> list[dict[str, object]]:
+    """Regret of runs from zero weights, which go side by side."""
     problem = Problem()
     start = float(np.square(problem(np.zeros((1, problem.parameters)))[1]).sum())
-    settings = [(0.0, 0), *((v * start, seed) for v in VARIANCES for seed in range(seeds))]
-    step = np.sqrt(6 * np.array([[v] for v, _ in settings]) / problem.parameters)
-    tables = []
-    for name, optimizer in (("sgd", _sgd), ("adam", _adam)):
-        random = np.random.default_rng(0)
-        move = optimizer(STEP[name] / (problem.curvature if name == "sgd" else 1.0))
-        w = np.zeros((len(settings), problem.parameters))
-        regret, largest = np.zeros(len(settings)), 0.0
-        for t in range(1, steps + 1):
-            loss, g = problem(w)
-            regret += loss - problem.least
-            largest = max(largest, float(np.square(g[0]).sum()))
-            w -= move(rounded(g, step, random), t)
-        table = pd.DataFrame(settings, columns=["variance", "seed"])
-        tables.append(table.assign(optimizer=name, steps=steps, regret=regret, largest_gradient=largest))
-    runs = pd.concat(tables, ignore_index=True)
-    exact = runs[runs["variance"] == 0].set_index("optimizer")["regret"]
-    runs["excess"] = runs["regret"] - runs["optimizer"].map(exact)
-    return runs
+    variances = [float(v) * start for v in np.logspace(-1, 3, settings.variances)]
+    runs = [(0.0, 0), *((v, seed) for v in variances for seed in range(settings.seeds))]
+    step = np.sqrt(6 * np.array([[v] for v, _ in runs]) / problem.parameters)
+    random = np.random.default_rng(0)
+    move = OPTIMIZERS[optimizer](STEP[optimizer] / (problem.curvature if optimizer == "sgd" else 1.0))
+    w = np.zeros((len(runs), problem.parameters))
+    regret, largest = np.zeros(len(runs)), 0.0
+    for t in range(1, settings.steps + 1):
+        loss, g = problem(w)
+        regret += loss - problem.least
+        largest = max(largest, float(np.square(g[0]).sum()))
+        w -= move(rounded(g, step, random), t)
+    return [
+        {
+            "variance": variance,
+            "seed": seed,
+            "steps": settings.steps,
+            "regret": own,
+            "largest_gradient": largest,
+            "excess": own - regret[0],
+        }
+        for (variance, seed), own in zip(runs, regret, strict=True)
+    ]
 
 
 def _sgd(a: float) -> Callable[[Array, int], Array]:
@@ -151,6 +163,13 @@ def _adam(a: float) -> Callable[[Array, int], Array]:
         return a / np.sqrt(t) * scaled
 
     return move
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam}
+NAMES = {"sgd": "SGD", "adam": "Adam"}
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
 
 
 def fit(runs: pd.DataFrame) -> pd.DataFrame:
@@ -180,46 +199,109 @@ def fit(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(runs: pd.DataFrame, exponents: pd.DataFrame) -> bytes:
-    """Excess against variance, a panel for each optimizer: means with 95 % intervals, the fit, and theory's slope."""
-    with style.applied():
-        figure = style.new_figure(2 * style.COLUMN_WIDTH, 2.3)
-        panels = figure.subplots(1, 2)
-        for axes, (name, title, color) in zip(
-            panels, (("sgd", "SGD", "#0072B2"), ("adam", "Adam", "#D55E00")), strict=True
-        ):
-            noisy = runs[(runs["optimizer"] == name) & (runs["variance"] > 0)]
-            groups = noisy.groupby("variance")["excess"]
-            mean, count = groups.mean(), groups.count()
-            half = scipy.stats.t.ppf(0.975, count - 1) * groups.std() / np.sqrt(count)
-            shown = mean > 0
-            axes.errorbar(
-                mean.index[shown], mean[shown], half[shown], fmt="o", color=color, capsize=1.5, label="mean, 95 %"
-            )
-            row = exponents[(exponents["optimizer"] == name) & (exponents["variances"] == "sigma dominates")].iloc[0]
-            x = np.array([row["least"], row["most"]])
-            fitted = np.exp(row["constant"]) * x ** row["exponent"]
-            label = f"fit: {row['exponent']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            axes.plot(x, fitted, color=color, label=label)
-            reference = fitted[0] * (x / x[0]) ** row["theory"] * 0.5
-            power = r"$\sigma^2$" if name == "sgd" else r"$\sigma$"
-            axes.plot(x, reference, "--", color=style.INK, label=f"slope of the bound: {power}")
-            axes.axvline(float(noisy["largest_gradient"].iloc[0]), color=style.GREY, linestyle=":", linewidth=0.8)
-            axes.annotate(
-                r"largest $\|g\|^2$",
-                (float(noisy["largest_gradient"].iloc[0]), 0.02),
-                xycoords=("data", "axes fraction"),
-                xytext=(2, 0),
-                textcoords="offset points",
-                color=style.GREY,
-                fontsize=5.5,
-            )
-            axes.set(xscale="log", yscale="log", title=title, xlabel=r"variance $\sigma^2$ of the quantized gradient")
-            axes.grid(True)
-            axes.legend(loc="upper left", frameon=True, facecolor="white", edgecolor="none", framealpha=1)
-        panels[0].set_ylabel("regret beyond that without noise")
-        return style.png(figure)
+def read(tables: Tables) -> pd.DataFrame:
+    """The exponents."""
+    found = fit(tables["regret"])
+    return pd.DataFrame(
+        {
+            "optimizer": found["optimizer"].map(NAMES),
+            "variances": found["variances"],
+            "from": [f"{value:.3g}" for value in found["least"]],
+            "to": [f"{value:.3g}" for value in found["most"]],
+            "runs": found["runs"].astype(str),
+            "exponent": [with_interval(row.exponent, row.low, row.high, ".3f") for row in found.itertuples()],
+            "theory": found["theory"].astype(str),
+        }
+    )
 
+
+def claims(tables: Tables) -> list[Claim]:
+    """Exponents where sigma dominates, against theory and each other; over all variances."""
+    runs = tables["regret"]
+    found = fit(runs).set_index(["variances", "optimizer"])
+    told = []
+    for (variances, optimizer), row in found.iterrows():
+        slope = with_interval(row["exponent"], row["low"], row["high"], ".3f")
+        where = f"{NAMES[optimizer]}, {runs['steps'].iloc[0]} steps, {int(row['runs'])} runs"
+        if variances == "all":
+            told.append(
+                Claim(f"{where} of all variances: the regret's excess grows with the exponent {slope} of sigma².")
+            )
+        else:
+            inside = bool(row["low"] <= row["theory"] <= row["high"])
+            told.append(
+                Claim(
+                    f"{where} where sigma dominates: the regret's excess grows with the exponent {slope} of sigma²; "
+                    f"the bound grows with {row['theory']:g}, which the interval "
+                    f"{'holds' if inside else 'leaves out'}.",
+                    inside,
+                )
+            )
+    sgd, adam = (found.loc[("sigma dominates", name)] for name in ("sgd", "adam"))
+    apart = bool(adam["high"] < sgd["low"])
+    told.append(
+        Claim(
+            f"Where sigma dominates, the excess grows more slowly with Adam than with SGD: the exponents' intervals "
+            f"{interval(adam['low'], adam['high'], '.3f')} and {interval(sgd['low'], sgd['high'], '.3f')} "
+            f"{'do not overlap' if apart else 'overlap'} (95 % each).",
+            apart,
+        )
+    )
+    return sorted(told, key=lambda claim: claim.holds is None)
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Excess against variance, a panel for each optimizer: means with 95 % intervals, the fit, and theory's slope."""
+    runs = tables["regret"]
+    exponents = fit(runs)
+    figure = style.new_figure(style.COLUMN_WIDTH, 3.9)
+    panels = figure.subplots(2, 1, sharex=True)
+    for ax, (name, color) in zip(panels, (("sgd", "#0072B2"), ("adam", "#D55E00")), strict=True):
+        noisy = runs[(runs["optimizer"] == name) & (runs["variance"] > 0)]
+        places = sorted(noisy["variance"].unique())
+        ends = np.array([mean_interval(noisy[noisy["variance"] == place]["excess"]) for place in places])
+        shown = ends[:, 0] > 0
+        mean, low, high = ends[shown].T
+        ax.errorbar(
+            np.array(places)[shown], mean, (mean - low, high - mean), fmt="o", color=color, elinewidth=0.8,
+            label="mean over seeds, 95 %",
+        )  # fmt: skip
+        row = exponents[(exponents["optimizer"] == name) & (exponents["variances"] == "sigma dominates")].iloc[0]
+        x = np.array([row["least"], row["most"]])
+        fitted = np.exp(row["constant"]) * x ** row["exponent"]
+        ax.plot(
+            x, fitted, color=color, label=f"exponent {with_interval(row['exponent'], row['low'], row['high'], '.3f')}"
+        )
+        power = r"$\sigma^2$" if name == "sgd" else r"$\sigma$"
+        reference = fitted[0] * (x / x[0]) ** row["theory"] * 0.5
+        ax.plot(x, reference, "--", color=style.INK, label=f"slope of the bound: {power}")
+        largest = float(noisy["largest_gradient"].iloc[0])
+        ax.axvline(largest, color=style.GREY, linestyle=":", linewidth=0.8)
+        ax.annotate(
+            r"largest $\|g\|^2$", (largest, 0.02), xycoords=("data", "axes fraction"), xytext=(2, 0),
+            textcoords="offset points", color=style.GREY,
+        )  # fmt: skip
+        ax.set(xscale="log", yscale="log", title=NAMES[name], ylabel="regret beyond that\nwithout noise [nat]")
+        ax.grid(True)
+        ax.legend(loc="upper left", frameon=True, facecolor="white", edgecolor="none", framealpha=1)
+    panels[-1].set_xlabel(r"variance $\sigma^2$ of the quantized gradient")
+    return {"regret": figure}
+
+
+STUDY = Study(
+    name="regret",
+    question="How does regret grow with the variance of an unbiased quantizer, with SGD and with Adam?",
+    full=Settings(),
+    quick=Settings(steps=300, seeds=3, variances=5),
+    columns={"regret": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Exponent of sigma² in the regret's excess over the run without noise: least squares in logarithms, 95 % "
+    "intervals (clustered by seed, t distribution). Theory: exponent of the upper bound. sigma dominates: sigma² at "
+    "least ten times the largest squared gradient.",
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

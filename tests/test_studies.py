@@ -177,3 +177,20 @@ def test_intervals_of_a_mean_cover_it(analysis):
     numbers = np.random.default_rng(0).normal(3, 2, (4000, 5))
     ends = np.array([analysis("estimates").mean_interval(row) for row in numbers])
     assert 0.93 < np.mean((ends[:, 1] <= 3) & (ends[:, 2] >= 3)) < 0.97
+
+
+def test_intervals_of_shares_are_those_of_clopper_and_pearson(analysis):
+    """3 of 10 as in the tables of the Pearson family; none and all in closed form, for several together, too."""
+    share, told = analysis("shares").share, analysis("shares").told
+    assert share(3, 10) == pytest.approx((0.3, 0.0667, 0.6525), abs=1e-4)
+    assert share(0, 50) == pytest.approx((0, 0, 1 - 0.025 ** (1 / 50)))
+    assert share(50, 50, 5) == pytest.approx((1, 0.005 ** (1 / 50), 1))
+    assert told(100, 100) == "1.000 [0.964, 1.000]"
+
+
+def test_the_index_tells_what_was_not_recorded(analysis):
+    made, saved = analysis("__main__")._made, analysis("study").Saved
+    known = {"seconds": 100.0, "provenance": {"cpu": "a processor", "versions": {"torch": "2.0"}}}
+    assert made(saved(Path(), {}, known)) == "2 min, a processor, torch 2.0"
+    unknown = {"seconds": None, "provenance": {"cpu": None, "versions": None}}
+    assert made(saved(Path(), {}, unknown)) == "time, processor, versions not recorded"
