@@ -51,21 +51,28 @@ def index() -> str:
 
 def _section(study: Study, saved: Saved) -> str:
     folder = f"results/{study.name}"
-    about = saved.about["provenance"]
     claims = "".join(
         f"- {'**Not as expected.** ' if claim.holds is False else ''}{claim.text}\n" for claim in saved.claims
     )
     first, *others = saved.about["figures"]
     more = "".join(f", [{name}]({folder}/{name}.png)" for name in others)
-    minutes = max(1, round(saved.about["seconds"] / 60))
     return (
         f'<a id="{study.name.replace("_", "-")}"></a>\n\n'
         f"## {study.question}\n\n"
-        f"`fqtstats study {study.name}`: {minutes} min on {about['cpu']}, torch {about['versions']['torch']}.\n\n"
+        f"`fqtstats study {study.name}`: {_made(saved)}.\n\n"
         f"{claims}\n"
         f"![{study.question}]({folder}/{first}.png)\n\n"
         f"[table]({folder}/table.md){more}\n"
     )
+
+
+def _made(saved: Saved) -> str:
+    """How long it took, and on what; some results are from before this was recorded."""
+    seconds, about = saved.about["seconds"], saved.about["provenance"]
+    time = "time not recorded" if seconds is None else f"{max(1, round(seconds / 60))} min"
+    if about is None:
+        return f"{time}, machine not recorded"
+    return f"{time} on {about['cpu']}, torch {about['versions']['torch']}"
 
 
 if __name__ == "__main__":
