@@ -34,7 +34,7 @@ class Task:
     longer: Mapping[str, int] = field(default_factory=dict)
 
 
-_SLOW = ("1bit-qat-sgd", "1bit-psq-sgd", "1bit-agp-sgd", "progressive", "joint-2-4", "dorefa")
+_SLOW = ("1bit-qat-sgd", "1bit-psq-sgd", "1bit-agp-sgd", "progressive", "stochastic-precision", "joint-2-4", "dorefa")
 
 TASKS = {
     "digits": Task(0.25),

@@ -34,16 +34,17 @@ auto tree_sum(const Leaf& leaf, std::int64_t count, std::int64_t index = 0, std:
 }
 
 // Consecutive elements that are summed side by side; a power of two, so that the order of additions stays the same.
-constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kLanes = 128;
 
-struct Lanes {
-  double of[kLanes];
-
-  friend Lanes operator+(Lanes a, const Lanes& b) {
-    for (std::int64_t i = 0; i < kLanes; ++i) a.of[i] += b.of[i];
-    return a;
-  }
-};
+// tree_sum() of kLanes numbers each, which leaf(index, to) writes, in place: `to` has room for those of all levels.
+template <typename Leaf>
+void tree_sums(const Leaf& leaf, std::int64_t count, double* to, std::int64_t index = 0, std::int64_t width = 1) {
+  if (width >= count) return leaf(index, to);
+  tree_sums(leaf, count, to, index, 2 * width);
+  if (index + width >= count) return;
+  tree_sums(leaf, count, to + kLanes, index + width, 2 * width);
+  for (std::int64_t i = 0; i < kLanes; ++i) to[i] += to[kLanes + i];
+}
 
 bool has_grid(float low, float high) {
   return std::isfinite(low) && std::isfinite(high) &&
@@ -67,8 +68,9 @@ class Adapter {
     if (grid.prescale != 1) return {0, kInfinity};
     constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
     const double total = kernel_.fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
-    // A probability lies up to 2^-n below f, and f (1 - f) is rounded.
-    const double slack = static_cast<double>(columns_) * (std::ldexp(1.0, -rounding_.random_bits) + 2 * kEpsilon);
+    // A probability lies up to 2^-n below f; the others are those of the sum.
+    const double slack = static_cast<double>(columns_) *
+                         (std::ldexp(1.0, -rounding_.random_bits) + 0x1p-20 + 0x1.8p-22 * rounding_.levels);
     // Two decoded neighbours are a step apart, up to the rounding of product and sum; a step without prescale is far
     // from the subnormal numbers.
     const double step = grid.step, span = static_cast<double>(high) - low;
@@ -82,32 +84,29 @@ class Adapter {
   double exact(const float* y, float low, float high) const {
     if (!has_grid(low, high)) return kInfinity;
     const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
-    const float numbers = std::ldexp(1.0f, rounding_.random_bits), levels = static_cast<float>(rounding_.levels);
-    const auto decoded = [&](float code) { return std::min(code, levels) * grid.step + grid.offset; };
-    const auto variance = [&](float x) {
-      // A coordinate is not negative, and below 2^9: to cut off is to round down.
-      const float coordinate = ((x - grid.offset) * grid.prescale) * grid.scale;
-      const float k = static_cast<float>(static_cast<std::int32_t>(coordinate));
-      const auto below = static_cast<std::int64_t>((coordinate - k) * numbers);
-      const double up = static_cast<double>(below) / static_cast<double>(numbers);
-      const double gap = static_cast<double>(decoded(k + 1)) - static_cast<double>(decoded(k));
-      return gap * gap * (up * (1 - up));
+    const Decoding decoding{grid.offset,
+                            grid.prescale,
+                            grid.scale,
+                            grid.step,
+                            static_cast<float>(rounding_.levels),
+                            std::ldexp(1.0f, rounding_.random_bits)};
+    const auto lanes = [&](std::int64_t i, double* v) {
+      const std::int64_t first = i * kLanes, count = std::min(columns_ - first, kLanes);
+      float numbers[kLanes];
+      if (source_.channels_last)
+        for (std::int64_t j = 0; j < count; ++j) numbers[j] = y[place(first + j)];
+      kernel_.variances(source_.channels_last ? numbers : y + first, count, decoding, v);
+      std::fill(v + count, v + kLanes, 0.0);
     };
-    const auto lanes = [&](std::int64_t i) {
-      Lanes v{};
-      for (std::int64_t j = i * kLanes; j < std::min((i + 1) * kLanes, columns_); ++j)
-        v.of[j - i * kLanes] = variance(y[place(j)]);
-      return v;
-    };
-    Lanes v = tree_sum(lanes, ceil_div(columns_, kLanes));
-    return tree_sum([&](std::int64_t i) { return v.of[i]; }, std::min(columns_, kLanes));
+    constexpr int kLevels = 40;  // 2^40 lanes are more than any memory has
+    double sums[kLevels * kLanes];
+    tree_sums(lanes, ceil_div(columns_, kLanes), sums);
+    return tree_sum([&](std::int64_t i) { return sums[i]; }, std::min(columns_, kLanes));
   }
 
  private:
-  // Where element i of a row, in logical order, is in memory.
-  std::int64_t place(std::int64_t i) const {
-    return source_.channels_last ? i % source_.positions * source_.channels + i / source_.positions : i;
-  }
+  // Where element i of a row, in logical order, is in memory that is channels-last.
+  std::int64_t place(std::int64_t i) const { return i % source_.positions * source_.channels + i / source_.positions; }
 
   const Kernel& kernel_;
   const Source source_;
@@ -115,13 +114,18 @@ class Adapter {
   const std::int64_t columns_;
 };
 
-// A reflected candidate: its rows, their extremes, and by position its scales, how the variance of a row enters the
+// Rows of reflected candidates: the rows themselves, their extremes and scales, how the variance of a row enters the
 // decoded ones, and the bounds of that part of the variance.
-struct Candidate {
+struct Reflected {
   float *y, *low, *high;
   const float* scale;
   double* weight;
   Interval* part;
+
+  // Those from row `first` on.
+  Reflected from(std::int64_t first, std::int64_t columns) const {
+    return {y + first * columns, low + first, high + first, scale + first, weight + first, part + first};
+  }
 };
 
 // _exact_weights() of adaptive.py.
@@ -155,15 +159,16 @@ bool match(const Adapter& rows, const float* published, std::int64_t head, std::
 
 enum Choice : int { kAlone, kMatched, kPublished };
 
-// What has the least variance, of a group of n rows at `head`.
-Choice choose(const Adapter& rows, const Candidate (&reflected)[2], bool is_matched, std::int64_t head, std::int64_t n,
-              std::int64_t columns) {
-  Interval total[3] = {{0, kInfinity}, {0, 0}, {0, 0}};
-  if (!is_matched) total[kMatched] = {kInfinity, kInfinity};
-  for (int c = is_matched ? kMatched : kPublished; c <= kPublished; ++c)
-    for (std::int64_t i = head; i < head + n; ++i) {
-      total[c].lower += reflected[c - 1].part[i].lower;
-      total[c].upper += reflected[c - 1].part[i].upper;
+// What has the least variance, of a group of n rows at `head`. matched: nullptr where it is no candidate.
+Choice choose(const Adapter& rows, const Reflected* matched, const Reflected& published, std::int64_t head,
+              std::int64_t n, std::int64_t columns) {
+  const Reflected* reflected[3] = {nullptr, matched, &published};
+  Interval total[3] = {{0, kInfinity}, {kInfinity, kInfinity}, {0, 0}};
+  if (matched != nullptr) total[kMatched] = {0, 0};
+  for (int c : {kMatched, kPublished})
+    for (std::int64_t i = 0; reflected[c] != nullptr && i < n; ++i) {
+      total[c].lower += reflected[c]->part[i].lower;
+      total[c].upper += reflected[c]->part[i].upper;
     }
   const double best = std::min(total[kMatched].upper, total[kPublished].upper);
   double upper = 0;
@@ -177,21 +182,23 @@ Choice choose(const Adapter& rows, const Candidate (&reflected)[2], bool is_matc
   int least = kAlone;
   for (int c : {kMatched, kPublished})
     if (total[c].upper < total[least].upper) least = c;
+  const auto open = [&](int c) { return total[c].lower <= total[least].upper; };  // of which exact values decide
   bool clear = true;
-  for (int c : {kAlone, kMatched, kPublished}) clear = clear && (c == least || total[c].lower > total[least].upper);
+  for (int c : {kAlone, kMatched, kPublished}) clear = clear && (c == least || !open(c));
   if (clear) return static_cast<Choice>(least);
-  double smallest = tree_sum(
-      [&](std::int64_t i) { return rows.exact(rows.row(head + i), rows.low(head + i), rows.high(head + i)); }, n);
+  double smallest = kInfinity;
+  if (open(kAlone))
+    smallest = tree_sum(
+        [&](std::int64_t i) { return rows.exact(rows.row(head + i), rows.low(head + i), rows.high(head + i)); }, n);
   Choice choice = kAlone;
   for (Choice c : {kMatched, kPublished}) {
-    const Candidate& candidate = reflected[c - 1];
-    bool finite = c == kPublished || is_matched;
-    for (std::int64_t i = head; i < head + n; ++i) finite = finite && has_grid(candidate.low[i], candidate.high[i]);
+    const Reflected* candidate = reflected[c];
+    bool finite = candidate != nullptr && open(c);
+    for (std::int64_t i = 0; finite && i < n; ++i) finite = has_grid(candidate->low[i], candidate->high[i]);
     if (!finite) continue;
     const double variance = tree_sum(
         [&](std::int64_t i) {
-          const std::int64_t p = head + i;
-          return candidate.weight[p] * rows.exact(candidate.y + p * columns, candidate.low[p], candidate.high[p]);
+          return candidate->weight[i] * rows.exact(candidate->y + i * columns, candidate->low[i], candidate->high[i]);
         },
         n);
     if (variance < smallest) {
@@ -210,57 +217,81 @@ void adapt(const Kernel& kernel, const Transform& published, const Source& sourc
   struct Floats;
   struct Weights;
   struct Parts;
-  struct Matched;
+  struct Order;
+  struct Heads;
+  struct Sizes;
   const std::int64_t n_rows = published.rows, columns = source.channels * source.positions;
   const Adapter rows(kernel, source, rounding);
-  float* floats = cpu::scratch<Floats, float>(3 * n_rows);
+  float* floats = cpu::scratch<Floats, float>(4 * n_rows);
   double* weights = cpu::scratch<Weights, double>(2 * n_rows);
   Interval* parts = cpu::scratch<Parts, Interval>(2 * n_rows);
-  float* matched_scale = floats + 2 * n_rows;
-  bool* is_matched = cpu::scratch<Matched, bool>(published.groups);
-  float* y = cpu::scratch<Transformed, float>(n_rows * columns);
-  std::copy_n(published.scale, n_rows, matched_scale);
-  for (std::int64_t i = 0; i < 2 * n_rows; ++i) weights[i] = 0;  // outside of groups
+  std::int64_t* order = cpu::scratch<Order, std::int64_t>(n_rows);
+  std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(2 * published.groups);
+  double* sizes = cpu::scratch<Sizes, double>(published.groups);
+  float *first_scale = floats, *second_scale = floats + n_rows;
+  // Matched groups stand with all other rows in the first transform, and as published in a second one.
+  std::copy_n(published.scale, n_rows, first_scale);
+  std::fill_n(weights, n_rows, 0.0);  // outside of groups
+  Transform first = published, second = published;
+  second.rows = second.groups = 0;
+  std::int64_t* second_head = heads + published.groups;  // of every group; -1 where it is in the first transform only
   for (std::int64_t g = 0; g < published.groups; ++g) {
     const std::int64_t head = published.heads[g], n = static_cast<std::int64_t>(published.sizes[g]);
-    is_matched[g] = match(rows, published.scale, head, n, matched_scale);
-    find_weights(matched_scale + head, n, weights + head);
-    find_weights(published.scale + head, n, weights + n_rows + head);
+    second_head[g] = -1;
+    if (match(rows, published.scale, head, n, first_scale)) {
+      second_head[g] = heads[second.groups] = second.rows;
+      sizes[second.groups++] = published.sizes[g];
+      std::copy_n(published.order + head, n, order + second.rows);
+      std::copy_n(published.scale + head, n, second_scale + second.rows);
+      find_weights(published.scale + head, n, weights + n_rows + second.rows);
+      second.rows += n;
+    }
+    find_weights(first_scale + head, n, weights + head);
   }
-  Transform matched = published;
-  matched.scale = matched_scale;
-  forward(kernel, published, source.x, columns, threads, y, floats, floats + n_rows);
-  forward(kernel, matched, source.x, columns, threads, out, low, high);
+  float* y = cpu::scratch<Transformed, float>(second.rows * columns);
+  first.scale = first_scale;
+  second.order = order;
+  second.heads = heads;
+  second.sizes = sizes;
+  second.scale = second_scale;
+  const Reflected in_first{out, low, high, first_scale, weights, parts};
+  const Reflected in_second{
+      y, floats + 2 * n_rows, floats + 3 * n_rows, second_scale, weights + n_rows, parts + n_rows};
+  forward(kernel, first, source.x, columns, threads, out, low, high);
+  if (second.rows > 0) forward(kernel, second, source.x, columns, threads, y, in_second.low, in_second.high);
 
-  const Candidate reflected[2] = {{out, low, high, matched_scale, weights, parts},
-                                  {y, floats, floats + n_rows, published.scale, weights + n_rows, parts + n_rows}};
-  cpu::split(2 * n_rows, kGrain / columns + 1, threads, [&](std::int64_t begin, std::int64_t end) {
+  cpu::split(n_rows + second.rows, kGrain / columns + 1, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t j = begin; j < end; ++j) {
-      const Candidate& c = reflected[j / n_rows];
-      const std::int64_t i = j % n_rows;
-      if (c.weight[i] == 0) continue;
-      const Interval row = rows.interval(c.y + i * columns, c.low[i], c.high[i]);
-      c.part[i] = {c.weight[i] * row.lower, c.weight[i] * row.upper};
+      const Reflected c = j < n_rows ? in_first.from(j, columns) : in_second.from(j - n_rows, columns);
+      if (*c.weight == 0) continue;
+      const Interval row = rows.interval(c.y, *c.low, *c.high);
+      *c.part = {*c.weight * row.lower, *c.weight * row.upper};
     }
   });
   cpu::split(published.groups, kGrain * published.groups / (n_rows * columns) + 1, threads,
              [&](std::int64_t begin, std::int64_t end) {
                for (std::int64_t g = begin; g < end; ++g) {
                  const std::int64_t head = published.heads[g], n = static_cast<std::int64_t>(published.sizes[g]);
-                 const Choice choice = choose(rows, reflected, is_matched[g], head, n, columns);
+                 const bool tried = second_head[g] >= 0;
+                 const Reflected at_head = in_first.from(head, columns);
+                 const Reflected theirs = tried ? in_second.from(second_head[g], columns) : at_head;
+                 const Choice choice = choose(rows, tried ? &at_head : nullptr, theirs, head, n, columns);
                  kept[g] = choice != kAlone;
-                 const bool in_place = choice == kMatched || (choice == kPublished && !is_matched[g]);
-                 for (std::int64_t i = head; i < head + n; ++i) {
-                   if (in_place) {
-                     scale[i] = matched_scale[i];
-                     continue;
+                 if (choice == kAlone) {
+                   for (std::int64_t i = head; i < head + n; ++i) {
+                     std::copy_n(rows.row(i), columns, out + i * columns);
+                     low[i] = rows.low(i);
+                     high[i] = rows.high(i);
+                     scale[i] = 1;
                    }
-                   const bool alone = choice == kAlone;
-                   std::copy_n(alone ? rows.row(i) : y + i * columns, columns, out + i * columns);
-                   low[i] = alone ? rows.low(i) : floats[i];
-                   high[i] = alone ? rows.high(i) : floats[n_rows + i];
-                   if (alone) scale[i] = 1;
+                   continue;
                  }
+                 const Reflected& chosen = choice == kMatched ? at_head : theirs;
+                 std::copy_n(chosen.scale, n, scale + head);
+                 if (chosen.y == at_head.y) continue;
+                 std::copy_n(chosen.y, n * columns, at_head.y);
+                 std::copy_n(chosen.low, n, at_head.low);
+                 std::copy_n(chosen.high, n, at_head.high);
                }
              });
 }

@@ -42,6 +42,13 @@ static constexpr std::int64_t workspace(std::int64_t n) {
   return n + 2 + levels;
 }
 
+// Codes of an affine grid, and how they are decoded: the coordinate of x is ((x - offset) prescale) scale, of which
+// the fraction, cut off to a multiple of 1 / numbers, is the probability of the larger neighbour; code k stands for
+// min(k, levels) step + offset. Each operation is rounded to float32.
+struct Decoding {
+  float offset, prescale, scale, step, levels, numbers;
+};
+
 struct Kernel {
   const char* name;
   cpu::Isa isa;
@@ -50,8 +57,11 @@ struct Kernel {
   // Rows first + i of `in` to rows order[i] of `out`.
   void (*inverse)(const Block& block);
   // Sum of f (1 - f) over f = y - floor(y), y = min((x - offset) scale, most): each rounded to float32 up to f, and
-  // then within 2^-17 of the sum and 2^-23 for every element.
+  // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
+  // than its rounding. May be negative.
   double (*fractions)(const float* x, std::int64_t count, float offset, float scale, float most);
+  // gap^2 (up (1 - up)) of every element in float64: gap from one decoded neighbour to the other, up the probability.
+  void (*variances)(const float* x, std::int64_t count, const Decoding& by, double* out);
 };
 
 // Every variant that was built, fastest first.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels/householder/householder.h"
+#include "kernels/householder/variance.h"
 
 namespace fqtstats::householder {
 namespace {
@@ -70,6 +71,6 @@ double fractions(const float* x, std::int64_t count, float offset, float scale, 
 
 }  // namespace
 
-extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions};
+extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions, variances};
 
 }  // namespace fqtstats::householder

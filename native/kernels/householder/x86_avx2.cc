@@ -1,6 +1,7 @@
 #include <immintrin.h>
 
 #include "kernels/householder/reflect.h"
+#include "kernels/householder/variance.h"
 
 namespace fqtstats::householder {
 namespace {
@@ -96,6 +97,6 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
   return total;
 }
 
-extern const Kernel avx2{"avx2", cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions};
+extern const Kernel avx2{"avx2", cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions, variances};
 
 }  // namespace fqtstats::householder
