@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -184,12 +185,12 @@ def draw(tables: Tables) -> dict[str, Figure]:
         own = rows[rows["model"] == model]
         native, fused = (own[own["backend"] == backend] for backend in BACKENDS[1:])
         ax.axvline(1, color=style.GREY, linewidth=0.6)
-        for values, color, marker, label in (
-            (native["operands"], "#0072B2", "o", "inputs of quantized layers"),
-            (native["graph"], "#E69F00", "s", "whole graph"),
-            (fused["graph"], "#009E73", "D", "whole graph, fused"),
+        for values, shift, color, marker, label in (
+            (native["operands"], -0.2, "#0072B2", "o", "inputs of quantized layers"),
+            (native["graph"], 0.0, "#E69F00", "s", "whole graph"),
+            (fused["graph"], 0.2, "#009E73", "D", "whole graph, fused"),
         ):
-            ax.plot(values, range(len(values)), marker, color=color, label=label)
+            ax.plot(values, np.arange(len(values)) + shift, marker, color=color, label=label)
         ax.set(title=model, ylim=(len(recipes_) - 0.5, -0.5))
         ax.set_yticks(range(len(recipes_)), recipes_)
         ax.grid(axis="y")

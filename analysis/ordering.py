@@ -50,7 +50,7 @@ from torch import nn
 
 from analysis.axes import ratio_axis
 from analysis.estimates import mean_interval
-from analysis.study import Claim, Parts, Row, Study, Tables, main
+from analysis.study import Claim, Parts, Row, Study, Tables, main, with_interval
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models
 from fqtstats.data.base import InMemory
@@ -448,9 +448,10 @@ def read(tables: Tables) -> pd.DataFrame:
 
 
 def ranged(row: dict[str, float], name: str) -> str:
-    """A mean with its interval."""
-    low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return f"{row[name]:+.3g}" + ("" if math.isnan(low) else f" [{low:+.3g}, {high:+.3g}]")
+    """A mean with its interval; "" for none."""
+    return (
+        "" if math.isnan(row[name]) else with_interval(*(row[f"{name}{end}"] for end in ("", "_low", "_high")), "+.3g")
+    )
 
 
 def claims(tables: Tables) -> list[Claim]:

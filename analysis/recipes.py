@@ -258,7 +258,8 @@ class Trainer:
             found = failure.diagnosis
             row["diverged"] = f"epoch {found['epoch']}, {found['reason']}; {tell(found)}"
         else:
-            row |= {key: float(result.final[key]) for key in MEASURED}
+            last = result.final[list(MEASURED)]
+            row |= {key: math.nan if pd.isna(value) else float(value) for key, value in last.items()}
         row["seconds"] = time.monotonic() - started
         return row, {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
 
