@@ -105,7 +105,7 @@ def _graph(model: nn.Module, images: torch.Tensor, handle: Handle | None = None)
         storage = tensor.untyped_storage()
         if storage.nbytes() > 0 and storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(images)

@@ -146,14 +146,15 @@ def claims(tables: Tables) -> list[Claim]:
         musts = sorted({f"{must:.3g}x" for must in own["must"]})
         told.append(
             Claim(
-                f"{name}, against {BASELINES.get(baseline, baseline)}: {_least_most(own)} times as fast, for "
-                f"{len(own)} combinations of shape, threads and memory; must: {' or '.join(musts)}"
+                f"{name}, against {BASELINES.get(baseline, baseline)}: {_least_most(own)} times as fast "
+                f"(quartiles over pairs), for {len(own)} combinations of shape, threads and memory; must: "
+                + " or ".join(musts)
                 + (f". {len(short)} fall short: {_bound(short)}." if len(short) else "."),
                 short.empty,
             )
         )
     if aimed.empty:
-        told.append(Claim(f"No row has a target; ratios are {_least_most(rows)}."))
+        told.append(Claim(f"No row has a target; ratios are {_least_most(rows)} (quartiles over pairs)."))
     shares = tables["shares"]
     for name, own in shares.groupby("name", sort=False):
         mean = own.groupby("kind", sort=False)["share"].agg(["mean", "min", "max"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fqtstats.errors import InputError
@@ -177,3 +178,15 @@ def test_intervals_of_a_mean_cover_it(analysis):
     numbers = np.random.default_rng(0).normal(3, 2, (4000, 5))
     ends = np.array([analysis("estimates").mean_interval(row) for row in numbers])
     assert 0.93 < np.mean((ends[:, 1] <= 3) & (ends[:, 2] >= 3)) < 0.97
+
+
+@pytest.mark.parametrize("ends", [(0.97, 1.04), (0.8, 1.3), (0.4, 1.5), (0.9, 25), (0.05, 300), (1e-5, 1e4)])
+def test_axes_of_ratios_have_a_few_numbers_over_half_of_them(analysis, ends):
+    ax = Figure().subplots()
+    ax.set_xlim(*ends)
+    analysis("axes").ratio_axis(ax)
+    ticks = ax.get_xticks()
+    assert ax.get_xlim() == ends
+    assert 2 <= len(ticks) <= 7
+    assert np.log(ticks[-1] / ticks[0]) >= np.log(ends[1] / ends[0]) / 2
+    assert [float(label.get_text()) for label in ax.get_xticklabels()] == pytest.approx(ticks)
