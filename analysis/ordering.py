@@ -473,11 +473,12 @@ def claims(tables: Tables) -> list[Claim]:
             told.append(Claim(f"{row['family']}, {row['better']} < {row['worse']}: not tested, less than two seeds."))
             continue
         ratio, low, high = (math.exp(row[name]) for name in ("log", "log_low", "log_high"))
+        form = ".3f" if 0.5 < low < high < 2 else ".3g"
         lost = row["diverged_better"] + row["diverged_worse"]
         told.append(
             Claim(
-                f"{row['family']}, {row['better']} < {row['worse']}: the second's loss is {ratio:.3g} "
-                f"[{low:.3g}, {high:.3g}] times the first's over {row['seeds']} seeds"
+                f"{row['family']}, {row['better']} < {row['worse']}: the second's loss is "
+                f"{with_interval(ratio, low, high, form)} times the first's over {row['seeds']} seeds"
                 + (f", {lost} runs diverged" if lost else "")
                 + f" (p = {row['p_holm']:.2g}, Holm): {row['verdict'].partition(' (')[0]}.",
                 row["verdict"] == "ordered",
