@@ -68,11 +68,11 @@ def _section(study: Study, saved: Saved) -> str:
 
 def _made(saved: Saved) -> str:
     """How long it took, and on what: of some results that is not known."""
-    seconds, about = saved.about["seconds"], saved.about["provenance"]
+    seconds, about = saved.about["seconds"], saved.about["provenance"] or {}
     told = {
         "time": None if seconds is None else f"{max(1, round(seconds / 60))} min",
-        "processor": about["cpu"],
-        "versions": f"torch {about['versions']['torch']}" if about["versions"] else None,
+        "processor": about.get("cpu"),
+        "versions": f"torch {about['versions']['torch']}" if about.get("versions") else None,
     }
     known = [text for text in told.values() if text]
     missing = ", ".join(what for what, text in told.items() if not text)

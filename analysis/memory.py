@@ -1,29 +1,30 @@
-"""Memory that a training step keeps from its forward pass for its backward pass, by recipe and backend.
+"""How much less memory does a training step keep for its backward pass, by recipe and backend?
 
-``python -m analysis.memory`` (a minute) writes to ``analysis/results/memory/``:
-
-* ``memory.csv``: for each model, recipe and backend, two measures beside those of the plain model in float32:
-  ``operands``, the inputs of the quantized layers as they are kept, with what their quantizers' surrogates keep
-  (``Handle.kept``), and ``graph``, every tensor that autograd holds for the backward pass, but for parameters, each
-  storage once (``torch.autograd.graph.saved_tensors_hooks``): outputs before batch normalization and what layers in
-  full precision keep are in it, and so are codes of weights;
-* ``memory.png``: how many times less than in float32.
+Two measures beside those of the plain model in float32: ``operands``, the inputs of the quantized layers as they are
+kept, with what their quantizers' surrogates keep (``Handle.kept``), and ``graph``, every tensor that autograd holds for
+the backward pass, but for parameters, each storage once (``torch.autograd.graph.saved_tensors_hooks``): outputs before
+batch normalization and what layers in full precision keep are in it, and so are codes of weights.
 
 The simulated backend multiplies float32 numbers and keeps them as such: it has no saving to show. A chain keeps what
 comes before its normalizations once, in float32, and computes everything between from it again.
+
+Bytes are counted, not estimated: they depend on shapes alone, so there are no intervals.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import fqtstats
+from analysis.axes import ratio_axis
+from analysis.study import Claim, Parts, Row, Study, Tables, main
 from fqtstats.benchmarks.step import MODELS as STEPS
 from fqtstats.determinism import seeded
 from fqtstats.layers import fuse_
@@ -31,61 +32,68 @@ from fqtstats.layers.state import Kept
 from fqtstats.layers.swap import Handle
 from fqtstats.models.preact_resnet import PreActResNet
 from fqtstats.report import style
+from fqtstats.schema import Column
 from fqtstats.training import recipes
 
-FOLDER = Path(__file__).parent / "results" / "memory"
-BATCH, SIZE = 64, 32
 MODELS: dict[str, Callable[[], nn.Module]] = {**STEPS, "preact_resnet20": lambda: PreActResNet(3, 10, 3)}
-RECIPES: tuple[tuple[str, int | None], ...] = (
-    ("statquant-psq", 8),
-    ("lsq", 4),
-    ("lsq", 2),
-    ("luq", None),
-    ("1bit-agp-sgd", 4),
-)
 BACKENDS = ("simulated", "native", "native, fused")
 MIB = 2**20
 
+COLUMNS = (
+    Column("model", "str", "", "network"),
+    Column("recipe", "str", "", "and its bits"),
+    Column("backend", "str", "", "that multiplies, and whether its chains are fused"),
+    Column("operands_MiB", "float64", "MiB", "inputs of the quantized layers, as they are kept"),
+    Column("operands_float32_MiB", "float64", "MiB", "the same in float32"),
+    Column("graph_MiB", "float64", "MiB", "all tensors that autograd holds for the backward pass, but for parameters"),
+    Column("graph_float32_MiB", "float64", "MiB", "the same of the plain model in float32"),
+)
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    save(measured(), parser.parse_args().out)
+
+@dataclass(frozen=True)
+class Settings:
+    """Of the study; recipes are ``name`` or ``name@bits``, images have three channels."""
+
+    models: tuple[str, ...] = tuple(MODELS)
+    recipes: tuple[str, ...] = ("statquant-psq@8", "lsq@4", "lsq@2", "luq", "1bit-agp-sgd@4")
+    batch: int = 64
+    size: int = 32
 
 
-def measured(batch: int = BATCH) -> pd.DataFrame:
-    """The table, MiB."""
-    rows: list[dict[str, object]] = []
-    for name, build in MODELS.items():
-        images = torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """A row per network, recipe and backend."""
+
+    def of_model(model: str) -> Iterator[Row]:
+        shape = (settings.batch, 3, settings.size, settings.size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         with seeded(0):
-            whole = _graph(build(), images)[0]
-        for recipe, bits in RECIPES:
+            whole = _graph(MODELS[model](), images)[0]
+        for recipe in settings.recipes:
             for backend in BACKENDS:
-                with seeded(0):
-                    model = build()
-                policy = recipes.get(recipe, bits).for_model(model, images[:2], pretrained=True).stages[-1].policy
-                handle = fqtstats.prepare_(model, policy, backend=backend.partition(",")[0])
-                if backend.endswith("fused"):
-                    fuse_(model, handle)
-                graph, kept = _graph(model, images, handle)
-                operands = sum(one.activation for one in kept)
-                plain = sum(one.activation_float32 for one in kept)
-                rows.append(
-                    {
-                        "model": name,
-                        "recipe": recipe.removesuffix("-sgd") + ("" if bits is None else f" {bits}"),
-                        "backend": backend,
-                        "operands_MiB": operands / MIB,
-                        "operands_float32_MiB": plain / MIB,
-                        "operands_ratio": plain / operands,
-                        "graph_MiB": graph / MIB,
-                        "graph_float32_MiB": whole / MIB,
-                        "graph_ratio": whole / graph,
-                    }
-                )
-    return pd.DataFrame(rows)
+                graph, kept = _quantized(model, recipe, backend, images)
+                yield {
+                    "recipe": recipe.replace("-sgd", "").replace("@", " "),
+                    "backend": backend,
+                    "operands_MiB": sum(one.activation for one in kept) / MIB,
+                    "operands_float32_MiB": sum(one.activation_float32 for one in kept) / MIB,
+                    "graph_MiB": graph / MIB,
+                    "graph_float32_MiB": whole / MIB,
+                }
+
+    return {"memory": parts.every("models", [{"model": name} for name in settings.models], of_model)}
+
+
+def _quantized(model: str, recipe: str, backend: str, images: torch.Tensor) -> tuple[int, list[Kept]]:
+    """As :func:`_graph`, of a network in the last stage of a recipe."""
+    name, _, bits = recipe.partition("@")
+    with seeded(0):
+        built = MODELS[model]()
+    chosen = recipes.get(name, int(bits) if bits else None)
+    policy = chosen.for_model(built, images[:2], pretrained=True).stages[-1].policy
+    handle = fqtstats.prepare_(built, policy, backend=backend.partition(",")[0])
+    if backend.endswith("fused"):
+        fuse_(built, handle)
+    return _graph(built, images, handle)
 
 
 def _graph(model: nn.Module, images: torch.Tensor, handle: Handle | None = None) -> tuple[int, list[Kept]]:
@@ -97,7 +105,7 @@ def _graph(model: nn.Module, images: torch.Tensor, handle: Handle | None = None)
         storage = tensor.untyped_storage()
         if storage.nbytes() > 0 and storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an operation that keeps its own result would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model(images)
@@ -106,38 +114,107 @@ def _graph(model: nn.Module, images: torch.Tensor, handle: Handle | None = None)
     return sum(storage.nbytes() for storage in held.values()), kept
 
 
-def save(table: pd.DataFrame, folder: Path) -> None:
-    """``memory.csv`` and ``memory.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / "memory.csv", index=False, float_format="%.4g")
-    (folder / "memory.png").write_bytes(draw(table))
-    print(table.to_string(index=False, float_format="%.2f"))
+# --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def draw(table: pd.DataFrame) -> bytes:
-    """Per model, how many times less is kept: operands of quantized layers, and the whole graph, fused or not."""
-    with style.applied():
-        figure = style.new_figure(2.1 * style.COLUMN_WIDTH, 2.0)
-        axes = figure.subplots(1, table["model"].nunique(), sharey=True)
-        for ax, (model, own) in zip(axes, table.groupby("model", sort=False), strict=True):
-            native, fused = (own[own["backend"] == backend] for backend in BACKENDS[1:])
-            for shift, values, color, label in (
-                (-0.27, native["operands_ratio"], "#0072B2", "inputs of quantized layers"),
-                (0.0, native["graph_ratio"], "#E69F00", "whole graph"),
-                (0.27, fused["graph_ratio"], "#009E73", "whole graph, fused"),
-            ):
-                places = [i + shift for i in range(len(values))]
-                bars = ax.bar(places, values, width=0.25, color=color, label=label)
-                ax.bar_label(bars, fmt="%.1f", fontsize=4.5, color=style.INK)
-            ax.axhline(1, color=style.GREY, linewidth=0.5)
-            ax.set(title=model, yscale="log", yticks=[1, 2, 4, 8, 16, 32])
-            ax.set_yticklabels(["1x", "2x", "4x", "8x", "16x", "32x"])
-            ax.minorticks_off()
-            ax.set_xticks(range(len(native)), list(native["recipe"]), rotation=30, ha="right")
-        axes[0].set_ylabel("less than in float32")
-        axes[0].legend(loc="upper left")
-        return style.png(figure)
+def ratios(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with how many times less is kept than in float32: ``operands`` and ``graph``."""
+    return rows.assign(
+        operands=rows["operands_float32_MiB"] / rows["operands_MiB"],
+        graph=rows["graph_float32_MiB"] / rows["graph_MiB"],
+    )
 
+
+def read(tables: Tables) -> pd.DataFrame:
+    """A row per network, recipe and backend."""
+    return pd.DataFrame(
+        {
+            "model": row.model,
+            "recipe": row.recipe,
+            "backend": row.backend,
+            "operands, MiB": f"{row.operands_MiB:.1f}",
+            "float32 / operands": f"{row.operands:.2f}",
+            "graph, MiB": f"{row.graph_MiB:.1f}",
+            "float32 / graph": f"{row.graph:.2f}",
+        }
+        for row in ratios(tables["memory"]).itertuples()
+    )
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """Per network."""
+    told = []
+    for model, own in ratios(tables["memory"]).groupby("model", sort=False):
+        simulated, native, fused = (own[own["backend"] == backend] for backend in BACKENDS)
+        told += [
+            Claim(
+                f"{model}: float32 keeps {_range(native['operands'])} times what the native backend keeps of the "
+                f"inputs of quantized layers, by recipe{_except(native, 'operands')}; "
+                f"{_range(simulated['operands'])} times what the simulated one does (counted, no uncertainty).",
+                bool((native["operands"] > 1).all()),
+            ),
+            Claim(
+                f"{model}: the whole graph of the plain model in float32, {fused['graph_float32_MiB'].iloc[0]:.0f} "
+                f"MiB, is {_range(fused['graph'])} times that of quantized training with fused chains"
+                f"{_except(fused, 'graph')}, and {_range(native['graph'])} times that without fusion (counted).",
+                bool((fused["graph"] > 1).all()),
+            ),
+        ]
+    return told
+
+
+def _except(rows: pd.DataFrame, measure: str) -> str:
+    """The recipes that keep more than float32, if there are any."""
+    more = list(rows.loc[rows[measure] <= 1, "recipe"])
+    return f" (not less with {', '.join(more)})" if more else ""
+
+
+def _range(values: pd.Series) -> str:
+    low, high = f"{values.min():.2f}", f"{values.max():.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """A panel per network: how many times less is kept, of the operands of quantized layers and of the whole graph."""
+    rows = ratios(tables["memory"])
+    models = list(dict.fromkeys(rows["model"]))
+    recipes_ = list(dict.fromkeys(rows["recipe"]))
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.8 + (0.3 + 0.14 * len(recipes_)) * len(models))
+    panels = figure.subplots(len(models), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, model in zip(panels, models, strict=True):
+        own = rows[rows["model"] == model]
+        native, fused = (own[own["backend"] == backend] for backend in BACKENDS[1:])
+        ax.axvline(1, color=style.GREY, linewidth=0.6)
+        for values, shift, color, marker, label in (
+            (native["operands"], -0.2, "#0072B2", "o", "inputs of quantized layers"),
+            (native["graph"], 0.0, "#E69F00", "s", "whole graph"),
+            (fused["graph"], 0.2, "#009E73", "D", "whole graph, fused"),
+        ):
+            ax.plot(values, np.arange(len(values)) + shift, marker, color=color, label=label)
+        ax.set(title=model, ylim=(len(recipes_) - 0.5, -0.5))
+        ax.set_yticks(range(len(recipes_)), recipes_)
+        ax.grid(axis="y")
+    panels[-1].set_xlabel("kept in float32 / kept here")
+    for ax in panels:
+        ratio_axis(ax)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return {"memory": figure}
+
+
+STUDY = Study(
+    name="memory",
+    question="How much less memory does a training step keep for its backward pass, by recipe and backend?",
+    full=Settings(),
+    quick=Settings(("preact_resnet20",), ("statquant-psq@8", "lsq@2"), batch=8),
+    columns={"memory": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Operands: inputs of the quantized layers as they are kept for the backward pass. Graph: all that autograd "
+    "holds for it, but for parameters. float32 / ...: how many times as much float32 keeps, of the graph the plain "
+    "model. Bytes are counted: there is no uncertainty.",
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

@@ -1,14 +1,11 @@
 """Do better gradient quantizers train to lower loss, as the papers claim?
 
-``python -m analysis.ordering`` trains every variant of every family below once per seed, on one thread, and writes to
-``analysis/results/ordering/``:
+Every variant of every family below is trained once per seed, on one thread. A run that diverges is a row, too.
 
-* ``rows.csv``: a row per run. Runs that are there already are not repeated, so a study that was ended goes on where it
-  was; a run that diverged is a row, too;
-* ``means.csv``: of every variant the mean loss, and how far it is above that of the family's variant without gradient
-  noise;
-* ``comparisons.csv`` and ``table.md``: a row per claim;
-* ``losses.png``: logarithms of the ratios of the losses by claim and seed, a panel for each family.
+Every run has its own file, which appears when the run is over and stays. What is there is not repeated: a study that
+was ended goes on where it was, and processes share the work if each runs some of ``--families`` or ``--seeds`` with its
+own ``--out``, and the last of them all. A run is taken for another if model, epochs, recipe, batch size or data are
+others.
 
 Families:
 
@@ -34,42 +31,42 @@ at 95 %. Of the text a part is taken, in small batches (:mod:`analysis.tasks`).
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.special
-import scipy.stats
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
+from analysis.axes import ratio_axis
+from analysis.estimates import mean_interval
+from analysis.study import Claim, Parts, Row, Study, Tables, main, with_interval
 from analysis.tasks import TASKS, guessing, records
-from fqtstats import models, ops
+from fqtstats import models
 from fqtstats.data.base import InMemory
-from fqtstats.errors import TrainingDiverged
-from fqtstats.files import write_atomically
+from fqtstats.errors import InputError, TrainingDiverged
 from fqtstats.policy import QuantizerLike
-from fqtstats.provenance import provenance
 from fqtstats.quantizers import quantizer
 from fqtstats.report import style
+from fqtstats.schema import Column
 from fqtstats.training import loop, runs
+from fqtstats.training.description import recipe_as_json
 from fqtstats.training.recipes import Recipe
 from fqtstats.trainings import Training
 
-FOLDER = Path(__file__).parent / "results" / "ordering"
-SEEDS = 6
 BACKEND = "native"
 LEVEL = 0.025
 """Of the tests of one direction."""
-CONFIDENCE = 0.95
 FINE_TUNING = 5
 """Epochs on the rotated digits."""
 
@@ -221,74 +218,130 @@ def source(task: str) -> InMemory:
     return found
 
 
-@cache
-def first_weights(recipe: str, seed: int) -> dict[str, torch.Tensor]:
-    """The weights that a recipe's run on digits ends with; of its quantizers, nothing."""
-    model, _ = trained(Variant(recipe, recipe), "digits", seed)
-    return model.state_dict()
+@dataclass(frozen=True)
+class Settings:
+    """Of the study; no model and 0 epochs are the runs' own."""
+
+    families: tuple[str, ...] = tuple(FAMILIES)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
+    model: str = ""
+    epochs: int = 0
 
 
-def trained(variant: Variant, task: str, seed: int) -> tuple[nn.Module, Training]:
+COLUMNS = (
+    Column("family", "str", "", "of variants that are compared"),
+    Column("variant", "str", "", "within the family"),
+    Column("seed", "int64", "1", "of initialization, batch order and rounding"),
+    Column("model", "str", "", "network"),
+    Column("epochs", "int64", "1", "of the run"),
+    Column("trained_sha256", "str", "", "of recipes, batch size and data; empty where it was not recorded"),
+    Column("loss", "float64", "nats", "training loss of the last epoch; NaN if the run diverged, as what follows"),
+    Column("accuracy", "float64", "1", "training accuracy of the last epoch"),
+    Column("test_loss", "float64", "nats", "at the end"),
+    Column("test_accuracy", "float64", "1", "at the end"),
+    Column("diverged", "str", "", "where and why the run diverged; empty if it did not"),
+    Column("guessing", "float64", "nats", "loss of the best answer that does not look at the input"),
+    Column("cpu_seconds", "float64", "s", "that the run took"),
+)
+MEASURED = ("loss", "accuracy", "test_loss", "test_accuracy")
+"""Columns of a run that are unknown if it diverged."""
+
+
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """A row per run."""
+    if unknown := sorted(set(settings.families) - set(FAMILIES)):
+        raise InputError(f"unknown family {unknown[0]!r}; known: {', '.join(FAMILIES)}")
+    cases = [
+        case(FAMILIES[name], variant, seed, settings)
+        for name in settings.families
+        for seed in settings.seeds
+        for variant in (FAMILIES[name].reference, *FAMILIES[name].variants)
+    ]
+    return {"runs": parts.every("runs", cases, outcome)}
+
+
+def case(family: Family, variant: Variant, seed: int, settings: Settings) -> dict[str, Any]:
+    """All that a run depends on."""
+    run = _run(variant, family.task)
+    own = FINE_TUNING if family.task == "rotated" else TASKS[family.task].epochs or run.epochs
+    recipes = [variant.change(run.recipe)]
+    if variant.start is not None:
+        recipes.append(runs.run(f"{variant.start}/digits").recipe)
+    trained = [*map(recipe_as_json, recipes), _batch_size(variant, family.task), _fingerprint(family.task)]
+    return {
+        "family": family.name,
+        "variant": variant.name,
+        "seed": seed,
+        "model": settings.model or run.model,
+        "epochs": settings.epochs or own,
+        "trained_sha256": hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def outcome(family: str, variant: str, seed: int, model: str, epochs: int, trained_sha256: str) -> Row:
+    """The row of one run; of one that diverged, its numbers are NaN, and the reason is told."""
+    began = time.process_time()
+    of = FAMILIES[family]
+    (own,) = [each for each in (of.reference, *of.variants) if each.name == variant]
+    row: dict[str, object] = dict.fromkeys(MEASURED, math.nan) | {"diverged": ""}
+    try:
+        _, training = trained(own, of.task, seed, model, epochs)
+    except TrainingDiverged as error:
+        row["diverged"] = f"epoch {error.diagnosis['epoch']}: {error.diagnosis['reason']}"
+    else:
+        row |= {name: float(training.final[name]) for name in MEASURED}
+    return row | {"guessing": guessing(source(of.task)), "cpu_seconds": time.process_time() - began}
+
+
+def trained(variant: Variant, task: str, seed: int, model: str, epochs: int) -> tuple[nn.Module, Training]:
     """The model after one run, and the run.
 
     Raises:
         TrainingDiverged: the run, or that of its first weights, diverged.
     """
-    run = runs.run(f"{variant.recipe}/{'text' if task == 'text' else 'digits'}", variant.bits)
-    examples = source(task)
-    model = models.build(run.model, examples, seed)
+    network = models.build(model, source(task), seed)
     if variant.start is not None:
-        model.load_state_dict(first_weights(variant.start, seed))
+        network.load_state_dict(first_weights(variant.start, seed, model))
     training = loop.train(
-        model,
-        examples,
-        variant.change(run.recipe),
-        epochs=FINE_TUNING if task == "rotated" else TASKS[task].epochs or run.epochs,
-        batch_size=(task in TASKS and TASKS[task].batch_size) or run.batch_size,
+        network,
+        source(task),
+        variant.change(_run(variant, task).recipe),
+        epochs=epochs,
+        batch_size=_batch_size(variant, task),
         seed=seed,
         backend=BACKEND,
         pretrained=variant.start is not None,
     )
-    return model, training
+    return network, training
 
 
-def outcome(family: Family, variant: Variant, seed: int) -> dict[str, object]:
-    """The row of one run; of one that diverged, its numbers are NaN, and the reason is told."""
-    began = time.process_time()
-    row: dict[str, object] = {"family": family.name, "variant": variant.name, "seed": seed}
-    try:
-        _, training = trained(variant, family.task, seed)
-        last = training.final
-    except TrainingDiverged as error:
-        last = pd.Series(dtype=float)
-        row["diverged"] = f"epoch {error.diagnosis['epoch']}: {error.diagnosis['reason']}"
-    for name in ("epoch", "loss", "accuracy", "test_loss", "test_accuracy"):
-        row[name] = last.get(name, math.nan)
-    row |= {"guessing": guessing(source(family.task)), "cpu_seconds": time.process_time() - began}
-    return row
+@cache
+def first_weights(recipe: str, seed: int, model: str) -> dict[str, torch.Tensor]:
+    """The weights that a recipe's run on digits ends with; of its quantizers, nothing."""
+    variant = Variant(recipe, recipe)
+    network, _ = trained(variant, "digits", seed, model, _run(variant, "digits").epochs)
+    return network.state_dict()
+
+
+def _run(variant: Variant, task: str) -> runs.Run:
+    return runs.run(f"{variant.recipe}/{'text' if task == 'text' else 'digits'}", variant.bits)
+
+
+def _batch_size(variant: Variant, task: str) -> int:
+    return (task in TASKS and TASKS[task].batch_size) or _run(variant, task).batch_size
+
+
+@cache
+def _fingerprint(task: str) -> str:
+    return source(task).fingerprint()
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
-
-COLUMNS = (
-    *("family", "variant", "seed", "epoch", "loss", "accuracy", "test_loss", "test_accuracy"),
-    *("diverged", "guessing", "cpu_seconds"),
-)
 
 
 def losses(rows: pd.DataFrame) -> pd.DataFrame:
     """Final losses, seeds by variants, of one family; of runs that diverged, that of guessing."""
     return rows.assign(loss=rows["loss"].fillna(rows["guessing"])).pivot(index="seed", columns="variant", values="loss")
-
-
-def interval(differences: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-    """Their mean with the ends of its 95 % interval (Student t); NaN for the ends if there are less than two."""
-    n = len(differences)
-    mean = float(differences.mean()) if n else math.nan
-    if n < 2:
-        return mean, math.nan, math.nan
-    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std(ddof=1) / math.sqrt(n)
-    return mean, float(mean - half), float(mean + half)
 
 
 def p_greater(differences: npt.NDArray[np.float64]) -> float:
@@ -321,7 +374,7 @@ def compare(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
         for better, worse in family.claims:
             both = table.reindex(columns=[better, worse]).dropna()
             ratio = np.log(both[worse] / both[better]).to_numpy(dtype=np.float64)
-            ended = own[own["seed"].isin(both.index) & own["diverged"].notna()]["variant"]
+            ended = own[own["seed"].isin(both.index) & (own["diverged"] != "")]["variant"]
             row: dict[str, object] = {
                 "family": family.name,
                 "better": better,
@@ -332,7 +385,7 @@ def compare(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
             }
             of = {"difference": (both[worse] - both[better]).to_numpy(dtype=np.float64), "log": ratio}
             for name, values in of.items():
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), interval(values), strict=True))
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
             found.append({**row, "p": p_greater(ratio), "p_other": p_greater(-ratio)})
     table = pd.DataFrame(found)
     for name in ("p", "p_other"):
@@ -364,155 +417,157 @@ def means(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
             own = rows[(rows["family"] == family.name) & (rows["variant"] == variant.name)]
             both = table.reindex(columns=[variant.name, family.reference.name]).dropna().to_numpy(dtype=np.float64)
             row: dict[str, object] = {"family": family.name, "variant": variant.name, "seeds": len(own)}
-            row |= {"diverged": int(own["diverged"].notna().sum()), "loss": table[variant.name].mean()}
+            row |= {"diverged": int((own["diverged"] != "").sum()), "loss": table[variant.name].mean()}
             row |= {name: own[name].mean() for name in ("test_loss", "test_accuracy")}
-            excess = interval(np.log(both[:, 0] / both[:, 1]))
+            excess = mean_interval(np.log(both[:, 0] / both[:, 1]))
             found.append(row | dict(zip(("excess", "excess_low", "excess_high"), excess, strict=True)))
     return pd.DataFrame(found)
 
 
-# --- what is saved ----------------------------------------------------------------------------------------------------
+def families_of(rows: pd.DataFrame) -> list[Family]:
+    """Those with runs, in the order of the rows."""
+    return [FAMILIES[name] for name in dict.fromkeys(rows["family"])]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each variant")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    given = parser.parse_args()
-    rows = load(given.out)
-    for name in given.families:
-        for seed in range(given.seeds):
-            rows = complete(rows, FAMILIES[name], seed, given.out)
-    save(rows, given.out)
-
-
-def load(folder: Path) -> pd.DataFrame:
-    """The rows that are there."""
-    path = folder / "rows.csv"
-    known = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
-    return known.astype({"diverged": object})
-
-
-def complete(rows: pd.DataFrame, family: Family, seed: int, folder: Path) -> pd.DataFrame:
-    """The rows with those of the family and seed that were missing; every one is saved when it is there."""
-    done = set(rows[["family", "variant", "seed"]].itertuples(index=False, name=None))
-    for variant in (family.reference, *family.variants):
-        if (family.name, variant.name, seed) in done:
-            continue
-        row = outcome(family, variant, seed)
-        print(f"{family.name}, {variant.name}, seed {seed}: loss {row['loss']:.4g}", flush=True)
-        rows = pd.DataFrame([*rows.to_dict("records"), row], columns=COLUMNS)
-        write(folder / "rows.csv", rows.to_csv(index=False, float_format="%.9g"))
-    return rows
-
-
-def save(rows: pd.DataFrame, folder: Path) -> None:
-    """Everything that is made of the rows."""
-    families = [family for family in FAMILIES.values() if (rows["family"] == family.name).any()]
-    comparisons, own = compare(rows, families), means(rows, families)
-    write(folder / "comparisons.csv", comparisons.to_csv(index=False, float_format="%.6g"))
-    write(folder / "means.csv", own.to_csv(index=False, float_format="%.6g"))
-    write(folder / "table.md", markdown(comparisons, own))
-    about = {
-        "backend": BACKEND,
-        "level": LEVEL,
-        "tasks": {name: asdict(task) for name, task in TASKS.items()},
-        "fine_tuning_epochs": FINE_TUNING,
-        **provenance(ops.isa()),
-    }
-    write(folder / "run.json", json.dumps(about, indent=2) + "\n")
-    write(folder / "losses.png", draw(rows, families, comparisons))
-    print((folder / "table.md").read_text())
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """A file that is the new one or still the old one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(content.encode() if isinstance(content, str) else content))
-
-
-def markdown(comparisons: pd.DataFrame, own: pd.DataFrame) -> str:
-    """Both tables in Markdown."""
-    claims = [
-        [
-            row["family"],
-            f"{row['better']} < {row['worse']}",
-            f"{row['seeds']}",
-            f"{row['diverged_better']}, {row['diverged_worse']}",
-            ranged(row, "difference"),
-            ranged(row, "log"),
-            f"{row['p_holm']:.2g}",
-            row["verdict"],
-        ]
-        for row in comparisons.to_dict("records")
-    ]
-    trained_to = [
-        [
-            row["family"],
-            row["variant"],
-            f"{row['seeds']}",
-            f"{row['diverged']}",
-            f"{row['loss']:.4g}",
-            ranged(row, "excess"),
-            f"{row['test_loss']:.3g}",
-            f"{row['test_accuracy']:.3f}",
-        ]
-        for row in own.to_dict("records")
-    ]
-    heads = (
-        ["family", "claim", "seeds", "diverged", "difference [nats]", "log ratio", "p (Holm)", "verdict"],
-        ["family", "variant", "seeds", "diverged", "loss [nats]", "log ratio to exact", "test loss", "test accuracy"],
-    )
-    parts = []
-    for head, lines in zip(heads, (claims, trained_to), strict=True):
-        cells = [head, ["---"] * len(head), *lines]
-        parts.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
-    return (
-        "Claims: the first variant ends with the lower training loss. Differences and logarithms of ratios are those "
-        "of the second\nto the first, means over the seeds with 95 % intervals (paired t); p is one-sided, of the "
-        "logarithms.\n\n" + parts[0] + "\nVariants:\n\n" + parts[1]
+def read(tables: Tables) -> pd.DataFrame:
+    """A row per claim."""
+    rows = tables["runs"]
+    return pd.DataFrame(
+        {
+            "family": row["family"],
+            "claim": f"{row['better']} < {row['worse']}",
+            "seeds": f"{row['seeds']}",
+            "diverged": f"{row['diverged_better']}, {row['diverged_worse']}",
+            "difference [nats]": ranged(row, "difference"),
+            "log ratio": ranged(row, "log"),
+            "p (Holm)": "" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}",
+            "verdict": row["verdict"],
+        }
+        for row in compare(rows, families_of(rows)).to_dict("records")
     )
 
 
 def ranged(row: dict[str, float], name: str) -> str:
-    """A mean with its interval."""
-    return f"{row[name]:+.3g} ({row[f'{name}_low']:+.3g} to {row[f'{name}_high']:+.3g})"
+    """A mean with its interval; "" for none."""
+    return (
+        "" if math.isnan(row[name]) else with_interval(*(row[f"{name}{end}"] for end in ("", "_low", "_high")), "+.3g")
+    )
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """One per claim of the papers; what is not shown counts as not as expected."""
+    rows = tables["runs"]
+    table = compare(rows, families_of(rows))
+    counts = table["verdict"].value_counts()
+    ordered, other = int(counts.get("ordered", 0)), int(counts.get("ordered the other way", 0))
+    untested = int(table["p"].isna().sum())
+    told = [
+        Claim(
+            f"Of {len(table) - untested} claims that were tested, {ordered} are shown in training, {other} the other "
+            f"way round, {len(table) - untested - ordered - other} neither (each direction at {LEVEL:.1%}, p-values "
+            f"adjusted over all claims by Holm's method)."
+        )
+    ]
+    for row in table.to_dict("records"):
+        if math.isnan(row["p"]):
+            told.append(Claim(f"{row['family']}, {row['better']} < {row['worse']}: not tested, less than two seeds."))
+            continue
+        ratio, low, high = (math.exp(row[name]) for name in ("log", "log_low", "log_high"))
+        form = ".3f" if 0.5 < low < high < 2 else ".3g"
+        lost = row["diverged_better"] + row["diverged_worse"]
+        told.append(
+            Claim(
+                f"{row['family']}, {row['better']} < {row['worse']}: the second's loss is "
+                f"{with_interval(ratio, low, high, form)} times the first's over {row['seeds']} seeds"
+                + (f", {lost} runs diverged" if lost else "")
+                + f" (p = {row['p_holm']:.2g}, Holm): {row['verdict'].partition(' (')[0]}.",
+                row["verdict"] == "ordered",
+            )
+        )
+    return told
 
 
 _COLORS = {"ordered": "#009E73", "ordered the other way": "#D55E00"}
 
 
-def draw(rows: pd.DataFrame, families: Sequence[Family], comparisons: pd.DataFrame) -> bytes:
-    """Logarithms of the ratios of the losses by claim: a point per seed, and the mean with its 95 % interval."""
-    drawn = sorted(families, key=lambda family: -len(family.claims))
-    heights = [0.45 + 0.17 * len(family.claims) for family in drawn[::2]]
-    with style.applied():
-        figure = style.new_figure(2 * style.COLUMN_WIDTH, 0.2 + sum(heights))
-        panels = list(figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights).flat)
-        for ax, family in zip(panels, drawn, strict=False):
-            table = losses(rows[rows["family"] == family.name])
-            own = comparisons[comparisons["family"] == family.name].to_dict("records")
-            for place, row in enumerate(own):
-                both = np.log(table.reindex(columns=[row["better"], row["worse"]]).dropna())
-                ax.plot(both[row["worse"]] - both[row["better"]], [place + 0.2] * len(both), ".", color=style.GREY)
-                color = _COLORS.get(row["verdict"], style.INK)
-                ax.plot([row["log_low"], row["log_high"]], [place - 0.12] * 2, color=color)
-                ax.plot([row["log"]], [place - 0.12], "D", color=color, markersize=2.5)
-            ax.axvline(0, color=style.GREY, linewidth=0.5)
-            ax.set(title=family.name, yticks=range(len(own)), ylim=(len(own) - 0.4, -0.6))
-            ax.set_yticklabels([f"{row['worse']} / {row['better']}" for row in own])
-            ax.grid(axis="x")
-        for ax in panels[len(drawn) :]:
-            ax.remove()
-        figure.supxlabel(
-            "logarithm of the ratio of the final training losses, above 0 as claimed "
-            "(green: ordered, orange: the other way, black: no ordering shown)",
-            fontsize=6.5,
-        )
-        return style.png(figure)
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Ratios of the losses by claim, and of every variant's loss to that without gradient noise."""
+    rows = tables["runs"]
+    families = families_of(rows)
+    return {
+        "claims": _panels(families, lambda family: _claims_of(rows, family, compare(rows, families))),
+        "variants": _panels(families, lambda family: _variants_of(rows, family, means(rows, families))),
+    }
 
+
+Line = tuple[str, npt.NDArray[np.float64], tuple[float, float, float], str]
+"""What is drawn in one line of a panel: its name, a log ratio per seed, their mean with its interval, a colour."""
+
+
+def _claims_of(rows: pd.DataFrame, family: Family, table: pd.DataFrame) -> list[Line]:
+    final = np.log(losses(rows[rows["family"] == family.name]))
+    lines: list[Line] = []
+    for row in table[table["family"] == family.name].to_dict("records"):
+        both = final.reindex(columns=[row["better"], row["worse"]]).dropna()
+        values = (both[row["worse"]] - both[row["better"]]).to_numpy()
+        mean = (row["log"], row["log_low"], row["log_high"])
+        lines.append((f"{row['worse']} / {row['better']}", values, mean, _COLORS.get(row["verdict"], style.INK)))
+    return lines
+
+
+def _variants_of(rows: pd.DataFrame, family: Family, table: pd.DataFrame) -> list[Line]:
+    final = np.log(losses(rows[rows["family"] == family.name]))
+    lines: list[Line] = []
+    for row in table[table["family"] == family.name].to_dict("records"):
+        if row["variant"] == family.reference.name or family.reference.name not in final:
+            continue
+        values = (final[row["variant"]] - final[family.reference.name]).dropna().to_numpy()
+        mean = (row["excess"], row["excess_low"], row["excess_high"])
+        lines.append((f"{row['variant']} / {family.reference.name}", values, mean, style.INK))
+    return lines
+
+
+def _panels(families: Sequence[Family], lines_of: Callable[[Family], list[Line]]) -> Figure:
+    """A panel per family: ratios on a log axis, a point per seed, and the geometric mean with its 95 % interval."""
+    drawn = sorted(((family.name, lines_of(family)) for family in families), key=lambda item: -len(item[1]))
+    heights = [0.5 + 0.17 * len(lines) for _, lines in drawn[::2]]
+    figure = style.new_figure(2 * style.COLUMN_WIDTH, 0.3 + sum(heights))
+    panels = list(figure.subplots(len(heights), 2, squeeze=False, height_ratios=heights).flat)
+    for ax, (name, lines) in zip(panels, drawn, strict=False):
+        for place, (_, values, mean, color) in enumerate(lines):
+            ax.plot(np.exp(values), [place + 0.2] * len(values), ".", color=style.GREY)
+            center, *ends = np.exp(mean)
+            ax.plot(ends, [place - 0.12] * 2, color=color)
+            ax.plot([center], [place - 0.12], "D", color=color, markersize=2.5)
+        ax.axvline(1, color=style.GREY, linewidth=0.5)
+        ax.set(title=name, yticks=range(len(lines)), ylim=(len(lines) - 0.4, -0.6))
+        ax.set_yticklabels([label for label, *_ in lines])
+        ratio_axis(ax)
+    for ax in panels[len(drawn) :]:
+        ax.remove()
+    figure.supxlabel(
+        "ratio of the final training losses: points are seeds, lines 95 % intervals of the geometric mean\n"
+        "(green: ordered as claimed, orange: the other way, black: no ordering shown, or not a claim)",
+        fontsize=6.5,
+    )
+    return figure
+
+
+STUDY = Study(
+    name="ordering",
+    question="Do better gradient quantizers train to lower loss, as the papers claim?",
+    full=Settings(),
+    quick=Settings(("luq-digits",), (0, 1), "mlp", 1),
+    columns={"runs": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Claims: the first variant ends with the lower training loss. Differences and logarithms of ratios are "
+    "those of the second to the first, means over the seeds with 95 % intervals (paired t); p is one-sided, of the "
+    "logarithms. Diverged: runs of the first and of the second, which count with the loss of guessing.",
+    keeps_cases=True,
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

@@ -1,131 +1,244 @@
 """What does it gain to divide bits among the layers, and do the predictions hold?
 
-``python -m analysis.plan`` plans the bits of the default model on the default data, and of the small transformer on the
+Bits are planned (``fqtstats.plan``) for the default model on the default data, and for the small transformer on the
 sources of Python's standard library, each with BHQ and with PSQ for the input gradient and one grid per channel (the
-recipe's) for the weight gradient; once for a mean of 4 bits and once for a budget of 1.1 sampling variances. It saves
-the comparison of every plan with the simpler policies that meet the same target, the plans themselves, and a figure.
-Plans that are in ``--runs`` already are not made again, so that it can be interrupted.
+recipe's) for the weight gradient; once for a mean number of bits and once for a budget of sampling variances.
 
-``factor`` is the measured variance over the plan's; ``saved`` the mean bits that the plan saves. Policies with the same
-target are: the plan; the same bits everywhere ("uniform"); and, where that is better than uniform, one width for all
-weight-gradient quantizers and one for all input-gradient quantizers ("by site"), which tells the gain between the two
-sites from the gain between the layers.
+Policies with the same target are: the plan; the same bits everywhere ("uniform"); and, where that is better than
+uniform, one width for all weight-gradient quantizers and one for all input-gradient quantizers ("by site"), which tells
+the gain between the two sites from the gain between the layers.
+
+Every statement is on one network and minibatch; intervals are over the draws that the variances are measured with, and
+of a ratio as if those of its two sides were independent, on the logarithm.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
-from pathlib import Path
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 import fqtstats
-from fqtstats import experiment, ops
-from fqtstats.plans import Plan
-from fqtstats.provenance import provenance
+from analysis import networks
+from analysis.study import Claim, Parts, Row, Study, Tables, interval, main, with_interval
+from fqtstats import experiment
+from fqtstats.plans import COMPARISON, TABLE
 from fqtstats.report import style
+from fqtstats.schema import Column
 
-FOLDER = Path(__file__).parent / "results" / "plan"
-MODELS = {"preact_resnet20": "digits", "transformer": "text"}
-QUANTIZERS = ("bhq", "psq")
-TARGETS: dict[str, dict[str, float]] = {"mean of 4 bits": {"mean_bits": 4}, "budget 1.1": {"budget": 1.1}}
-COLORS = {"plan": "#009E73", "by site": "#56B4E9", "uniform": "#8a8a8a"}
+COLORS = {"plan": "#009E73", "by site": "#56B4E9", "uniform": style.GREY}
 
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=64, help="quantized gradients drawn to measure a policy")
-    parser.add_argument("--precision", type=float, default=0.05, help="of the profiles")
-    parser.add_argument("--batches", type=int, default=16, help="further minibatches, for the sampling variance")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    parser.add_argument("--runs", type=Path, default=Path("runs") / "plan", help="folder of the plans' runs")
-    given = parser.parse_args()
-    plans = {}
-    for model, quantizer, target in itertools.product(MODELS, QUANTIZERS, TARGETS):
-        place = given.runs / f"{model}-{quantizer}-{target.replace(' ', '-')}"
-        if not place.exists():
-            make(model, quantizer, target, given.draws, given.precision, given.batches).save(place)
-        plans[model, quantizer, target] = plan = fqtstats.load_plan(place)
-        print(f"{model}, {quantizer}, {target}: {plan}", flush=True)
-    save(plans, given.out)
+_CASE = (
+    Column("model", "str", "", "network"),
+    Column("quantizer_of_grad_input", "str", "", "input-gradient quantizer"),
+    Column("target", "str", "", "mean bits, or budget"),
+)
+COLUMNS = {"comparison": (*_CASE, *COMPARISON), "bits": (*_CASE, *TABLE)}
 
 
-def make(model: str, quantizer: str, target: str, draws: int, precision: float, batches: int) -> Plan:
-    """One plan."""
-    setup = experiment.prepare(model, MODELS[model], further=batches)
-    policy = fqtstats.policies.get(f"statquant-{quantizer}")
-    return fqtstats.plan(
-        setup.model, setup.batch, setup.loss, policy, batches=setup.further, draws=draws, precision=precision,
-        **TARGETS[target],
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Settings:
+    """Of the study.
+
+    ``mean_bits`` and ``budget`` (times the sampling variance) are the two targets; ``draws`` measure a policy,
+    ``precision`` is that of the profiles, and ``batches`` further minibatches tell the sampling variance.
+    """
+
+    models: tuple[str, ...] = ("preact_resnet20", "transformer")
+    quantizers: tuple[str, ...] = ("bhq", "psq")
+    mean_bits: float = 4.0
+    budget: float = 1.1
+    draws: int = 48
+    precision: float = 0.05
+    batches: int = 16
 
 
-def compare(plans: dict[tuple[str, str, str], Plan]) -> pd.DataFrame:
-    """One row per model, quantizer, target and policy."""
-    found = []
-    for (model, quantizer, target), plan in plans.items():
-        rows = plan.comparison
-        found.append(
-            rows.assign(
-                predicted_over_measured=rows["predicted"] / rows["measured"],
-                factor=rows["measured"] / plan.total["measured"],
-                saved=rows["mean_bits"] - plan.mean_bits,
-                over_sampling=1 + rows["measured"] / rows["sampling_variance"],
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """A row per network, quantizer, target and policy, and a row per quantizer of every plan."""
+    targets = {"mean bits": {"mean_bits": settings.mean_bits}, "budget": {"budget": settings.budget}}
+
+    def make(model: str, quantizer_of_grad_input: str, target: str) -> Iterator[Row]:
+        setup = experiment.prepare(model, networks.DATA[model], further=settings.batches)
+        policy = fqtstats.policies.get(f"statquant-{quantizer_of_grad_input}")
+        plan = fqtstats.plan(
+            setup.model, setup.batch, setup.loss, policy, batches=setup.further, draws=settings.draws,
+            precision=settings.precision, **targets[target],
+        )  # fmt: skip
+        for table, rows in (("comparison", plan.comparison), ("bits", plan.table)):
+            # By way of JSON, which knows no missing integers.
+            for row in json.loads(rows.to_json(orient="records", double_precision=15)):
+                yield {"of": table, **row}
+
+    cases = [
+        {"model": model, "quantizer_of_grad_input": quantizer, "target": target}
+        for model in settings.models
+        for quantizer in settings.quantizers
+        for target in targets
+    ]
+    rows = parts.every("plans", cases, make)
+    return {
+        name: rows.loc[rows["of"] == name, [column.name for column in columns]] for name, columns in COLUMNS.items()
+    }
+
+
+# --- what is said of it -----------------------------------------------------------------------------------------------
+
+_CASES = ["model", "quantizer_of_grad_input", "target"]
+
+
+def compare(comparison: pd.DataFrame) -> pd.DataFrame:
+    """The rows with what they are beside their plan.
+
+    ``factor`` is the measured variance over the plan's, with ``factor_low`` and ``factor_high``; ``saved`` the mean
+    bits that the plan saves; ``over`` the variance of a step's gradient over the sampling variance, with its ends;
+    ``held`` predicted over measured, and ``held_error`` the standard error of its logarithm.
+    """
+    plans = comparison[comparison["policy"] == "plan"].set_index(_CASES)
+    own = plans.loc[list(comparison[_CASES].itertuples(index=False, name=None))].reset_index(drop=True)
+    found = comparison.reset_index(drop=True)
+    error, reference = (_relative_error(rows) for rows in (found, own))
+    half = np.where(found["policy"] == "plan", 0.0, 1.96 * np.sqrt(error**2 + reference**2))
+    factor = found["measured"] / own["measured"]
+    return found.assign(
+        factor=factor,
+        factor_low=factor * np.exp(-half),
+        factor_high=factor * np.exp(half),
+        saved=found["mean_bits"] - own["mean_bits"],
+        **{f"over{end}": 1 + found[f"measured{end}"] / found["sampling_variance"] for end in ("", "_low", "_high")},
+        held=found["predicted"] / found["measured"],
+        held_error=np.sqrt(error**2 + (found["predicted_error"] / found["predicted"]) ** 2),
+    )
+
+
+def _relative_error(rows: pd.DataFrame) -> pd.Series:
+    """Standard error of the measured variance, as a share of it."""
+    return (rows["measured_high"] - rows["measured_low"]) / (2 * 1.96 * rows["measured"])
+
+
+def read(tables: Tables) -> pd.DataFrame:
+    """A row per policy."""
+    return pd.DataFrame(
+        {
+            "model": row.model,
+            "Q2": row.quantizer_of_grad_input,
+            "target": row.target,
+            "policy": row.policy + ("" if pd.isna(row.q1_bits) else f" {row.q1_bits}, {row.q2_bits}"),
+            "mean bits": f"{row.mean_bits:.2f}",
+            "variance / plan's": with_interval(row.factor, row.factor_low, row.factor_high, ".3g")
+            if row.policy != "plan"
+            else "1",
+            "step / sampling": with_interval(row.over, row.over_low, row.over_high, ".3f"),
+            "predicted / measured": f"{row.held:.3f}±{row.held * row.held_error:.3f}",
+        }
+        for row in compare(tables["comparison"]).itertuples()
+    )
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """What plans gain at the same bits, what they save within the budget, and whether predictions hold."""
+    rows, told = compare(tables["comparison"]), []
+    for (model, quantizer, target), own in rows.groupby(_CASES, sort=False):
+        plan = own.iloc[0]
+        others = own[own["policy"] != "plan"]
+        if target == "mean bits":
+            told += [
+                Claim(
+                    f"{model}, {quantizer}, {plan['mean_bits']:g} bits in the mean: the {row.policy} policy has "
+                    f"{with_interval(row.factor, row.factor_low, row.factor_high)} times the plan's variance.",
+                    bool(row.factor_low > 1),
+                )
+                for row in others.itertuples()
+            ]
+            continue
+        bits = " and ".join(f"{row.policy} {row.mean_bits:.2f}" for row in others.itertuples())
+        told.append(
+            Claim(
+                f"{model}, {quantizer}, within the budget: the plan takes {plan['mean_bits']:.2f} bits in the mean"
+                + (f", {bits}" if bits else "")
+                + f" (counted); a step's gradient then has "
+                f"{with_interval(plan['over'], plan['over_low'], plan['over_high'], '.3f')} times the sampling "
+                "variance.",
+                bool((others["saved"] >= 0).all()),
             )
         )
-        for column, value in (("target", target), ("quantizer", quantizer), ("model", model)):
-            found[-1].insert(0, column, value)
-    return pd.concat(found, ignore_index=True)
-
-
-def save(plans: dict[tuple[str, str, str], Plan], folder: Path) -> None:
-    """``comparison.csv``, ``comparison.json``, ``bits.csv`` and ``plan.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    comparison = compare(plans)
-    comparison.to_csv(folder / "comparison.csv", index=False, float_format="%.6g")
-    names = ["model", "quantizer_of_grad_input", "target"]
-    tables = [plan.table.assign(**dict(zip(names, key, strict=True))) for key, plan in plans.items()]
-    bits = pd.concat(tables, ignore_index=True)
-    bits[[*names, *(c for c in bits.columns if c not in names)]].to_csv(
-        folder / "bits.csv", index=False, float_format="%.6g"
+    error = NormalDist().inv_cdf(1 - 0.05 / (2 * len(rows)))
+    off = (np.log(rows["held"]).abs() > error * rows["held_error"]).sum()
+    ends = [rows.loc[rows["held"].idxmin()], rows.loc[rows["held"].idxmax()]]
+    least, most = (
+        f"{row['held']:.3f} {interval(*(row['held'] * math.exp(side * 1.96 * row['held_error']) for side in (-1, 1)))}"
+        for row in ends
     )
-    ratio = comparison["predicted_over_measured"]
-    told = {"predicted_over_measured": {"least": ratio.min(), "greatest": ratio.max()}, **provenance(ops.isa())}
-    (folder / "comparison.json").write_text(
-        json.dumps({**told, "rows": json.loads(comparison.to_json(orient="records"))}, indent=2) + "\n"
+    told.append(
+        Claim(
+            f"Predicted variances are {least} to {most} times the measured ones; {off} of {len(rows)} differ by more "
+            "than both their errors (5 % over all, Bonferroni).",
+            bool(off == 0),
+        )
     )
-    (folder / "plan.png").write_bytes(draw(comparison))
-    print(comparison.to_string(float_format="{:.4g}".format))
+    return told
 
 
-def draw(comparison: pd.DataFrame) -> bytes:
-    """Left: measured variance over the plan's at the same mean bits. Right: bits that it takes to meet the budget."""
-    cases = [*itertools.product(MODELS, QUANTIZERS)]
-    with style.applied():
-        figure = style.new_figure(2 * style.COLUMN_WIDTH, 2.2)
-        for ax, target, column, label in zip(
-            figure.subplots(1, 2), TARGETS, ("factor", "mean_bits"),
-            ("variance at a mean of 4 bits / plan's", "mean bits for a budget of 1.1"), strict=True,
-        ):  # fmt: skip
-            rows = comparison[comparison["target"] == target].set_index(["model", "quantizer", "policy"])[column]
-            for place, policy in enumerate(COLORS):
-                values = [rows.get((*case, policy), np.nan) for case in cases]
-                x = np.arange(len(cases)) + 0.27 * (place - 1)
-                bars = ax.bar(x, values, 0.25, color=COLORS[policy])
-                ax.bar_label(bars, ["" if np.isnan(value) else f"{value:.3g}" for value in values], fontsize=5)
-            ax.set_xticks(range(len(cases)), ["\n".join([*model.split("_"), quantizer]) for model, quantizer in cases])
-            ax.set_xlim(-0.6, len(cases) - 0.4)
-            ax.tick_params(axis="x", length=0)
-            ax.set_ylabel(label)
-        handles = [Patch(color=color, label=policy) for policy, color in COLORS.items()]
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    return style.png(figure)
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Above: measured variance over the plan's at the same mean bits. Below: bits that it takes to meet the budget."""
+    rows = compare(tables["comparison"])
+    cases = list(dict.fromkeys(rows[_CASES[:2]].itertuples(index=False, name=None)))
+    figure = style.new_figure(style.COLUMN_WIDTH, 3.2)
+    labels = {"mean bits": "variance at the same\nmean bits / plan's", "budget": "mean bits to meet\nthe budget"}
+    panels = figure.subplots(2, 1, sharex=True)
+    for ax, (target, label) in zip(panels, labels.items(), strict=True):
+        own = rows[rows["target"] == target].set_index(["model", "quantizer_of_grad_input", "policy"])
+        for place, policy in enumerate(COLORS):
+            for x, case in enumerate(cases):
+                if (*case, policy) not in own.index:
+                    continue
+                row = own.loc[(*case, policy)]
+                at = x + 0.27 * (place - 1)
+                value = row["factor"] if target == "mean bits" else row["mean_bits"]
+                start = 1 if target == "mean bits" else 0
+                ax.bar(at, value - start, 0.25, bottom=start, color=COLORS[policy])
+                top = value
+                if target == "mean bits" and policy != "plan":
+                    top = row["factor_high"]
+                    ax.errorbar(
+                        at, value, [[value - row["factor_low"]], [top - value]], color=style.INK, elinewidth=0.8
+                    )
+                ax.annotate(f"{value:.1f}", (at, top), (0, 1), textcoords="offset points", ha="center", fontsize=6)
+        ax.set_ylabel(label)
+        ax.tick_params(axis="x", length=0)
+        ax.margins(y=0.15)
+    panels[0].axhline(1, color=style.GREY, linewidth=0.5)
+    panels[0].set(yscale="log")
+    panels[0].set_yticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
+    panels[0].minorticks_off()
+    names = [f"{model}\n{quantizer}".replace("preact_", "") for model, quantizer in cases]
+    panels[1].set_xticks(range(len(cases)), names)
+    panels[1].set_xlim(-0.6, len(cases) - 0.4)
+    handles = [Patch(color=color, label=policy) for policy, color in COLORS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    return {"plan": figure}
 
+
+STUDY = Study(
+    name="plan",
+    question="What does it gain to divide bits among the layers, and do the predictions hold?",
+    full=Settings(),
+    quick=Settings(("mlp",), ("psq",), draws=4, precision=0.3, batches=4),
+    columns=COLUMNS,
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Q2: input-gradient quantizer. Policy: with its bits of the weight- and of the input-gradient quantizers. "
+    "Step / sampling: variance of a step's gradient over the sampling variance. 95 % intervals over draws; predicted / "
+    "measured with one standard error.",
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

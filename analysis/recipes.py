@@ -1,11 +1,12 @@
 """Does every recipe train, on both backends, and where do their losses differ?
 
-``python -m analysis.recipes`` trains every recipe on embedded data (:mod:`fqtstats.training.runs`), once per seed and
-backend, and saves a row per run, a table with a row per recipe, and a figure. ``--data text`` is the second task.
+Every recipe is trained on embedded data (:mod:`fqtstats.training.runs`), once per seed and backend. A run that diverges
+is a row, too, which says where.
 
-Every run has its own file in the folder ``runs``, which appears when the run is over. What is there is not repeated:
-an interrupted study goes on where it was, and processes with other ``--backends`` or ``--only-seeds`` may work on one
-study at a time; whichever is last leaves the table of all. A run that diverges is a row, too, which says where.
+Every run has its own file, which appears when the run is over and stays. What is there is not repeated: an interrupted
+study goes on where it was, and processes share the work if each runs some of ``--data``, ``--seeds`` or ``--backends``
+with its own ``--out``, and the last of them all. A run is taken for another if model, epochs, recipe, batch size or
+data are others.
 
 Runs of one seed start from the same weights and see the same batches; a recipe that starts from a network trained in
 full precision takes that of the recipe ``exact`` with the same seed and backend. A recipe trains if its final training
@@ -47,13 +48,12 @@ as those of recipes that quantize nothing, are ``identical``.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,38 +63,48 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from analysis.axes import ratio_axis
+from analysis.study import Claim, Parts, Row, Study, Tables, main
 from analysis.tasks import TASKS, guessing, records
-from fqtstats import models, ops
-from fqtstats.errors import TrainingDiverged
-from fqtstats.files import write_atomically
+from fqtstats import models
+from fqtstats.data.base import InMemory
+from fqtstats.errors import InputError, TrainingDiverged
 from fqtstats.layers import BACKENDS
-from fqtstats.provenance import provenance
 from fqtstats.report import style
+from fqtstats.schema import Column
 from fqtstats.training import loop, runs
 from fqtstats.training.description import recipe_as_json
 from fqtstats.training.divergence import tell
 from fqtstats.training.recipes import RECIPES
 
-FOLDER = Path(__file__).parent / "results" / "recipes"
-SEEDS = 3
 LOW = (2, 3, 4)
 """Bits at which the recipes with a choice of gradient quantizers are compared, beside their defaults."""
-
-
-def cases(source: str) -> list[tuple[str, int | None]]:
-    """Recipes and bits that are trained on some data."""
-    low = ("statquant-ptq", "statquant-psq", "statquant-bhq") if source == "digits" else ()
-    return [
-        (name, bits)
-        for name, definition in RECIPES.items()
-        for bits in ((*LOW, definition.default) if name in low else (None,))
-    ]
-
 
 START = "exact"
 """The recipe whose networks are those trained in full precision."""
 
+COLUMNS = (
+    Column("data", "str", "", "that it is trained on"),
+    Column("recipe", "str", "", "name, or name@bits"),
+    Column("backend", "str", "", "that multiplies"),
+    Column("seed", "int64", "1", "of initialization, batch order and rounding"),
+    Column("model", "str", "", "network"),
+    Column("epochs", "int64", "1", "of the run"),
+    Column("trained_sha256", "str", "", "of the recipe, of that which its network starts from, of batch size and data"),
+    Column("loss", "float64", "nats", "training loss of the last epoch; NaN if the run diverged, as what follows"),
+    Column("accuracy", "float64", "1", "training accuracy of the last epoch"),
+    Column("test_loss", "float64", "nats", "at the end"),
+    Column("test_accuracy", "float64", "1", "at the end"),
+    Column("kept_bytes", "float64", "byte", "kept for the backward pass, or NaN"),
+    Column("kept_float32_bytes", "float64", "byte", "the same in float32, or NaN"),
+    Column("seconds", "float64", "s", "that the run took"),
+    Column("guessing", "float64", "nats", "loss of the best answer that does not look at the input"),
+    Column("diverged", "str", "", "where and why the run diverged; empty if it did not"),
+)
 MEASURED = ("loss", "accuracy", "test_loss", "test_accuracy", "kept_bytes", "kept_float32_bytes")
 """Columns of a run that are unknown if it diverged."""
 
@@ -109,46 +119,44 @@ Weights = dict[str, torch.Tensor]
 Vector = npt.NDArray[np.float64]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=TASKS, default="digits")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each recipe and backend, at least 2")
-    parser.add_argument("--only-seeds", type=int, nargs="+", help="of these, the ones to run in this process")
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
-    parser.add_argument("--recipes", nargs="+", help="instead of all: names, or name@bits")
-    parser.add_argument("--model", help="instead of the run's own")
-    parser.add_argument("--epochs", type=int, help="instead of the run's own")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the results")
-    given = parser.parse_args()
-    if given.seeds < 2:
-        parser.error("--seeds must be at least 2")
-    seeds = range(given.seeds) if given.only_seeds is None else given.only_seeds
-    if not set(seeds) <= set(range(given.seeds)):
-        parser.error(f"--only-seeds must be of 0 to {given.seeds - 1}")
-    wanted = [split(text) for text in given.recipes or ()] or cases(given.data)
-    folder: Path = given.out / given.data
-    for seed in seeds:
-        for backend in given.backends:
-            own = Study(given.data, backend, seed, given.model, given.epochs)
-            start: tuple[dict[str, Any], Weights] | None = None
-            for name, bits in wanted:
-                file = folder / "runs" / f"{label(name, bits)}-{backend}-{seed}.json"
-                if file.exists():
-                    check(json.loads(file.read_text()), own.row(name, bits), file)
-                    continue
-                weights = None
-                if runs.run(f"{name}/{given.data}", bits).recipe.starts_from == "full-precision":
-                    start = start or own.train(START, None)
-                    if start[0]["diverged"]:
-                        write(file, own.row(name, bits) | {"diverged": f"its start: {start[0]['diverged']}"})
-                        continue
-                    weights = start[1]
-                row, found = own.train(name, bits, weights)
-                if name == START:
-                    start = row, found
-                write(file, row)
-    save(read(folder), folder)
+@dataclass(frozen=True)
+class Settings:
+    """Of the study; recipes are ``name``, ``name@bits`` or ``all``; no model and 0 epochs are the run's own."""
+
+    data: tuple[str, ...] = tuple(TASKS)
+    recipes: tuple[str, ...] = ("all",)
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    model: str = ""
+    epochs: int = 0
+
+
+def measure(settings: Settings, parts: Parts) -> Tables:
+    """A row per run."""
+    for kind, found, known in (("data", settings.data, TASKS), ("backend", settings.backends, BACKENDS)):
+        if other := sorted(set(found) - set(known)):
+            raise InputError(f"unknown {kind} {other[0]!r}; known: {', '.join(known)}")
+    trainer = Trainer(settings.model, settings.epochs)
+    cases = [
+        trainer.case(source, name, bits, backend, seed)
+        for source in settings.data
+        for seed in settings.seeds
+        for backend in settings.backends  # so that what starts from a trained network follows the one that trains it
+        for name, bits in chosen(source, settings.recipes)
+    ]
+    return {"runs": ordered(parts.every("runs", cases, trainer.run))}
+
+
+def chosen(source: str, recipes: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Recipes and bits that are trained on some data."""
+    if "all" not in recipes:
+        return [split(text) for text in recipes]
+    low = ("statquant-ptq", "statquant-psq", "statquant-bhq") if source == "digits" else ()
+    return [
+        (name, bits)
+        for name, definition in RECIPES.items()
+        for bits in ((*LOW, definition.default) if name in low else (None,))
+    ]
 
 
 def split(text: str) -> tuple[str, int | None]:
@@ -159,102 +167,109 @@ def split(text: str) -> tuple[str, int | None]:
 
 def label(name: str, bits: int | None) -> str:
     """How results call a recipe."""
-    chosen = RECIPES[name].default if bits is None else bits
-    return name if chosen is None else f"{name}@{chosen}"
+    own = RECIPES[name].default if bits is None else bits
+    return name if own is None else f"{name}@{own}"
 
 
-class Study:
-    """What the runs of one process, backend and seed have in common."""
+class Trainer:
+    """What the runs of one process have in common; the network that others start from is kept until it is another.
 
-    def __init__(self, source: str, backend: str, seed: int, model: str | None, epochs: int | None) -> None:
-        self.source, self.backend, self.seed, self.model, self.epochs = source, backend, seed, model, epochs
-        self.task, self.records = TASKS[source], records(source)
-        self.fingerprint = self.records.fingerprint()
+    Args:
+        model: instead of the runs' own; "": these.
+        epochs: likewise; 0: these.
+    """
 
-    def row(self, name: str, bits: int | None) -> dict[str, Any]:
-        """The row of a run of which nothing is known yet."""
-        run = runs.run(f"{name}/{self.source}", bits)
+    def __init__(self, model: str, epochs: int) -> None:
+        self.model, self.epochs = model, epochs
+        self.sources: dict[str, tuple[InMemory, str, float]] = {}
+        self.start: tuple[tuple[str, str, int], Row, Weights] | None = None
+
+    def source(self, data: str) -> tuple[InMemory, str, float]:
+        """Data, their fingerprint, and the loss of guessing."""
+        if data not in self.sources:
+            found = records(data)
+            self.sources[data] = found, found.fingerprint(), guessing(found)
+        return self.sources[data]
+
+    def case(self, data: str, name: str, bits: int | None, backend: str, seed: int) -> dict[str, Any]:
+        """All that a run depends on."""
+        run, task = runs.run(f"{name}/{data}", bits), TASKS[data]
         return {
-            "data": self.source,
+            "data": data,
             "recipe": label(name, bits),
-            "backend": self.backend,
-            "seed": self.seed,
+            "backend": backend,
+            "seed": seed,
             "model": self.model or run.model,
-            "epochs": self.epochs or self.task.longer.get(name) or self.task.epochs or run.epochs,
-            "trained_sha256": self.digest(run),
-            **dict.fromkeys(MEASURED, math.nan),
-            "seconds": 0.0,
-            "guessing": guessing(self.records),
-            "diverged": "",
+            "epochs": self.epochs or task.longer.get(name) or task.epochs or run.epochs,
+            "trained_sha256": self.digest(run, data),
         }
 
-    def digest(self, run: runs.Run) -> str:
+    def digest(self, run: runs.Run, data: str) -> str:
         """sha256 of the recipe, of that which its network starts from, of the size of the batches and of the data."""
         recipes = [run.recipe]
         if run.recipe.starts_from == "full-precision":
-            recipes.append(runs.run(f"{START}/{self.source}").recipe)
-        trained = [*map(recipe_as_json, recipes), self.task.batch_size or run.batch_size, self.fingerprint]
+            recipes.append(runs.run(f"{START}/{data}").recipe)
+        trained = [*map(recipe_as_json, recipes), TASKS[data].batch_size or run.batch_size, self.source(data)[1]]
         return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
 
-    def train(self, name: str, bits: int | None, weights: Weights | None = None) -> tuple[dict[str, Any], Weights]:
+    def run(self, data: str, recipe: str, backend: str, seed: int, model: str, epochs: int, trained_sha256: str) -> Row:
+        """The row of one run."""
+        name, bits = split(recipe)
+        of = (data, backend, seed)
+        weights = None
+        if runs.run(f"{name}/{data}", bits).recipe.starts_from == "full-precision":
+            if self.start is None or self.start[0] != of:
+                first = self.case(data, START, None, backend, seed)
+                self.start = of, *self.train(*of, START, None, first["model"], first["epochs"])
+            if trouble := self.start[1]["diverged"]:
+                return self.unknown(data) | {"diverged": f"its start: {trouble}"}
+            weights = self.start[2]
+        row, found = self.train(*of, name, bits, model, epochs, weights)
+        if name == START:
+            self.start = of, row, found
+        return row
+
+    def unknown(self, data: str) -> dict[str, object]:
+        """The row of a run of which nothing is known yet."""
+        return {**dict.fromkeys(MEASURED, math.nan), "seconds": 0.0, "guessing": self.source(data)[2], "diverged": ""}
+
+    def train(
+        self, data: str, backend: str, seed: int, name: str, bits: int | None, model: str, epochs: int,
+        weights: Weights | None = None,
+    ) -> tuple[dict[str, object], Weights]:  # fmt: skip
         """One run: its row, and the weights at its end."""
-        run, row = runs.run(f"{name}/{self.source}", bits), self.row(name, bits)
-        model = models.build(row["model"], self.records, self.seed)
+        run, row, examples = runs.run(f"{name}/{data}", bits), self.unknown(data), self.source(data)[0]
+        network = models.build(model, examples, seed)
         if weights is not None:
-            model.load_state_dict(weights)
+            network.load_state_dict(weights)
         started = time.monotonic()
         try:
             result = loop.train(
-                model,
-                self.records,
+                network,
+                examples,
                 run.recipe,
-                epochs=row["epochs"],
-                batch_size=self.task.batch_size or run.batch_size,
-                seed=self.seed,
-                backend=self.backend,
+                epochs=epochs,
+                batch_size=TASKS[data].batch_size or run.batch_size,
+                seed=seed,
+                backend=backend,
                 pretrained=weights is not None,
             )
         except TrainingDiverged as failure:
             found = failure.diagnosis
             row["diverged"] = f"epoch {found['epoch']}, {found['reason']}; {tell(found)}"
         else:
-            last = result.final
-            row |= {key: float(last[key]) for key in ("loss", "accuracy", "test_loss", "test_accuracy")}
-            if not pd.isna(last["kept_bytes"]):
-                row |= {key: int(last[key]) for key in ("kept_bytes", "kept_float32_bytes")}
+            last = result.final[list(MEASURED)]
+            row |= {key: math.nan if pd.isna(value) else float(value) for key, value in last.items()}
         row["seconds"] = time.monotonic() - started
-        told = row["diverged"] or ", ".join(f"{key} {row[key]:.4g}" for key in ("loss", "test_loss", "seconds"))
-        print(f"{row['recipe']}, {self.backend}, seed {self.seed}: {told}", flush=True)
-        return row, {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+        return row, {key: tensor.detach().clone() for key, tensor in network.state_dict().items()}
 
 
-def check(stored: dict[str, Any], wanted: dict[str, Any], file: Path) -> None:
-    """That a run that is not repeated is the one that is wanted."""
-    for key in ("model", "epochs"):
-        if stored[key] != wanted[key]:
-            raise SystemExit(f"{file} has {key} {stored[key]}, not {wanted[key]}; give another --out, or remove it")
-    if stored.get("trained_sha256") != wanted["trained_sha256"]:
-        raise SystemExit(f"{file} is of another recipe, batch size or data; give another --out, or remove it")
-
-
-def write(file: Path, row: dict[str, Any]) -> None:
-    """A run's file, whole or not at all."""
-    known = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    put(file, (json.dumps(known, indent=2) + "\n").encode())
-
-
-def put(file: Path, content: bytes) -> None:
-    write_atomically(file, lambda opened: opened.write(content))
-
-
-def read(folder: Path) -> pd.DataFrame:
-    """A row per run, in the order of the recipes."""
-    rows = pd.DataFrame([json.loads(file.read_text()) for file in sorted((folder / "runs").glob("*.json"))])
-    rows = rows.astype(dict.fromkeys(MEASURED, np.float64))
-    order = {label(name, bits): index for index, (name, bits) in enumerate(cases("digits"))}
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """In the order of the data and the recipes."""
+    order = {label(name, bits): index for index, (name, bits) in enumerate(chosen("digits", ("all",)))}
     place = rows["recipe"].map(lambda recipe: order.get(recipe, len(order)))
-    return rows.assign(place=place).sort_values(["place", "recipe", "backend", "seed"]).drop(columns="place")
+    rows = rows.assign(task=rows["data"].map(list(TASKS).index), place=place)
+    return rows.sort_values(["task", "place", "recipe", "backend", "seed"]).drop(columns=["task", "place"])
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -374,7 +389,8 @@ def overall(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     Made from runs and their :func:`summary`. ``ratio``: geometric mean of the ratios of the losses over the recipes
     that have every seed on both backends, with the 95 % interval of the mean over the ``seeds`` (t distribution);
     ``verdict``: of this mean, with the recipes' ``margin``. ``share``: root mean square difference of the backends over
-    that of two seeds, in log loss; the median over the recipes. Empty for less than two recipes or seeds.
+    that of two seeds, in log loss; the median over the recipes, with their quartiles. Empty for less than two recipes
+    or seeds.
     """
     if "sd_backends" not in table or len(own := table.dropna(subset="sd_backends")) < 2:
         return {}
@@ -392,6 +408,7 @@ def overall(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     p_equal = float(scipy.stats.t.sf((math.log(margin) - abs(mean)) / error, df))
     p_differs = 2 * float(scipy.stats.t.sf(abs(mean) / error, df))
     within = own["sd_backends"] ** 2 * (1 - 1 / own["pairs"]) + np.log(own["ratio"]) ** 2
+    shares = np.sqrt(within / (2 * own["sd_seeds"].clip(lower=RESOLUTION) ** 2))
     return {
         "recipes": recipes,
         "seeds": seeds,
@@ -402,34 +419,21 @@ def overall(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
         "p_equal": p_equal,
         "p_differs": p_differs,
         "verdict": verdict(p_equal, p_differs),
-        "share": float(np.sqrt(within / (2 * own["sd_seeds"].clip(lower=RESOLUTION) ** 2)).median()),
+        **dict(zip(("share_low", "share", "share_high"), shares.quantile([0.25, 0.5, 0.75]), strict=True)),
     }
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+# --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def save(rows: pd.DataFrame, folder: Path) -> None:
-    """``rows.csv``, ``summary.csv``, ``table.md``, ``run.json`` and ``losses.png``."""
-    table = summary(rows)
-    about = {
-        "models": sorted(set(rows["model"])),
-        "epochs": sorted(set(map(int, rows["epochs"]))),
-        "trained": {name: TASKS[name].trained for name in sorted(set(rows["data"]))},
-        "level": LEVEL,
-        "limit": LIMIT,
-        "overall": overall(rows, table),
-    }
-    for name, content in {
-        "rows.csv": rows.to_csv(index=False, float_format="%.9g"),
-        "summary.csv": table.to_csv(index=False, float_format="%.6g"),
-        "table.md": markdown(table, about["overall"]),
-        "run.json": json.dumps({**about, **provenance(ops.isa())}, indent=2) + "\n",
-    }.items():
-        put(folder / name, content.encode())
-    put(folder / "losses.png", draw(rows))
-    print(readable(table).to_string(index=False))
-    print(in_words(about["overall"]))
+def by_data(tables: Tables) -> list[tuple[str, pd.DataFrame, pd.DataFrame]]:
+    """Of each data set its name, the runs, and their :func:`summary`."""
+    return [(str(name), own, summary(own)) for name, own in tables["runs"].groupby("data", sort=False)]
+
+
+def read(tables: Tables) -> pd.DataFrame:
+    """A row per data set and recipe."""
+    return readable(pd.concat([table.assign(data=name) for name, _, table in by_data(tables)], ignore_index=True))
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
@@ -443,13 +447,15 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     def ratio(row: pd.Series) -> str:
         if math.isnan(row.get("ratio_low", math.nan)):
             return "" if math.isnan(row.get("ratio", math.nan)) else f"{row['ratio']:.2f}"
-        return f"{row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+        return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
     backends = [backend for backend in BACKENDS if f"loss_{backend}" in table]
+    several = [name for name in ("data", "epochs") if name in table and table[name].nunique() > 1]
     return pd.DataFrame(
         {
+            **({"data": row["data"]} if "data" in several else {}),
             "recipe": row["recipe"],
-            **({"epochs": str(row["epochs"])} if table["epochs"].nunique() > 1 else {}),
+            **({"epochs": str(row["epochs"])} if "epochs" in several else {}),
             **{f"loss, {backend}": loss(row, backend) for backend in backends},
             "trains": "yes" if row["trains"] else "no",
             "ratio (95 %)": ratio(row),
@@ -470,58 +476,136 @@ def with_deviation(mean: float, deviation: float) -> str:
     return f"{mean:.{digits}f}±{deviation:.{digits}f}"
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """What :func:`overall` says; "" for nothing."""
-    if not found:
-        return ""
+def claims(tables: Tables) -> list[Claim]:
+    """Of each data set: which recipes train, what the backends do on average, and the verdicts on single recipes."""
+    told = []
+    for data, rows, table in by_data(tables):
+        failing = list(table.loc[~table["trains"], "recipe"])
+        limit = TASKS[data].trained * float(rows["guessing"].iloc[0])
+        told.append(
+            Claim(
+                f"{data}: {len(table) - len(failing)} of {len(table)} recipes train, with a final training loss below "
+                f"{limit:.3g} nats ({TASKS[data].trained:g} times that of guessing) in each of their runs"
+                + (f"; not: {', '.join(failing)}." if failing else "."),
+                not failing,
+            )
+        )
+        if not (found := overall(rows, table)):
+            told.append(Claim(f"{data}: backends are not compared; it takes two recipes with both, and two seeds."))
+            continue
+        told += [Claim(in_words(data, found), found["verdict"] == "equal"), _verdicts(data, table)]
+    return told
+
+
+def in_words(data: str, found: dict[str, Any]) -> str:
+    """What :func:`overall` says."""
+    words = {"equal": "below", "differs": "not 0, nor shown to be below", "open": "not shown to be below"}
     return (
-        f"All {found['recipes']} recipes whose losses differ, over {found['seeds']} seeds: native / simulated "
-        f"{found['ratio']:.3f} ({found['ratio_low']:.3f}-{found['ratio_high']:.3f}), {found['verdict']} by a margin of "
-        f"{found['margin']:.2f}.\nA difference of the backends is {found['share']:.2f} times that of two seeds."
+        f"{data}: all {found['recipes']} recipes whose losses differ, over {found['seeds']} seeds: native / simulated "
+        f"{found['ratio']:.3f} [{found['ratio_low']:.3f}, {found['ratio_high']:.3f}], a mean difference "
+        f"{words[found['verdict']]} the margin of a factor of {found['margin']:.2f} (p = {found['p_equal']:.2g}). A "
+        f"recipe's difference of the backends is {found['share']:.2f} times that of two seeds (median over the "
+        f"recipes; quartiles [{found['share_low']:.2f}, {found['share_high']:.2f}])."
     )
 
 
-def markdown(table: pd.DataFrame, found: dict[str, Any]) -> str:
-    """What is to be read of the table, and what its columns are."""
-    shown = readable(table)
-    lines = [list(shown.columns), ["---"] * len(shown.columns), *shown.itertuples(index=False)]
-    legend = (
-        "Loss: final training loss [nats], mean and standard deviation over the seeds. Ratio: native / simulated, "
-        "geometric mean with the recipe's own 95 % interval. Backends: whether they move the loss by less than a seed "
-        "does; open: not to be told from these runs. Memory: how many times less is kept for the backward pass than "
-        "in float32, by the layers that are quantized."
+def _verdicts(data: str, table: pd.DataFrame) -> Claim:
+    """On single recipes."""
+    counts = {name: list(table.loc[table["verdict"] == name, "recipe"]) for name in _COLORS}
+    shifted = table[table["verdict"] == "differs"]
+    which = "; ".join(
+        f"{row.recipe} {row.ratio:.2f} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]" for row in shifted.itertuples()
     )
-    rows = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return "\n".join(filter(None, [rows, f"{legend}\n", in_words(found)])).rstrip() + "\n"
+    told = ", ".join(f"{len(recipes)} {name}" for name, recipes in counts.items())
+    same = f"; identical: {', '.join(counts['identical'])}" if counts["identical"] else ""
+    return Claim(
+        f"{data}: of single recipes, with p-values times their number (Bonferroni): {told}"
+        + (f" ({which})" if which else "")
+        + f"{same}. Open is not to be told from these runs.",
+        shifted.empty,
+    )
 
 
-def draw(rows: pd.DataFrame) -> bytes:
-    """Final training loss of every run, a row of points per recipe; runs that diverged stand at the right edge."""
-    order = list(dict.fromkeys(rows["recipe"]))
-    with style.applied():
-        figure = style.new_figure(style.COLUMN_WIDTH, 0.6 + 0.16 * len(order))
-        ax = figure.subplots()
-        for offset, backend, color in zip((0.15, -0.15), BACKENDS, ("#D55E00", "#0072B2"), strict=True):
-            own = rows[rows["backend"] == backend]
-            places = np.array([order.index(recipe) + offset for recipe in own["recipe"]])
-            ax.plot(own["loss"], places, ".", color=color, label=backend)
-            lost = places[(own["diverged"] != "").to_numpy()]
-            if len(lost):
-                edge = ax.get_yaxis_transform()
-                ax.plot(np.ones(len(lost)), lost, "x", color=color, transform=edge, clip_on=False)
-        if (rows["diverged"] != "").any():
-            ax.plot([], [], "x", color=style.INK, label="diverged")
-        ax.set(xlabel="final training loss [nats]", xscale="log", yticks=range(len(order)))
-        # Below a factor of four there may be no power of ten: there every tick has its number.
-        every = rows["loss"].max() < 4 * rows["loss"].min()
+_COLORS = {"equal": "#009E73", "identical": style.GREY, "open": style.INK, "differs": "#CC79A7"}
+"""By verdict."""
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """A figure per data set: the final loss of every run, and the ratio of the backends, a line per recipe."""
+    return {data: _figure(rows, table) for data, rows, table in by_data(tables)}
+
+
+def _figure(rows: pd.DataFrame, table: pd.DataFrame) -> Figure:
+    order = list(table["recipe"])
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.75 + 0.135 * len(order))
+    compared = "ratio_low" in table
+    losses, *others = figure.subplots(1, 1 + compared, sharey=True, squeeze=False)[0]
+    _losses(losses, rows, order)
+    for ax in others:
+        _ratios(ax, table)
+        ax.tick_params(axis="y", length=0)
+    losses.set_yticks(range(len(order)), order)
+    losses.set_ylim(len(order) - 0.5, -0.5)
+    figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def _losses(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
+    """A point per run; runs that diverged stand at the right edge."""
+    for offset, backend, color in zip((0.15, -0.15), BACKENDS, ("#D55E00", "#0072B2"), strict=True):
+        own = rows[rows["backend"] == backend]
+        places = np.array([order.index(recipe) + offset for recipe in own["recipe"]])
+        ax.plot(own["loss"], places, ".", color=color, label=backend)
+        lost = places[(own["diverged"] != "").to_numpy()]
+        if len(lost):
+            edge = ax.get_yaxis_transform()
+            ax.plot(np.ones(len(lost)), lost, "x", color=color, transform=edge, clip_on=False)
+    if (rows["diverged"] != "").any():
+        ax.plot([], [], "x", color=style.INK, label="diverged")
+    ax.set(xlabel="final training loss\n[nats], a point per seed")
+    # Below a factor of four there may be no power of ten.
+    if rows["loss"].max() < 4 * rows["loss"].min():
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    else:
+        ax.set_xscale("log")
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if every else "")
-        ax.set_ylim(len(order) - 0.5, -0.5)
-        ax.set_yticklabels(order)
-        ax.grid(axis="x")
-        figure.legend(loc="outside upper center", ncols=3)
-    return style.png(figure)
+        ax.xaxis.set_minor_formatter("")
+    ax.grid(axis="x")
 
+
+def _ratios(ax: Axes, table: pd.DataFrame) -> None:
+    """Each with its own interval; the band is within the margin."""
+    tested = table.dropna(subset="ratio_low")
+    ax.axvspan(1 / tested["margin"].iloc[0], tested["margin"].iloc[0], color=style.tint(style.GREY, 0.25), linewidth=0)
+    ax.axvline(1, color=style.GREY, linewidth=0.5)
+    for verdict, color in _COLORS.items():
+        own = table[table["verdict"] == verdict].dropna(subset="ratio")
+        if own.empty:
+            continue
+        around = [(own["ratio"] - own["ratio_low"]).fillna(0), (own["ratio_high"] - own["ratio"]).fillna(0)]
+        ax.errorbar(
+            own["ratio"], own.index, xerr=around, fmt="D", markersize=2, elinewidth=0.8, color=color, label=verdict
+        )
+    ax.set(xlabel="native / simulated\n(95 %; band: margin)")
+    ratio_axis(ax)
+
+
+STUDY = Study(
+    name="recipes",
+    question="Does every recipe train, on both backends, and where do their losses differ?",
+    full=Settings(),
+    quick=Settings(("digits",), ("exact", "luq", "statquant-psq@4"), seeds=(0, 1), model="mlp", epochs=1),
+    columns={"runs": COLUMNS},
+    measure=measure,
+    draw=draw,
+    read=read,
+    claims=claims,
+    legend="Loss: final training loss [nats], mean and standard deviation over the seeds. Ratio: native / simulated, "
+    "geometric mean with the recipe's own 95 % interval. Backends: whether they move the loss by less than a seed "
+    "does; open: not to be told from these runs. Memory: how many times less is kept for the backward pass than "
+    "in float32, by the layers that are quantized.",
+    keeps_cases=True,
+)
 
 if __name__ == "__main__":
-    main()
+    main(STUDY)

@@ -69,7 +69,7 @@ class Parts:
 
     Args:
         folder: of the files; belongs to one study and one choice of settings.
-        settings: what they are made with; other settings are other cases.
+        settings: what they are made with; other settings are other cases. Empty if a case is all they depend on.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
@@ -130,6 +130,9 @@ class Study:
         read: from the tables to what is to be read of them, as text.
         claims: from the tables to the answer.
         legend: what the columns of the table that is read are, where their names do not say.
+        keeps_cases: whether the cases that are done stay in their files when the study is complete. Each must then be
+            all that its rows depend on, for any settings take them: processes share the work if each measures some of
+            the cases, with its own ``--out``, and the last all of them.
     """
 
     name: str
@@ -142,6 +145,7 @@ class Study:
     read: Callable[[Tables], pd.DataFrame]
     claims: Callable[[Tables], Sequence[Claim]]
     legend: str = ""
+    keeps_cases: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
         tables, measured = saved.tables, {key: saved.about[key] for key in ("seconds", "provenance")}
     else:
         started = time.monotonic()
-        made = study.measure(settings, Parts(parts, wanted))
+        made = study.measure(settings, Parts(parts, {} if study.keeps_cases else wanted))
         if set(made) != set(study.columns):
             raise ValueError(f"{study.name} made the tables {sorted(made)}, not {sorted(study.columns)}")
         tables = {name: normalised(made[name], columns, f"table {name!r}") for name, columns in study.columns.items()}
@@ -283,7 +287,8 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
     content[ABOUT] = (json.dumps(about, indent=2) + "\n").encode()
     for name, data in content.items():
         write_atomically(folder / name, lambda opened, data=data: opened.write(data))  # type: ignore[misc]
-    shutil.rmtree(parts, ignore_errors=True)
+    if not study.keeps_cases:
+        shutil.rmtree(parts, ignore_errors=True)
     return Saved(folder, dict(tables), about)
 
 

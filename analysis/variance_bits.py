@@ -234,7 +234,10 @@ def _equal(rows: pd.DataFrame) -> Figure:
         places.append(f"{row.model}, {row.quantizer}")
     ax.axvline(8, color=style.GREY, linewidth=0.8)
     ax.axvline(5.5, color=style.GREY, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="bits for the input-gradient variance\nof PTQ at 8 bits (mean over seeds, 95 %)", yticks=range(len(places)))
+    ax.set(
+        xlabel="bits for the input-gradient variance\nof PTQ at 8 bits (mean over seeds, 95 %)",
+        yticks=range(len(places)),
+    )
     ax.set_yticklabels(places)
     ax.set_ylim(len(places) - 0.5, -0.5)
     ax.grid(axis="x")

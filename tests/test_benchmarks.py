@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -214,26 +213,42 @@ def test_every_benchmark_is_listed_by_its_error(run: Run) -> None:
     assert all(field in Row.__dataclass_fields__ for field in ("must", "aim"))
 
 
-def analysis(name: str) -> Any:
-    # It stands in the repository, not in the installed package.
-    path = Path(__file__).parents[1] / "analysis" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"analysis_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_committed_table_is_that_of_the_committed_rows() -> None:
-    speed = analysis("speed")
-    content = json.loads((speed.FOLDER / "rows.json").read_text())
-    assert (speed.FOLDER / "table.md").read_text() == speed.table(content)
-    assert {row["allocator"] for row in content["rows"]} == set(machine.ALLOCATORS)
-    assert {row["threads"] for row in content["rows"]} >= {1, 2}
+def test_the_committed_table_is_that_of_the_committed_rows(analysis: Any) -> None:
+    speed, shared = analysis("speed"), analysis("study")
+    folder = shared.RESULTS / "speed"
+    tables = shared.load(speed.STUDY, folder).tables
+    assert (folder / "table.md").read_text() == shared.markdown(speed.STUDY, tables)
+    rows = tables["speed"]
+    assert set(rows["allocator"]) == set(machine.ALLOCATORS)
+    assert set(rows["threads"]) >= {1, 2}
     # Every row that has a target is one that the benchmarks still list.
-    listed = {(case.name, case.shape, case.must) for name in benchmarks.BENCHMARKS for case in benchmarks.cases(name)}
-    assert {(row["name"], row["shape"], row["must"]) for row in content["rows"] if row["must"]} <= listed
+    listed = {
+        (name, case.name, case.shape, case.must) for name in benchmarks.BENCHMARKS for case in benchmarks.cases(name)
+    }
+    aimed = rows[rows["must"].notna()]
+    assert set(aimed[["benchmark", "name", "shape", "must"]].itertuples(index=False, name=None)) <= listed
+
+
+def test_what_falls_short_is_told(analysis: Any) -> None:
+    speed = analysis("speed")
+    case = {"name": "n", "threads": 1, "allocator": "default", "baseline": "b", "aim": None, "seconds": 1.0}
+    rows = [
+        {**case, "benchmark": "gemm", "shape": shape, "ratio": ratio, "ratio_low": ratio - 1, "ratio_high": ratio + 1,
+         "must": 5.0, "baseline_seconds": ratio, "rate": None, "peak": "int8", "of_peak": 0.5, "shares": {"k": 1.0}}
+        for shape, ratio in (("s", 2.0), ("t", 4.0), ("u", 8.0))
+    ]  # fmt: skip
+    tables = speed.as_tables(rows)
+    short, share = speed.claims(tables)
+    assert not short.holds
+    assert "2.00 [1.00, 3.00] to 8.00 [7.00, 9.00] times as fast" in short.text
+    assert "2 fall short" in short.text
+    assert "they would be 4.00 to 8.00, for 1 of 2 the target is beyond this processor" in short.text
+    assert "k 100% [100%, 100%]" in share.text
+    assert list(speed.read(tables)["ratio"]) == [
+        "**2.00x** [1.00, 3.00]",
+        "**4.00x** [3.00, 5.00]",
+        "8.00x [7.00, 9.00]",
+    ]
 
 
 def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
@@ -250,7 +265,7 @@ def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
     assert {kind for kind, share in full.items() if share > 0} <= {"normalization, activation, pooling", "the rest"}
 
 
-def test_what_a_graph_holds_is_counted_once_and_without_parameters() -> None:
+def test_what_a_graph_holds_is_counted_once_and_without_parameters(analysis: Any) -> None:
     memory = analysis("memory")
     layer = nn.Linear(8, 4, bias=False)
     x = torch.randn(16, 8)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -32,7 +34,7 @@ def planted(family, logs: dict[str, np.ndarray]) -> pd.DataFrame:
             "loss": math.exp(value),
             "test_loss": 0.0,
             "test_accuracy": 1.0,
-            "diverged": "epoch 1" if math.isnan(value) else None,
+            "diverged": "epoch 1" if math.isnan(value) else "",
             "guessing": math.log(10),
         }
         for name, values in logs.items()
@@ -105,23 +107,58 @@ def test_one_seed_tests_nothing(ordering) -> None:
     assert row["verdict"].startswith("not tested")
 
 
-def test_runs_are_kept_and_one_that_diverges_is_a_row(ordering, monkeypatch, tmp_path) -> None:
-    family, made = ordering.FAMILIES["1bit-adam"], []
+def test_what_is_said_names_every_claim_and_whether_it_is_shown(ordering) -> None:
+    family = ordering.FAMILIES["luq-digits"]
+    logs = {"luq": NOISE, "exact": NOISE - 1} | {better: NOISE + 2 + NOISE[::-1] for _, better in family.claims}
+    logs["int4"] = NOISE - 2 - NOISE[::-1]
+    tables = {"runs": planted(family, logs)}
+    counts, *told = ordering.claims(tables)
+    assert "Of 4 claims that were tested, 3 are shown in training, 1 the other way round, 0 neither" in counts.text
+    assert [claim.holds for claim in told] == [True, True, True, False]
+    assert told[3].text.startswith("luq-digits, luq < int4: the second's loss is 0.135 [0.102, 0.18] times")
+    assert told[3].text.endswith("Holm): ordered the other way.")
+    assert list(ordering.draw(tables)) == ["claims", "variants"]
 
-    def trained(variant, task, seed):
+
+def test_runs_are_kept_and_one_that_diverges_is_a_row(ordering, analysis, monkeypatch, tmp_path) -> None:
+    made = []
+
+    def trained(variant, task, seed, model, epochs):
         made.append((variant.name, seed))
         raise TrainingDiverged("it did", {"epoch": 2, "reason": "the loss became nan, or so"}, None)
 
     monkeypatch.setattr(ordering, "trained", trained)
-    rows = ordering.complete(ordering.load(tmp_path), family, 0, tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def command(out, *seeds):
+        arguments = ["--families", "1bit-adam", "--seeds", *seeds, "--out", out]
+        return analysis("study").command(ordering.STUDY, arguments)
+
+    saved = command("one", "0")
     assert made == [("exact", 0), ("psq@1", 0), ("agp@4", 0)]
-    again = ordering.load(tmp_path)
-    assert list(again["diverged"]) == ["epoch 2: the loss became nan, or so"] * 3
-    pd.testing.assert_frame_equal(again, rows, check_dtype=False)
-    ordering.complete(again.iloc[[0, 2]], family, 0, tmp_path)
-    assert made[3:] == [("psq@1", 0)]
-    ordering.save(ordering.complete(again, family, 1, tmp_path), tmp_path)
-    assert "agp@4 < psq@1" in (tmp_path / "table.md").read_text()
+    assert list(saved.tables["runs"]["diverged"]) == ["epoch 2: the loss became nan, or so"] * 3
+    next(Path("runs").rglob("*.json")).unlink()
+    again = command("two", "0")
+    assert len(made) == 4
+    pd.testing.assert_frame_equal(again.tables["runs"].drop(columns="cpu_seconds"),
+                                  saved.tables["runs"].drop(columns="cpu_seconds"))  # fmt: skip
+    command("three", "0", "1")
+    assert made[4:] == [("exact", 1), ("psq@1", 1), ("agp@4", 1)]
+    assert "agp@4 < psq@1" in Path("three/table.md").read_text()
+
+
+def test_runs_of_other_recipes_are_other_cases(ordering, monkeypatch) -> None:
+    family, settings = ordering.FAMILIES["rotated-adam"], ordering.Settings()
+    own = ordering.case(family, family.reference, 0, settings)
+    assert own == ordering.case(family, family.reference, 0, settings)
+    assert (own["epochs"], own["model"]) == (ordering.FINE_TUNING, "preact_resnet20")
+    others = [
+        ordering.case(family, dataclasses.replace(family.reference, start="exact"), 0, settings),
+        ordering.case(family, dataclasses.replace(family.reference, change=ordering.as_registered), 0, settings),
+    ]
+    monkeypatch.setattr(ordering, "_batch_size", lambda *_: 7)
+    others.append(ordering.case(family, family.reference, 0, settings))
+    assert len({case["trained_sha256"] for case in (own, *others)}) == 4
 
 
 def test_variants_of_a_family_differ_in_their_gradients_alone(ordering) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 import torch
 
-from fqtstats.errors import TrainingDiverged
+from fqtstats.errors import InputError, TrainingDiverged
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_identical_losses_need_no_test(study: ModuleType) -> None:
     assert (table["verdict"].drop("r0") == "equal").all()
 
 
-def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study: ModuleType) -> None:
+def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study: ModuleType, analysis) -> None:
     rows = made_up()
     lost = (rows["recipe"] == "r1") & (rows["backend"] == "native") & (rows["seed"] == 0)
     rows.loc[lost, ["loss", "diverged"]] = [math.nan, "epoch 1"]
@@ -170,10 +170,21 @@ def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study:
     assert table.loc[["r2", "r3"], "verdict"].tolist() == ["open", "open"]
     assert table.loc[["r1", "r2", "r3"], "pairs"].tolist() == [2, 0, 0]
     assert table.loc["r0", "trains"]
-    assert study.draw(rows).startswith(b"\x89PNG")
-    told = study.markdown(study.summary(rows), overall(study, rows))
-    assert "| r2 | (3 diverged) | (3 diverged) | no |  | open | 4.0x |" in told
-    assert f"All {RECIPES - 3} recipes" in told
+    tables = {"runs": rows.assign(guessing=10.0)}
+    assert list(study.draw(tables)) == ["digits"]
+    assert "| r2 | (3 diverged) | (3 diverged) | no |  | open | 4.0x |" in analysis("study").markdown(
+        study.STUDY, tables
+    )
+    trains, pooled, single = study.claims(tables)
+    assert trains == analysis("study").Claim(
+        f"digits: {RECIPES - 3} of {RECIPES} recipes train, with a final training loss below 2.5 nats (0.25 times "
+        "that of guessing) in each of their runs; not: r1, r2, r3.",
+        False,
+    )
+    assert f"all {RECIPES - 3} recipes whose losses differ, over {SEEDS} seeds" in pooled.text
+    assert pooled.holds
+    assert f"{RECIPES - 3} equal, 0 identical, 3 open, 0 differs" in single.text
+    assert single.holds
 
 
 def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: ModuleType) -> None:
@@ -184,7 +195,9 @@ def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: Modu
         table = study.summary(part)
         assert table["verdict"].tolist() == ["open"]
         assert study.overall(part, table) == {}
-        assert "| r0 |" in study.markdown(table, {})
+        assert list(study.read({"runs": part})["recipe"]) == ["r0"]
+        assert "not compared" in study.claims({"runs": part})[1].text
+        assert study.draw({"runs": part})
 
 
 def test_a_run_that_is_not_there_yet_has_not_diverged(study: ModuleType) -> None:
@@ -236,14 +249,13 @@ def test_moderated_variances(study: ModuleType) -> None:
 
 
 @pytest.fixture
-def command(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The command line, with trainings that last no time; it returns the folder and the recipes that were trained."""
+def command(study: ModuleType, analysis, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The command line, with trainings that last no time; it returns the recipes that were trained and the table."""
     trained: list[tuple[str, str, int]] = []
 
     class Made:
         def __init__(self, loss: float) -> None:
-            names = ("loss", "accuracy", "test_loss", "test_accuracy", "kept_bytes", "kept_float32_bytes")
-            self.final = pd.Series(dict.fromkeys(names, loss))
+            self.final = pd.Series(dict.fromkeys(study.MEASURED, loss))
 
     def train(model, records, recipe, *, backend, seed, **others):
         trained.append((recipe.name, backend, seed))
@@ -255,64 +267,62 @@ def command(study: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
     monkeypatch.setattr(study.loop, "train", train)
     monkeypatch.setattr(study.models, "build", lambda *args: torch.nn.Linear(1, 1))
+    monkeypatch.chdir(tmp_path)
+    written = itertools.count()
 
-    def run(*arguments: str) -> list[tuple[str, str, int]]:
+    def run(*arguments: str) -> tuple[list[tuple[str, str, int]], pd.DataFrame]:
         trained.clear()
-        monkeypatch.setattr(sys, "argv", ["recipes", "--out", str(tmp_path), *arguments])
-        study.main()
-        return list(trained)
+        out = f"out{next(written)}"  # what was written is not measured again
+        saved = analysis("study").command(study.STUDY, ["--data", "digits", "--out", out, *arguments])
+        return list(trained), saved.tables["runs"]
 
-    run.folder = tmp_path / "digits"
     return run
 
 
 def test_a_run_that_diverges_is_a_row_and_the_study_goes_on(command) -> None:
-    assert len(command("--recipes", "luq", "lsq", "--seeds", "2")) == 12  # luq, and lsq with its start
-    rows = pd.read_csv(command.folder / "rows.csv")
+    trained, rows = command("--recipes", "luq", "lsq", "--seeds", "0", "1")
+    assert len(trained) == 12  # luq, and lsq with its start
     own = rows[(rows["recipe"] == "luq") & (rows["backend"] == "native")]
     assert own["loss"].isna().all()
     assert own["diverged"].str.contains("gradient of layer 'conv1'").all()
     assert rows.loc[rows["recipe"] == "lsq@4", "loss"].notna().all()
-    assert {file.name for file in command.folder.iterdir()} == {
-        "runs",
-        "rows.csv",
-        "summary.csv",
-        "table.md",
-        "run.json",
-        "losses.png",
-    }
 
 
-def test_runs_are_not_repeated_and_processes_share_a_folder(command) -> None:
-    first = command("--recipes", "exact", "luq", "--seeds", "2", "--backends", "native")
-    second = command("--recipes", "exact", "luq", "--seeds", "2", "--backends", "simulated", "--only-seeds", "1")
-    assert (len(first), len(second)) == (4, 2)
-    assert len(pd.read_csv(command.folder / "rows.csv")) == 6
+def test_runs_are_not_repeated_and_processes_share_them(command) -> None:
+    recipes = ("--recipes", "exact", "luq")
+    first, _ = command(*recipes, "--seeds", "0", "1", "--backends", "native")
+    second, rows = command(*recipes, "--seeds", "1", "--backends", "simulated")
+    assert (len(first), len(second), len(rows)) == (4, 2, 2)
     # What was killed while it wrote a run left that run's temporary file, which is none.
-    (command.folder / "runs" / "exact-simulated-1.json").unlink()
-    (command.folder / "runs" / "exact-simulated-1.json.tmp").write_text("{")
-    assert command("--recipes", "exact", "luq", "--seeds", "2") == [
-        ("exact", "simulated", 0),
-        ("luq", "simulated", 0),
-        ("exact", "simulated", 1),
-    ]
-    assert len(pd.read_csv(command.folder / "rows.csv")) == 8
-    assert command("--recipes", "exact", "luq", "--seeds", "2") == []
+    (parts,) = {file.parent for file in Path("runs").rglob("*.json")}
+    assert len(list(parts.glob("*.json"))) == 6
+    for file in parts.glob("*.json"):
+        if json.loads(file.read_text())[0]["diverged"]:  # luq's
+            file.rename(file.with_suffix(".json.tmp")).write_text("{")
+    trained, rows = command(*recipes, "--seeds", "0", "1")
+    assert trained == [("exact", "simulated", 0), ("luq", "simulated", 0), ("luq", "native", 0), ("luq", "native", 1)]
+    assert len(rows) == 8
+    assert command(*recipes, "--seeds", "0", "1")[0] == []
+    # More seeds take what is there.
+    assert {seed for *_, seed in command(*recipes, "--seeds", "0", "1", "2")[0]} == {2}
+    # Unless it is wanted anew.
+    assert len(command(*recipes, "--seeds", "0", "1", "--again")[0]) == 8
 
 
 def test_runs_of_another_length_are_not_taken_for_these(command) -> None:
-    command("--recipes", "exact", "--seeds", "2", "--epochs", "3")
-    with pytest.raises(SystemExit, match="epochs 3, not 4"):
-        command("--recipes", "exact", "--seeds", "2", "--epochs", "4")
-    assert json.loads((command.folder / "runs" / "exact-native-0.json").read_text())["epochs"] == 3
+    for epochs in ("3", "4"):
+        trained, rows = command("--recipes", "exact", "--seeds", "0", "1", "--epochs", epochs)
+        assert (len(trained), set(rows["epochs"])) == (4, {int(epochs)})
+    with pytest.raises(InputError, match=r"results with the settings .*'epochs': 3"):
+        command("--recipes", "exact", "--seeds", "0", "1", "--epochs", "4", "--out", "out0")
 
 
 def test_runs_of_another_recipe_or_data_are_not_taken_for_these(
     command, study: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("--recipes", "lsq", "--seeds", "2", "--backends", "simulated")
-    assert len(command(*arguments)) == 4
-    assert command(*arguments) == []
+    arguments = ("--recipes", "lsq", "--seeds", "0", "1", "--backends", "simulated")
+    assert len(command(*arguments)[0]) == 4
+    assert command(*arguments)[0] == []
     records, run = study.records, study.runs.run
 
     def other(change):
@@ -339,12 +349,26 @@ def test_runs_of_another_recipe_or_data_are_not_taken_for_these(
     for place, name, changed in changes:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, changed)
-            with pytest.raises(SystemExit, match="of another recipe, batch size or data"):
-                command(*arguments)
-    assert command(*arguments) == []
+            assert len(command(*arguments)[0]) == 4
+    assert command(*arguments)[0] == []
 
 
-@pytest.mark.parametrize("arguments", [("--seeds", "1"), ("--seeds", "2", "--only-seeds", "2")])
-def test_seeds_that_do_not_fit_are_refused(command, arguments: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "nothing"), "unknown data 'nothing'; known: "),
+        (("--backends", "gpu"), "unknown backend 'gpu'; known: "),
+    ],
+)
+def test_unknown_names_are_refused(command, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         command(*arguments)
+
+
+def test_the_committed_runs_are_of_the_recipes_as_they_are(study: ModuleType, analysis) -> None:
+    """Of digits: the text takes long to be read."""
+    rows = analysis("study").load(study.STUDY, analysis("study").RESULTS / "recipes").tables["runs"]
+    own, trainer = rows[rows["data"] == "digits"], study.Trainer("", 0)
+    wanted = [trainer.case("digits", *study.split(recipe), "native", 0) for recipe in dict.fromkeys(own["recipe"])]
+    stored = own[["recipe", "model", "epochs", "trained_sha256"]].drop_duplicates()
+    assert stored.to_dict("records") == [{name: case[name] for name in stored} for case in wanted]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fqtstats.errors import InputError
@@ -194,3 +195,15 @@ def test_the_index_tells_what_was_not_recorded(analysis):
     assert made(saved(Path(), {}, known)) == "2 min, a processor, torch 2.0"
     unknown = {"seconds": None, "provenance": {"cpu": None, "versions": None}}
     assert made(saved(Path(), {}, unknown)) == "time, processor, versions not recorded"
+
+
+@pytest.mark.parametrize("ends", [(0.97, 1.04), (0.8, 1.3), (0.4, 1.5), (0.9, 25), (0.05, 300), (1e-5, 1e4)])
+def test_axes_of_ratios_have_a_few_numbers_over_half_of_them(analysis, ends):
+    ax = Figure().subplots()
+    ax.set_xlim(*ends)
+    analysis("axes").ratio_axis(ax)
+    ticks = ax.get_xticks()
+    assert ax.get_xlim() == ends
+    assert 2 <= len(ticks) <= 7
+    assert np.log(ticks[-1] / ticks[0]) >= np.log(ends[1] / ends[0]) / 2
+    assert [float(label.get_text()) for label in ax.get_xticklabels()] == pytest.approx(ticks)
