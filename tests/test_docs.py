@@ -162,3 +162,9 @@ def test_the_public_names_are_documented() -> None:
     documented = set(re.findall(r"^::: fqtstats\.(\w+)", reference, re.MULTILINE))
     assert set(fqtstats.__all__) - {"QUANTIZERS"} <= documented
     assert "<!-- generated: quantizers -->" in reference
+
+
+def test_the_job_checks_every_quantizer_and_runs_pytest():
+    ((_, job),) = blocks(PAGES["how-to/ci.md"], "yaml")
+    runs_of_job = re.findall(r"- run: (.+)", job)
+    assert runs_of_job[1:] == ["fqtstats check --quantizer all --junit report.xml", "pytest"]

@@ -57,7 +57,7 @@ def test_every_command_parses() -> None:
     lines = [line.split("&&")[-1].strip() for block in blocks("bash") for line in block.splitlines()]
     lines += re.findall(r"`(fqtstats [^`]+)`", README)
     lines += [line for block in blocks("yaml") for line in re.findall(r"- run: (fqtstats .+)", block)]
-    commands = [shlex.split(line) for line in lines if line.startswith("fqtstats ")]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("fqtstats ")]
     assert len(commands) >= 5
     for _, name, *arguments in commands:
         subcommand = command.commands[name]  # type: ignore[attr-defined]
@@ -96,12 +96,6 @@ def test_the_users_own_quantizer_is_a_policy() -> None:
     result = fqtstats.measure(small.mlp(), small.batch(), small.loss, policy, draws=4)
     assert result.total()["variance"] > 0
     assert fqtstats.check_unbiased(to_eighths, small.batch()[0]).ok
-
-
-def test_the_job_checks_every_quantizer_and_runs_pytest() -> None:
-    (job,) = blocks("yaml")
-    runs = re.findall(r"- run: (.+)", job)
-    assert runs[1:] == ["fqtstats check --quantizer all --junit report.xml", "pytest"]
 
 
 def test_links_lead_somewhere() -> None:
