@@ -262,7 +262,7 @@ def _loss(found: pd.DataFrame) -> Figure:
         )  # fmt: skip
     ax.axvline(1, color=style.GREY, linewidth=0.8, linestyle=":")
     ax.set(
-        xscale="log", yscale="log", xlabel="margin ‖g‖ / √(3 variance), geometric mean over the training",
+        xscale="log", yscale="log", xlabel="mean margin ‖g‖ / √(3 variance) over the training",
         ylabel="final training loss [nat]",
     )  # fmt: skip
     ax.grid()

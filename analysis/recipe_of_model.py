@@ -2,7 +2,8 @@
 
 Nothing is trained here: the runs of the study of recipes (:mod:`analysis.recipes`) are compared, of a convolutional
 network on digits and a transformer on text. Every recipe has its own optimizer and schedule, so what is compared are
-recipes as they are given, not numbers of bits.
+recipes as they are given, not numbers of bits. Nor do all train equally long: some start from the trained network of
+``exact``, whose epochs are counted in, and on text those that learn slowest have twice the epochs.
 
 A run's loss is its final training loss relative to that of ``exact`` (full precision) with the same seed and backend;
 one that diverged counts with the loss of guessing. Of a seed the logarithm is averaged over both backends; intervals
@@ -32,13 +33,14 @@ from analysis.study import RESULTS, Claim, Parts, Study, Tables, main, with_inte
 from fqtstats.errors import InputError
 from fqtstats.report import style
 from fqtstats.schema import Column
-from fqtstats.training.recipes import get
+from fqtstats.training.recipes import Recipe, get
 
 COLUMNS = (
     Column("data", "str", "", "what the network is trained on"),
     Column("model", "str", "", "network"),
     Column("recipe", "str", "", "with its bits where it has a choice"),
     Column("forward", "int64", "bit", "of the weights in the last stage; 32: in full precision"),
+    Column("epochs", "int64", "1", "of the run, with those of the trained network that it starts from"),
     Column("backend", "str", "", "how products are computed"),
     Column("seed", "int64", "1", "of the run"),
     Column("loss", "float64", "nat", "final training loss; of guessing where the run diverged"),
@@ -81,6 +83,7 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 def _relative(data: str, seeds: int) -> pd.DataFrame:
     rows = saved_runs(data)
     rows = rows[rows["seed"] < seeds]
+    start = rows.loc[rows["recipe"] == REFERENCE, "epochs"].max()
     loss = rows["loss"].where(~rows["diverged"], rows["guessing"])
     exact = loss[rows["recipe"] == REFERENCE].set_axis(_runs(rows[rows["recipe"] == REFERENCE]))
     return rows.assign(
@@ -88,6 +91,7 @@ def _relative(data: str, seeds: int) -> pd.DataFrame:
         relative=loss / exact.reindex(_runs(rows)).to_numpy(),
         memory=(rows["kept_float32_bytes"] / rows["kept_bytes"]).where(rows["backend"] == "native"),
         forward=rows["recipe"].map(forward_bits),
+        epochs=rows["epochs"] + start * (rows["recipe"].map(starts_trained)),
     )[[column.name for column in COLUMNS]]
 
 
@@ -97,12 +101,17 @@ def _runs(rows: pd.DataFrame) -> pd.MultiIndex:
 
 def forward_bits(recipe: str) -> int:
     """Of the weights in the last stage; 32 in full precision."""
-    return int(getattr(get(recipe.partition("@")[0], _bits(recipe)).stages[-1].policy.weight, "bits", 32))
+    return int(getattr(_recipe(recipe).stages[-1].policy.weight, "bits", 32))
 
 
-def _bits(recipe: str) -> int | None:
-    bits = recipe.partition("@")[2]
-    return int(bits) if bits else None
+def starts_trained(recipe: str) -> bool:
+    """Whether it starts from a network trained in full precision."""
+    return _recipe(recipe).starts_from == "full-precision"
+
+
+def _recipe(name: str) -> Recipe:
+    name, _, bits = name.partition("@")
+    return get(name, int(bits) if bits else None)
 
 
 # --- what is said of it -----------------------------------------------------------------------------------------------
@@ -116,15 +125,15 @@ def of_seeds(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per model and recipe: ``mean``, ``low`` and ``high`` of the relative loss, and ``memory``."""
-    memory, found = runs.groupby(["model", "recipe"])["memory"].mean(), of_seeds(runs)
+    """A row per model and recipe: ``mean``, ``low`` and ``high`` of the relative loss, ``memory`` and ``epochs``."""
+    known, found = runs.groupby(["model", "recipe"])[["memory", "epochs"]].mean(), of_seeds(runs)
     return pd.DataFrame(
         {
             "model": model,
             "forward": forward,
             "recipe": recipe,
             **dict(zip(("mean", "low", "high"), geometric_mean(np.exp(values[~np.isnan(values)])), strict=True)),
-            "memory": memory[model, recipe],
+            **known.loc[(model, recipe)],
         }
         for (model, forward, recipe), values in zip(found.index, found.to_numpy(dtype=np.float64), strict=True)
     )
@@ -167,17 +176,18 @@ def read(tables: Tables) -> pd.DataFrame:
     models = list(dict.fromkeys(rows["model"]))
     shown = []
     for (forward, recipe), own in rows.sort_values("forward", kind="stable").groupby(["forward", "recipe"], sort=False):
-        row = {"forward": f"{forward} bit", "recipe": recipe}
-        known = own.set_index("model")
-        for model in models:
-            values = known.loc[model] if model in known.index else None
-            row[f"{_kind(model)}: loss"] = "" if values is None else with_interval(*values[["mean", "low", "high"]])
-            memory = math.nan if values is None else values["memory"]
-            row["memory" if len(models) == 1 else f"{_kind(model)}: memory"] = (
-                "" if math.isnan(memory) else f"{memory:.1f}x"
-            )
+        row = {"forward": str(forward), "recipe": recipe}
+        known = own.set_index("model").reindex(models)
+        for model, values in known.iterrows():
+            row[_kind(model)] = _told(*values[["mean", "low", "high"]])
+        row["epochs"] = ", ".join("-" if math.isnan(value) else f"{value:.0f}" for value in known["epochs"])
+        row["memory"] = ", ".join("-" if math.isnan(value) else f"{value:.1f}x" for value in known["memory"])
         shown.append(row)
     return pd.DataFrame(shown)
+
+
+def _told(mean: float, low: float, high: float) -> str:
+    return "" if math.isnan(mean) else with_interval(mean, low, high)
 
 
 def _kind(model: str) -> str:
@@ -193,17 +203,17 @@ def claims(tables: Tables) -> list[Claim]:
         own = rows.loc[row.model, row.best]
         text = (
             f"{_kind(row.model)}, {row.forward}-bit forward: {row.best} has "
-            f"{with_interval(own['mean'], own['low'], own['high'])} times the loss of {REFERENCE}"
+            f"{with_interval(own['mean'], own['low'], own['high'])} times the loss of {REFERENCE} after "
+            f"{own['epochs']:.0f} epochs"
             + (f" and keeps {own['memory']:.1f} times less memory" if own["memory"] > 1 else "")
         )
         if row.of == 1:
             text += "; there is no other."
-        elif row.p < LEVEL:
-            text += f"; the best of {row.of}, better than {row.second} (ratio {row.ratio:.3g}, p {row.p:.2g}, Holm)."
         else:
-            text += f"; the lowest of {row.of}, not to be told from {row.second} (ratio {row.ratio:.3g}" + (
-                f", p {row.p:.2g}, Holm)." if not math.isnan(row.p) else ")."
-            )
+            other = f"{row.second} after {rows.loc[(row.model, row.second), 'epochs']:.0f} (ratio {row.ratio:.3g}"
+            other += ")" if math.isnan(row.p) else f", p {row.p:.2g}, Holm)"
+            better = f"the best of {row.of}, better than" if row.p < LEVEL else f"the lowest of {row.of}, not told from"
+            text += f"; {better} {other}."
         told.append(Claim(text))
     if runs["model"].nunique() > 1:
         told.append(_alike(runs, chosen))
@@ -251,8 +261,12 @@ def draw(tables: Tables) -> dict[str, Figure]:
                 memory.plot(row.memory, place[row.recipe], mark.marker, color=mark.color, markersize=2.4)
         ax.axvline(1, color=style.GREY, linewidth=0.8)
         ax.set(xscale="log", title=f"{_kind(model)}\nloss / {REFERENCE}")
+        low, high = ax.get_xlim()
+        ax.set_xticks([at for at in ((1, 10, 100, 1000) if high > 10 * low else (0.9, 1, 1.2)) if low < at < high])
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter(lambda value, _: "")
     memory.axvline(1, color=style.GREY, linewidth=0.8)
-    memory.set(xscale="log", title="memory\nfactor", xticks=[1, 4, 16], xticklabels=["1", "4", "16"])
+    memory.set(xscale="log", xlim=(0.6, 24), title="memory\nfactor", xticks=[1, 4, 16], xticklabels=["1", "4", "16"])
     memory.minorticks_off()
     losses[0].set_yticks(list(place.values()), list(place))
     losses[0].set_ylim(max(places) + 0.8, -1.6)
@@ -262,8 +276,8 @@ def draw(tables: Tables) -> dict[str, Figure]:
     for forward in recipes["forward"].unique():
         top = min(at for at, each in zip(places, recipes["forward"], strict=True) if each == forward)
         losses[0].annotate(
-            f"{forward}-bit forward", (0.02, top - 0.75), xycoords=("axes fraction", "data"), fontsize=6,
-            fontweight="bold", va="center",
+            f"{forward}-bit forward", (-0.03, top - 0.95), xycoords=("axes fraction", "data"), fontsize=6,
+            fontweight="bold", ha="right", va="center", annotation_clip=False,
         )  # fmt: skip
     return {"recipe_of_model": figure}
 
@@ -284,9 +298,10 @@ STUDY = Study(
     draw=draw,
     read=read,
     claims=claims,
-    legend="Loss: final training loss as a multiple of that of full precision with the same seed and backend; "
-    "geometric means, 95 % intervals over the seeds (Student t). Memory: how many times less the quantized layers keep "
-    "for the backward pass than in float32. Forward: bits of the weights in the last stage.",
+    legend="Forward: bits of the weights in the last stage. CNN, transformer: final training loss as a multiple of "
+    "that in full precision with the same seed and backend; geometric means, 95 % intervals over the seeds (Student t). "
+    "Epochs, of both models: with those of the trained network that a recipe starts from. Memory, likewise: how many "
+    "times less the quantized layers keep for the backward pass than in float32.",
 )
 
 if __name__ == "__main__":

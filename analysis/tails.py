@@ -183,38 +183,37 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def _epochs(layers: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 3.7)
+    figure = style.new_figure(style.COLUMN_WIDTH, 4.1)
     upper, lower = figure.subplots(2, 1, sharex=True)
-    for column, name, mark in zip(
-        ("top", "q99", "q90"), ("largest", "99 %", "90 %"), ("v", "p", "."), strict=True
-    ):  # fmt: skip
-        _line(upper, by_epoch(layers, column), style.INK, mark, name, -6 if column == "q90" else 0)
+    epochs = sorted(layers["epoch"].unique())
     each = layers.groupby("epoch")["top"]
-    upper.fill_between(sorted(layers["epoch"].unique()), each.min(), each.max(), color=style.GREY, alpha=0.2, lw=0)
-    upper.set(yscale="log", ylabel="row range / median row range", title="row ranges (grey: largest, all layers)")
-    for name, mark in style.marks(QUANTIZERS).items():
-        _line(lower, by_epoch(layers, f"{name}_share"), mark.color, mark.marker, name)
-    lower.axhline(1, color=style.GREY, linewidth=0.8)
-    lower.set(
-        yscale="log",
-        ylabel="variance / squared norm",
-        xlabel="epoch",
-        title=f"exact variance with {layers['bits'].iloc[0]} bits",
+    upper.fill_between(
+        epochs, each.min(), each.max(), color=style.GREY, alpha=0.2, linewidth=0, label="largest, all layers"
     )
-    last = layers["epoch"].max()
-    lower.set_xlim(-0.03 * last, 1.14 * last)
-    for ax in (upper, lower):
-        ax.set_xticks(sorted(layers["epoch"].unique()))
+    for index, (column, name, marker) in enumerate(
+        (("top", "largest", "v"), ("q99", "99 %", "p"), ("q90", "90 %", "."))
+    ):  # fmt: skip
+        color = style.tint(style.INK, 1 - 0.25 * index)
+        _line(upper, by_epoch(layers, column), style.Mark(color, marker), index - 1, name)
+    upper.set(yscale="log", ylabel="row range / median row range")
+    for index, (name, mark) in enumerate(style.marks(QUANTIZERS).items()):
+        _line(lower, by_epoch(layers, f"{name}_share"), mark, index - 1, name)
+    lower.axhline(1, color=style.GREY, linewidth=0.8)
+    bits = layers["bits"].iloc[0]
+    lower.set(yscale="log", ylabel=f"variance with {bits} bits / squared norm", xlabel="epoch", xticks=epochs)
+    for ax, columns in ((upper, 4), (lower, 3)):
         ax.grid(axis="y")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
     return figure
 
 
-def _line(ax: Axes, rows: pd.DataFrame, color: str, marker: str, name: str, below: float = 0) -> None:
+def _line(ax: Axes, rows: pd.DataFrame, mark: style.Mark, place: int, name: str) -> None:
     mean, low, high = rows.to_numpy().T
-    ax.errorbar(rows.index, mean, (mean - low, high - mean), marker=marker, color=color, elinewidth=0.8)
-    ax.annotate(
-        name, (rows.index[-1], mean[-1]), (5, below), textcoords="offset points", va="center", fontsize=6, color=color
-    )
+    # Beside each other, so that no interval hides another.
+    at = rows.index + 0.012 * rows.index[-1] * place
+    ax.errorbar(
+        at, mean, (mean - low, high - mean), marker=mark.marker, color=mark.color, elinewidth=0.8, label=name
+    )  # fmt: skip
 
 
 def _ratios(layers: pd.DataFrame) -> Figure:
@@ -231,7 +230,7 @@ def _ratios(layers: pd.DataFrame) -> Figure:
         ax.axhline(1, color=style.GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", ylabel=f"variance {name}", title=f"exponent {slope}")
         ax.grid()
-    panels[-1].set_xlabel("largest row range / median row range, a point per layer and seed")
+    panels[-1].set_xlabel("largest row range / median row range\n(a point per layer and seed)")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(epochs), title="epoch", title_fontsize=6,
                   markerscale=2, handletextpad=0)  # fmt: skip
