@@ -299,7 +299,7 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="Forward: bits of the weights in the last stage. CNN, transformer: final training loss as a multiple of "
-    "that in full precision with the same seed and backend; geometric means, 95 % intervals over the seeds (Student t). "
+    "that in full precision with the same seed and backend; geometric means over the seeds, 95 % intervals (t). "
     "Epochs, of both models: with those of the trained network that a recipe starts from. Memory, likewise: how many "
     "times less the quantized layers keep for the backward pass than in float32.",
 )

@@ -219,18 +219,19 @@ def _line(ax: Axes, rows: pd.DataFrame, mark: style.Mark, place: int, name: str)
 def _ratios(layers: pd.DataFrame) -> Figure:
     figure = style.new_figure(style.COLUMN_WIDTH, 3.7)
     panels = figure.subplots(2, 1, sharex=True)
-    rows = ratios(layers)
+    each = ratios(layers).groupby(["epoch", "layer"])[["top", "ptq_psq", "psq_bhq"]]
+    rows = each.agg(lambda values: geometric_mean(values)[0]).reset_index()
     epochs = sorted(rows["epoch"].unique())
     for ax, ratio, name in zip(panels, ("ptq_psq", "psq_bhq"), ("PTQ / PSQ", "PSQ / BHQ"), strict=True):
         for index, epoch in enumerate(epochs):
             own = rows[rows["epoch"] == epoch]
             color = style.tint("#0072B2", 0.25 + 0.75 * index / max(1, len(epochs) - 1))
-            ax.plot(own["top"], own[ratio], "o", markersize=1.6, color=color, label=str(epoch))
+            ax.plot(own["top"], own[ratio], "o", markersize=2, color=color, label=str(epoch))
         slope = with_interval(*exponents(layers, ratio)["exponent"], ".2f")
         ax.axhline(1, color=style.GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", ylabel=f"variance {name}", title=f"exponent {slope}")
         ax.grid()
-    panels[-1].set_xlabel("largest row range / median row range\n(a point per layer and seed)")
+    panels[-1].set_xlabel("largest row range / median row range\n(a point per layer: geometric means over the seeds)")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(epochs), title="epoch", title_fontsize=6,
                   markerscale=2, handletextpad=0)  # fmt: skip
