@@ -198,8 +198,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
         ax.axhline(8 - FEWER, color=style.GREY, linewidth=0.8, linestyle=":")
         ax.set(ylabel="bits with the variance\nof PTQ at 8 bits", title=title)
         ax.grid(axis="y")
-    panels[0].annotate("PTQ", (0.99, 8), (0, -7), xycoords=("axes fraction", "data"), textcoords="offset points",
-                       ha="right", fontsize=6)  # fmt: skip
+    for bits, name in ((8.0, "PTQ"), (8 - FEWER, f"{FEWER:g} bits fewer")):
+        panels[0].annotate(name, (0.99, bits), (0, 2 if bits < 8 else -7), xycoords=("axes fraction", "data"),
+                           textcoords="offset points", ha="right", fontsize=6)  # fmt: skip
     panels[-1].set_xticks([*epochs, end], [*map(str, epochs), "default"])
     panels[-1].set_xlabel("epoch")
     handles, names = panels[0].get_legend_handles_labels()
