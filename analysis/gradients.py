@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -28,11 +29,7 @@ def incoming(network: Experiment) -> dict[str, torch.Tensor]:
         if site == "grad_input":
             found[call.layer.name] = g.detach().clone()
 
-    with (
-        single_thread(),
-        quantized(network.model, fqtstats.policies.get("statquant-ptq")) as handle,
-        Session(network.model, handle, network.batch, network.loss) as session,
-    ):
+    with _session(network) as session:
         session.qat(observe)
     # A backward pass meets the last layer first.
     return dict(reversed(found.items()))
@@ -45,10 +42,17 @@ def weight_products(network: Experiment) -> dict[str, WeightGradient]:
     def observe(call: Call, gradient: WeightGradient, parameters: Sequence[str]) -> None:
         found[call.layer.name] = gradient
 
-    with (
-        single_thread(),
-        quantized(network.model, fqtstats.policies.get("statquant-ptq")) as handle,
-        Session(network.model, handle, network.batch, network.loss) as session,
-    ):
+    with _session(network) as session:
         session.qat(observe_weight=observe)
     return found
+
+
+@contextmanager
+def _session(network: Experiment) -> Iterator[Session]:
+    policy = fqtstats.policies.get("statquant-ptq")
+    with (
+        single_thread(),
+        quantized(network.model, policy) as handle,
+        Session(network.model, handle, network.batch, network.loss) as session,
+    ):
+        yield session
