@@ -6,7 +6,8 @@ differ. On the way the variance of the quantized gradient is measured (:func:`fq
 
 Margin: ``||g|| / sqrt(3 Var)`` with the QAT gradient g and the summed variance of the quantized gradient; below 1 the
 quantizers' noise dominates. Within an epoch squared norms and variances are averaged; over the training the margin is
-the geometric mean of the epochs'.
+the geometric mean of the epochs'. With few bits the first epoch has by far the smallest: in a network as initialized
+the noise grows from layer to layer.
 
 Loss: mean cross entropy over the minibatches of the last epoch, as they were trained on. A run that diverged counts
 with the loss of guessing, and its margins are those of the steps before that. A run trains if its loss is below a
@@ -55,6 +56,8 @@ COLUMNS = (
 
 SOURCE = "digits"
 PERMUTATIONS = 99_999
+SHOWN = 4e-3
+"""Smallest margin on an axis of the figures: those of runs that explode are many decades below."""
 TWICE = 2.0
 """Loss, relative to QAT's, that is called worse."""
 
@@ -186,16 +189,17 @@ def claims(tables: Tables) -> list[Claim]:
     rhos = [rho for rho, _ in tests]
     p = float(multipletests([p for _, p in tests], method="holm")[1].max())
     recipes, seeds = own["recipe"].nunique(), len(by_seed)
+    limited = [np.clip(mean_interval(values), -1, 1) for values in (rhos, by_bits)]
     gain = mean_interval([bits - rho for bits, rho in zip(by_bits, rhos, strict=True)])
     enough = math.factorial(recipes) > 20 * seeds  # few permutations have no small p
     told = [
         Claim(
             f"The larger the margin over the training, the lower the final loss: Spearman's correlation over {recipes} "
-            f"configurations is {with_interval(*mean_interval(rhos), '.2f')} ({seeds} seeds; largest p {p:.2g}, Holm).",
+            f"configurations is {with_interval(*limited[0], '.2f')} ({seeds} seeds; largest p {p:.2g}, Holm).",
             p < 0.05 if enough else None,
         ),
         Claim(
-            f"Bits alone rank the losses with {with_interval(*mean_interval(by_bits), '.2f')}; the margin is better by "
+            f"Bits alone rank the losses with {with_interval(*limited[1], '.2f')}; the margin is better by "
             f"{with_interval(*gain, '.2f')}.",
             gain[1] > 0 if enough else None,
         ),
@@ -244,6 +248,11 @@ def _loss(found: pd.DataFrame) -> Figure:
     for recipe, rows in own.groupby("recipe", sort=False):
         quantizer, _, bits = recipe.partition("@")
         mark = marks[quantizer]
+        if geometric_mean(rows["margin"])[0] < SHOWN:
+            told = f"◂ {recipe}: margin {geometric_mean(rows['margin'])[0]:.0e}"
+            ax.annotate(told, (SHOWN, rows["loss"].mean()), (2, 2), textcoords="offset points", fontsize=6,
+                        color=mark.color)  # fmt: skip
+            continue
         ax.plot(rows["margin"], rows["loss"], mark.marker, color=style.tint(mark.color, 0.4), markersize=1.8)
         (x, *x_ends), (y, *y_ends) = geometric_mean(rows["margin"]), geometric_mean(rows["loss"])
         ax.errorbar(
@@ -258,10 +267,11 @@ def _loss(found: pd.DataFrame) -> Figure:
     for height, name in ((qat, "QAT"), (guess, "guessing")):
         ax.axhline(height, color=style.GREY, linewidth=0.8)
         ax.annotate(
-            name, (1, height), (-1, 1.5), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", fontsize=6, color=style.INK,
+            name, (0, height), (2, -7), xycoords=("axes fraction", "data"), textcoords="offset points",
+            fontsize=6, color=style.INK,
         )  # fmt: skip
     ax.axvline(1, color=style.GREY, linewidth=0.8, linestyle=":")
+    ax.set_xlim(SHOWN)
     ax.set(
         xscale="log", yscale="log", xlabel="mean margin ‖g‖ / √(3 variance) over the training",
         ylabel="final training loss [nat]",
@@ -285,17 +295,20 @@ def _margin(rows: pd.DataFrame) -> Figure:
             values = np.array([geometric_mean(of) for _, of in whole])
             epochs = np.array([epoch for epoch, _ in whole])
             color = style.tint(marks[quantizer].color, 0.4 + 0.6 * (index + 1) / len(recipes))
-            ax.plot(epochs, values[:, 0], color=color, marker=marks[quantizer].marker, markersize=2)
-            ax.fill_between(epochs, values[:, 1], values[:, 2], color=color, alpha=0.25, linewidth=0)
-            ax.annotate(
-                f"{recipe.partition('@')[2]} bit", (epochs[-1], values[-1, 0]), (4, 0), textcoords="offset points",
-                va="center", fontsize=6, color=style.INK,
+            ax.plot(
+                epochs, values[:, 0], color=color, marker=marks[quantizer].marker, markersize=2,
+                label=recipe.partition("@")[2],
             )  # fmt: skip
+            ax.fill_between(epochs, values[:, 1], values[:, 2], color=color, alpha=0.25, linewidth=0)
+        handles, names = ax.get_legend_handles_labels()
+        ax.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), title="bits",
+                  title_fontsize=6)  # fmt: skip
         ax.axhline(1, color=style.GREY, linewidth=0.8, linestyle=":")
         ax.set(yscale="log", ylabel="margin", title=quantizer)
         ax.grid(axis="y")
     last = rows["epoch"].max()
-    panels[-1].set(xlabel="epoch", xticks=range(1, last + 1), xlim=(0.8, last + 0.12 * last))
+    panels[-1].set(xlabel=f"epoch (margins below {SHOWN:g} are not shown)", xticks=range(1, last + 1))
+    panels[-1].set_ylim(max(SHOWN, panels[-1].get_ylim()[0]))
     return figure
 
 
