@@ -2,9 +2,13 @@
 
 STUDIES = (
     "variance_bits",
+    "bits_over_epochs",
+    "tails",
     "profile",
     "plan",
+    "convergence",
     "recipes",
+    "recipe_of_model",
     "ordering",
     "native_training",
     "exact",
