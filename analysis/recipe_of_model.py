@@ -28,9 +28,9 @@ import scipy.stats
 from matplotlib.figure import Figure
 from statsmodels.stats.multitest import multipletests
 
+from analysis import recipes
 from analysis.estimates import geometric_mean, mean_interval
-from analysis.study import RESULTS, Claim, Parts, Study, Tables, main, with_interval
-from fqtstats.errors import InputError
+from analysis.study import RESULTS, Claim, Parts, Study, Tables, load, main, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
 from fqtstats.training.recipes import Recipe, get
@@ -68,11 +68,8 @@ def saved_runs(data: str) -> pd.DataFrame:
     Raises:
         InputError: nothing is there.
     """
-    file = RESULTS / "recipes" / data / "rows.csv"
-    if not file.is_file():
-        raise InputError(f"no runs in {file}; run python -m analysis.recipes --data {data}")
-    rows = pd.read_csv(file)
-    return rows.assign(diverged=rows["diverged"].notna())
+    rows = load(recipes.STUDY, RESULTS / recipes.STUDY.name).tables["runs"]
+    return rows[rows["data"] == data].assign(diverged=rows["diverged"] != "")
 
 
 def measure(settings: Settings, parts: Parts) -> Tables:
