@@ -184,9 +184,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
     left.set_ylabel("times as fast as float32")
     shown = (
         ("native", "operands", "#009E73", "o", "operands"),
-        ("native, fused", "operands", "#009E73", "^", "fused"),
+        ("native, fused", "operands", "#009E73", "^", "operands, fused"),
         ("native", "graph", "#E69F00", "o", "graph"),
-        ("native, fused", "graph", "#E69F00", "^", "fused"),
+        ("native, fused", "graph", "#E69F00", "^", "graph, fused"),
     )
     for index, (backend, column, color, marker, label) in enumerate(shown):
         own = tables["memory"][tables["memory"]["backend"] == backend]
@@ -196,7 +196,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
     right.set_ylabel("times less memory than float32")
     for ax in (left, right):
         _bits_axis(ax)
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1 if ax is left else 2)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return {"speed_memory": figure}
 
 
@@ -209,11 +209,11 @@ def _bits_axis(ax: Axes) -> None:
     ax.set(yscale="log", xlabel="bits of forward operands", xticks=range(4), xlim=(-0.4, 3.4))
     ax.set_xticklabels(["1", "2", "4", "8"])
     ticks = [0.5, 1, 2, 4, 8, 16, 32]
+    ax.axhline(1, color=style.GREY, linewidth=0.8)
     low, high = ax.get_ylim()
     ax.set_yticks([tick for tick in ticks if low <= tick <= high])
     ax.set_yticklabels([f"{tick:g}" for tick in ticks if low <= tick <= high])
     ax.minorticks_off()
-    ax.axhline(1, color=style.GREY, linewidth=0.8)
     ax.grid(axis="y")
 
 
