@@ -302,8 +302,8 @@ def _of_network(network: pd.DataFrame) -> list[Claim]:
         last = with_interval(*geometric_mean(own["last"]), ".2g")
         told.append(
             Claim(
-                f"Whole gradient, {r} random bit{'s' * (r > 1)}: squared bias / squared norm {with_interval(mean, low, high, '.2g')} "
-                f"(variance / squared norm {noise}); the last layer's weight gradient has the exact relative bias "
+                f"Whole gradient, {r} random bit{'s' * (r > 1)}: squared bias / squared norm "
+                f"{with_interval(mean, low, high, '.2g')} (variance / squared norm {noise}); the last layer's weight gradient has the exact relative bias "
                 f"{last}" + ("; no bias shows." if r == FULL else "."),
                 bool(low <= 0 <= high) if r == FULL else None,
             )
