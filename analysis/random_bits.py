@@ -298,13 +298,14 @@ def _of_network(network: pd.DataFrame) -> list[Claim]:
     told = []
     for r, own in network.groupby("random_bits"):
         mean, low, high = mean_interval(own["bias_sq"])
+        bias = with_interval(mean, low, high, ".2g")
         noise = with_interval(*mean_interval(own["variance"]), ".2g")
         last = with_interval(*geometric_mean(own["last"]), ".2g")
         told.append(
             Claim(
-                f"Whole gradient, {r} random bit{'s' * (r > 1)}: squared bias / squared norm "
-                f"{with_interval(mean, low, high, '.2g')} (variance / squared norm {noise}); the last layer's weight gradient has the exact relative bias "
-                f"{last}" + ("; no bias shows." if r == FULL else "."),
+                f"Whole gradient, {r} random bit{'s' * (r > 1)}: squared bias / squared norm {bias} (variance / "
+                f"squared norm {noise}); the last layer's weight gradient has the exact relative bias {last}"
+                + ("; no bias shows." if r == FULL else "."),
                 bool(low <= 0 <= high) if r == FULL else None,
             )
         )
