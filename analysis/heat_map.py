@@ -52,6 +52,9 @@ GROUPS = (
 )
 """Distances: the first and the last of each group, and its name."""
 
+_LOWEST = 1e-3
+"""Percent of the variance that have the lowest colour."""
+
 NEAREST = (1, 3, 5)
 """How many of the last layers are told of."""
 
@@ -144,8 +147,9 @@ def to_blame(rows: pd.DataFrame) -> pd.DataFrame:
     for (model, quantizer), own in rows.groupby(["model", "quantizer"], sort=False):
         shares = own.pivot_table(index=["source", "site"], columns="seed", values="share", aggfunc="sum")
         first = shares.idxmax()
+        number = {name: index for index, name in enumerate(layers(own), 1)}
         for (source, site), values in shares.iterrows():
-            told = f"{'Q1' if site == 'grad_weight' else 'Q2'} of {source}"
+            told = f"{'Q1' if site == 'grad_weight' else 'Q2'} of {source} (layer {number[source]})"
             times = sum(each == (source, site) for each in first)
             found.append((model, quantizer, told, *mean_interval(values), times, shares.shape[1]))
     columns = ["model", "quantizer", "source", "share", "low", "high", "first", "seeds"]
@@ -218,36 +222,37 @@ def _percent(row: object) -> str:
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    """A heat map of each network; where the variance comes from, by distance and from the last layers."""
+    """A heat map of all networks; where the variance comes from, by distance and from the last layers."""
     rows = tables["terms"]
-    maps = {f"heat_map_{model}": _heat_map(own) for model, own in rows.groupby("model", sort=False)}
-    return {**maps, "distance": _distance(rows), "nearest": _nearest(rows)}
+    return {"heat_map": _heat_map(rows), "distance": _distance(rows), "nearest": _nearest(rows)}
 
 
 def _heat_map(rows: pd.DataFrame) -> Figure:
-    names, quantizers = layers(rows), list(dict.fromkeys(rows["quantizer"]))
-    place = {name: index for index, name in enumerate(names)}
-    figure = style.new_figure(2.1 * style.COLUMN_WIDTH, 2.6)
-    panels = figure.subplots(1, len(quantizers), sharex=True, sharey=True, squeeze=False)[0]
-    shown = rows[rows["layer"].isin(names)]
-    mean = 100 * shown.groupby(["quantizer", "source", "layer"])["share"].sum() / rows["seed"].nunique()
-    top = 10 ** np.ceil(np.log10(mean.max()))
-    for quantizer, ax in zip(quantizers, panels, strict=True):
-        values = np.full((len(names), len(names)), np.nan)
-        for (source, layer), share in mean.loc[quantizer].items():
-            values[place[source], place[layer]] = share
-        ax.set_facecolor("#ececec")
-        image = ax.imshow(
-            np.ma.masked_invalid(np.maximum(values, top / 1e4)), norm=LogNorm(top / 1e4, top), cmap="viridis",
-            interpolation="nearest", aspect="equal",
-        )  # fmt: skip
-        every = 1 if len(names) <= 12 else 3
-        ticks = range(0, len(names), every)
-        ax.set(title=quantizer, xlabel="layer of the parameter", xticks=ticks, yticks=ticks)
-        ax.set_xticklabels([names[tick] for tick in ticks], rotation=90)
-        ax.set_yticklabels([names[tick] for tick in ticks])
-    panels[0].set_ylabel("layer of the quantizer")
-    bar = figure.colorbar(image, ax=list(panels), pad=0.01, aspect=20, extend="min", extendfrac=0.03)
+    models, quantizers = (list(dict.fromkeys(rows[column])) for column in ("model", "quantizer"))
+    figure = style.new_figure(style.COLUMN_WIDTH, 1.35 * len(models) + 0.5)
+    panels = figure.subplots(len(models), len(quantizers), squeeze=False)
+    for model, line in zip(models, panels, strict=True):
+        own = rows[rows["model"] == model]
+        place = {name: index for index, name in enumerate(layers(own))}
+        shown = own[own["layer"].isin(list(place))]
+        mean = 100 * shown.groupby(["quantizer", "source", "layer"])["share"].sum() / own["seed"].nunique()
+        for quantizer, ax in zip(quantizers, line, strict=True):
+            values = np.full((len(place), len(place)), np.nan)
+            for (source, layer), share in mean.loc[quantizer].items():
+                values[place[source], place[layer]] = share
+            ax.set_facecolor("#ececec")
+            edges = (0.5, len(place) + 0.5)
+            image = ax.imshow(
+                np.ma.masked_invalid(np.maximum(values, _LOWEST)), norm=LogNorm(_LOWEST, 100), cmap="viridis",
+                interpolation="nearest", aspect="auto", extent=(*edges, *reversed(edges)),
+            )  # fmt: skip
+            ticks = [1, (len(place) + 1) // 2, len(place)]
+            ax.set(title=quantizer if line is panels[0] else "", xticks=ticks, yticks=ticks)
+            if ax is not line[0]:
+                ax.tick_params(labelleft=False)
+        line[0].set_ylabel(f"{model}\nlayer of the quantizer")
+    panels[-1][len(quantizers) // 2].set_xlabel("layer of the parameter (number, in forward order)")
+    bar = figure.colorbar(image, ax=panels.ravel().tolist(), pad=0.01, aspect=30, extend="min", extendfrac=0.03)
     bar.set_label("share of the variance (%)")
     bar.outline.set_visible(False)
     return figure
@@ -282,12 +287,13 @@ def _nearest(rows: pd.DataFrame) -> Figure:
     panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
     marks = style.marks(rows["quantizer"])
     for model, ax in zip(models, panels, strict=True):
-        for name, mark in marks.items():
+        for index, (name, mark) in enumerate(marks.items()):
             own = found[(found["model"] == model) & (found["quantizer"] == name)]
-            ax.plot(
-                own["k"], 100 * own["share"], mark.marker, linestyle="-", color=mark.color, markersize=2, label=name
-            )
-            ax.fill_between(own["k"], 100 * own["low"], 100 * own["high"], color=mark.color, alpha=0.2, linewidth=0)
+            mean, low, high = (100 * own[column].to_numpy() for column in ("share", "low", "high"))
+            ax.errorbar(
+                own["k"] + 0.12 * (index - 1), mean, (mean - low, high - mean), fmt=mark.marker, linestyle="-",
+                color=mark.color, markersize=2, linewidth=0.6, elinewidth=0.6, label=name,
+            )  # fmt: skip
         ax.set(title=model, ylabel="share of variance (%)", ylim=(0, 105))
         ax.grid(axis="both")
         ax.xaxis.get_major_locator().set_params(integer=True)
