@@ -272,7 +272,7 @@ def _histograms(codes: pd.DataFrame) -> Figure:
         ax.set_xlabel("code")
         ax.set_xticks(np.linspace(0, 2**bits - 1, 4 if bits % 4 == 0 else 2).round())
     figure.align_ylabels(panels[:, 0])
-    figure.suptitle(f"{codes['layer'].iloc[0]}: mean over networks, 95 %; ptq's zero moved to the middle", fontsize=7)
+    figure.suptitle(f"{codes['layer'].iloc[0]}, mean and 95 %; ptq's zero is in the middle", fontsize=7)
     return figure
 
 

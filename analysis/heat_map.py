@@ -52,8 +52,8 @@ GROUPS = (
 )
 """Distances: the first and the last of each group, and its name."""
 
-_LOWEST = 1e-3
-"""Percent of the variance that have the lowest colour."""
+_LOWEST, _HIGHEST = 1e-3, 20
+"""Percent of the variance that have the first and the last colour."""
 
 NEAREST = (1, 3, 5)
 """How many of the last layers are told of."""
@@ -243,16 +243,16 @@ def _heat_map(rows: pd.DataFrame) -> Figure:
             ax.set_facecolor("#ececec")
             edges = (0.5, len(place) + 0.5)
             image = ax.imshow(
-                np.ma.masked_invalid(np.maximum(values, _LOWEST)), norm=LogNorm(_LOWEST, 100), cmap="viridis",
+                np.ma.masked_invalid(np.maximum(values, _LOWEST)), norm=LogNorm(_LOWEST, _HIGHEST), cmap="viridis",
                 interpolation="nearest", aspect="auto", extent=(*edges, *reversed(edges)),
             )  # fmt: skip
             ticks = [1, (len(place) + 1) // 2, len(place)]
-            ax.set(title=quantizer if line is panels[0] else "", xticks=ticks, yticks=ticks)
+            ax.set(title=quantizer if model == models[0] else "", xticks=ticks, yticks=ticks)
             if ax is not line[0]:
                 ax.tick_params(labelleft=False)
         line[0].set_ylabel(f"{model}\nlayer of the quantizer")
     panels[-1][len(quantizers) // 2].set_xlabel("layer of the parameter (number, in forward order)")
-    bar = figure.colorbar(image, ax=panels.ravel().tolist(), pad=0.01, aspect=30, extend="min", extendfrac=0.03)
+    bar = figure.colorbar(image, ax=panels.ravel().tolist(), pad=0.01, aspect=30, extend="both", extendfrac=0.03)
     bar.set_label("share of the variance (%)")
     bar.outline.set_visible(False)
     return figure
