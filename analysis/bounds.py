@@ -416,8 +416,8 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="Exact variance over the bound that holds: geometric mean over the seeds of the median over the layers, "
-    "95 % interval (Student t); from the least to the largest mean of the synthetic inputs; the largest of all. Published: "
-    "the largest ratio to the published bound, where there is another one.",
+    "95 % interval (Student t); from the least to the largest mean of the synthetic inputs; the largest of all. "
+    "Published: the largest ratio to the published bound, where there is another one.",
 )
 
 if __name__ == "__main__":
