@@ -161,7 +161,9 @@ def start(*words: str, before: str = "", **environment: str) -> subprocess.Popen
     """
     # COLUMNS and the like would change what is printed.
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR", "NO_COLOR")}
-    code = f"from fqtstats import cli\nfrom fqtstats.report import figures\n{before}\ncli.main()"
+    # What a shell runs in the background ignores interrupts, and so would its children.
+    interrupts = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = f"{interrupts}from fqtstats import cli\nfrom fqtstats.report import figures\n{before}\ncli.main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *words],
         stdout=subprocess.PIPE,

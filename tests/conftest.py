@@ -1,7 +1,8 @@
-"""What tests share: the fixtures `backend` and `analysis`, and how many examples property tests try, and which.
+"""What tests share: the fixtures `backend` and `analysis`, random numbers, and the examples of property tests.
 
-These are the same in every run, so that a run that fails fails again; `--hypothesis-profile default` tries others. The
-environment variable FQTSTATS_TEST_EXAMPLES caps their number.
+These are the same in every run, so that a run that fails fails again: torch's generator starts every test anew, and
+property tests try the same examples (`--hypothesis-profile default` tries others). The environment variable
+FQTSTATS_TEST_EXAMPLES caps their number.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 import fqtstats
@@ -31,6 +33,11 @@ def pytest_collection_modifyitems(items):
     for test in {item.obj for item in items if hasattr(getattr(item, "obj", None), _SETTINGS)}:
         own = getattr(test, _SETTINGS)
         setattr(test, _SETTINGS, settings(own, max_examples=min(own.max_examples, int(most))))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)  # before any fixture, so that no test depends on those before it
 
 
 @pytest.fixture(params=BACKENDS)

@@ -124,8 +124,9 @@ def test_a_single_wrong_code_fails_the_parity(monkeypatch, place):
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_grad_input", "linear_grad_weight"])
-@pytest.mark.parametrize("fault", [lambda y: y * (1 + 2e-5), lambda y: y.index_fill(0, torch.tensor([1]), math.nan)])
+@pytest.mark.parametrize("fault", [lambda y: y * (1 + 1e-4), lambda y: y.index_fill(0, torch.tensor([1]), math.nan)])
 def test_a_wrong_product_fails_the_parity(monkeypatch, name, fault):
+    """A relative error of 1e-4 is 3.2 times the bound or more on 150 inputs."""
     right = getattr(products, name)
     monkeypatch.setattr(products, name, lambda *arguments: fault(right(*arguments)))
     inspected = "forward" if name == "linear" else name.removeprefix("linear_")
