@@ -68,15 +68,19 @@ def _section(study: Study, saved: Saved) -> str:
 
 def _made(saved: Saved) -> str:
     """How long it took, and on what: of some results that is not known."""
-    seconds, about = saved.about["seconds"], saved.about["provenance"] or {}
+    seconds, about = saved.about["cpu_seconds"], saved.about["provenance"] or {}
     told = {
-        "time": None if seconds is None else f"{max(1, round(seconds / 60))} min",
+        "time": None if seconds is None else f"{_duration(seconds)} of processor time",
         "processor": about.get("cpu"),
         "versions": f"torch {about['versions']['torch']}" if about.get("versions") else None,
     }
     known = [text for text in told.values() if text]
     missing = ", ".join(what for what, text in told.items() if not text)
     return ", ".join([*known, *([f"{missing} not recorded"] if missing else [])])
+
+
+def _duration(seconds: float) -> str:
+    return f"{round(seconds)} s" if seconds < 100 else f"{round(seconds / 60)} min"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ or ``fqtstats study <name>`` with the same options. It writes to ``analysis/resu
 * ``study.json``: settings, claims with their numbers, provenance, and the tables' SHA-256.
 
 Measurements are made once: with the same settings they are read from there, and only figures, table and claims are made
-anew; ``--again`` measures again. A study in progress keeps every case that is done in ``runs/studies``, and continues
-there after an interruption. ``--quick`` has small settings, says the same things about less, and writes to
-``runs/studies`` unless told otherwise. ``python -m analysis`` makes ``analysis/README.md`` of what was saved.
+anew; ``--again`` begins to measure again. A study in progress keeps every case that is done in ``runs/studies``, and
+the same command without ``--again`` continues there after an interruption. ``--quick`` has small settings, says the
+same things about less, and writes to ``runs/studies`` unless told otherwise. ``python -m analysis`` makes
+``analysis/README.md`` of what was saved.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -70,10 +71,14 @@ class Parts:
     Args:
         folder: of the files; belongs to one study and one choice of settings.
         settings: what they are made with; other settings are other cases. Empty if a case is all they depend on.
+
+    Attributes:
+        found_seconds: processor time of the cases that were found done, which other processes spent.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder, self.settings = folder, dict(settings)
+        self.found_seconds = 0.0
 
     def every(
         self, what: str, cases: Iterable[Mapping[str, Any]], measure: Callable[..., Row | Iterable[Row]]
@@ -97,15 +102,23 @@ class Parts:
         key = json.dumps([what, case, self.settings], sort_keys=True)
         file = self.folder / f"{what.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if file.exists():
-            found: list[dict[str, object]] = json.loads(file.read_text())
-            return found
+            found = json.loads(file.read_text())
+            self.found_seconds += found["cpu_seconds"]
+            return list(found["rows"])
+        started = _cpu_seconds()
         made = measure(**case)
         # NaN and infinity are written as the names that json knows and no other reader does: these files stay here.
         rows = [dict(made)] if isinstance(made, Mapping) else [dict(row) for row in made]
-        text = json.dumps(rows, default=_number)
+        text = json.dumps({"cpu_seconds": _cpu_seconds() - started, "rows": rows}, default=_number)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda opened: opened.write(text.encode()))
-        return json.loads(text)
+        return list(json.loads(text)["rows"])
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of those that it waited for: other work on the machine does not count."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _number(value: Any) -> Any:
@@ -209,7 +222,7 @@ def command(study: Study, arguments: Sequence[str] | None = None) -> Saved:
     """
     parser = argparse.ArgumentParser(prog=f"analysis.{study.name}", description=study.question)
     parser.add_argument("--quick", action="store_true", help="small settings, some seconds")
-    parser.add_argument("--again", action="store_true", help="measure again, and replace what is there")
+    parser.add_argument("--again", action="store_true", help="begin to measure again, and replace what is there")
     parser.add_argument("--out", type=Path, help="folder of the results")
     for field in fields(study.full):
         _add_option(parser, field.name, getattr(study.full, field.name))
@@ -244,14 +257,19 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
         settings: of its class.
         folder: of the results.
         parts: of what is done while it is measured.
-        again: measure again.
+        again: begin to measure again, with no case done.
 
     Raises:
         InputError: ``folder`` has results with other settings.
     """
     wanted = as_json(settings)
+    # Says which results are being replaced, until they are.
+    replacing, what = parts / "again.json", json.dumps([str(folder.resolve()), wanted])
     if again:
         shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        write_atomically(replacing, lambda opened: opened.write(what.encode()))
+    again = replacing.is_file() and replacing.read_text() == what
     if (folder / ABOUT).is_file() and not again:
         saved = load(study, folder)
         if saved.about["settings"] != wanted:
@@ -259,14 +277,15 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
                 f"{folder} has results with the settings {saved.about['settings']}, not {wanted}; "
                 "give another --out, or --again to replace them"
             )
-        tables, measured = saved.tables, {key: saved.about[key] for key in ("seconds", "provenance")}
+        tables, measured = saved.tables, {key: saved.about[key] for key in ("cpu_seconds", "provenance")}
     else:
-        started = time.monotonic()
-        made = study.measure(settings, Parts(parts, {} if study.keeps_cases else wanted))
+        started, done = _cpu_seconds(), Parts(parts, {} if study.keeps_cases else wanted)
+        made = study.measure(settings, done)
         if set(made) != set(study.columns):
             raise ValueError(f"{study.name} made the tables {sorted(made)}, not {sorted(study.columns)}")
         tables = {name: normalised(made[name], columns, f"table {name!r}") for name, columns in study.columns.items()}
-        measured = {"seconds": round(time.monotonic() - started, 1), "provenance": provenance(ops.isa())}
+        spent = _cpu_seconds() - started + done.found_seconds
+        measured = {"cpu_seconds": round(spent, 1), "provenance": provenance(ops.isa())}
     folder.mkdir(parents=True, exist_ok=True)
     content = {f"{name}.parquet": parquet_bytes(table, study.columns[name]) for name, table in tables.items()}
     about = {
@@ -287,6 +306,7 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
     content[ABOUT] = (json.dumps(about, indent=2) + "\n").encode()
     for name, data in content.items():
         write_atomically(folder / name, lambda opened, data=data: opened.write(data))  # type: ignore[misc]
+    replacing.unlink(missing_ok=True)
     if not study.keeps_cases:
         shutil.rmtree(parts, ignore_errors=True)
     return Saved(folder, dict(tables), about)

@@ -113,6 +113,42 @@ def test_an_interrupted_study_continues_with_the_cases_that_are_left(made):
     assert not list(Path("runs").rglob("*.json"))  # nothing is left of the parts
 
 
+def test_a_repetition_that_was_interrupted_continues(made):
+    study, shared, measured, stop = made
+    shared.command(study, ["--out", "out"])
+    stop[0] = 1
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out", "--again"])
+    before = Path("out", "study.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out"])
+    assert Path("out", "study.json").read_bytes() == before  # what was there stays until all cases are done
+    stop[0] = None
+    shared.command(study, ["--out", "out"])
+    assert measured == [0, 1, 2, 0, 1, 1, 1, 2]
+    shared.command(study, ["--out", "out"])
+    assert len(measured) == 8
+    # It is begun anew only if that is asked for.
+    stop[0] = 1
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out", "--again"])
+    stop[0] = None
+    shared.command(study, ["--out", "out", "--again"])
+    assert measured[8:] == [0, 1, 0, 1, 2]
+
+
+def test_processor_time_of_interrupted_runs_counts(made, monkeypatch):
+    study, shared, _, stop = made
+    clock = iter(range(0, 100_000, 10))  # every reading is 10 s after the one before
+    monkeypatch.setattr(shared, "_cpu_seconds", lambda: float(next(clock)))
+    stop[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        shared.command(study, ["--out", "out"])
+    stop[0] = None
+    # Two cases found, 10 s each; and one case between two readings that enclose its own two.
+    assert shared.command(study, ["--out", "out"]).about["cpu_seconds"] == 50
+
+
 def test_other_settings_do_not_take_what_others_measured(made):
     study, shared, measured, stop = made
     stop[0] = 2
@@ -191,9 +227,9 @@ def test_intervals_of_shares_are_those_of_clopper_and_pearson(analysis):
 
 def test_the_index_tells_what_was_not_recorded(analysis):
     made, saved = analysis("__main__")._made, analysis("study").Saved
-    known = {"seconds": 100.0, "provenance": {"cpu": "a processor", "versions": {"torch": "2.0"}}}
-    assert made(saved(Path(), {}, known)) == "2 min, a processor, torch 2.0"
-    unknown = {"seconds": None, "provenance": {"cpu": None, "versions": None}}
+    known = {"cpu_seconds": 100.0, "provenance": {"cpu": "a processor", "versions": {"torch": "2.0"}}}
+    assert made(saved(Path(), {}, known)) == "2 min of processor time, a processor, torch 2.0"
+    unknown = {"cpu_seconds": None, "provenance": {"cpu": None, "versions": None}}
     assert made(saved(Path(), {}, unknown)) == "time, processor, versions not recorded"
 
 
