@@ -17,7 +17,7 @@ from fqtstats import ops
 from fqtstats.data import data
 from fqtstats.errors import InputError, NonFiniteError
 from fqtstats.ops.householder import householder_adapt
-from fqtstats.quantizers import quantizer
+from fqtstats.quantizers import adaptive, quantizer
 from fqtstats.quantizers.adaptive import adapt
 from fqtstats.quantizers.base import extremes, rows
 from fqtstats.quantizers.bhq import BlockHouseholder, group_rows
@@ -181,6 +181,20 @@ def assert_same(found, expected):
     assert torch.equal(found.heads, expected.heads)
     assert torch.equal(found.sizes, expected.sizes)
     assert torch.equal(found.scale, expected.row_scale.view(-1))
+
+
+@settings(max_examples=100)
+@given(x=inputs(), bits=st.integers(1, 8), random_bits=st.sampled_from([4, 24, 32]))
+def test_large_inputs_are_worked_on_piece_by_piece_with_the_same_choices(x, bits, random_bits):
+    """With pieces of 16 elements every input but the smallest ones is large."""
+    if len(x) < 2 or not bool((x.amax(1) > x.amin(1)).any()):
+        return
+    expected = choice_of_torch(x, bits, random_bits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "_PIECE", 16)
+        found = choice_of_torch(x, bits, random_bits)
+    for name in ("order", "heads", "sizes", "row_scale"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 @settings(max_examples=100)

@@ -59,8 +59,8 @@ def by_definition(transform, x):
     """Transformed rows and their inverse by the torch code; x is [N, D]."""
     n_rows, columns = x.shape
     z = x.view(n_rows, 1, columns)[transform.order] * transform.row_scale
-    y = transform._reflect_(z).view(n_rows, columns)
-    back = transform._reflect_(y.clone().view(n_rows, 1, columns)) / transform.row_scale
+    y = transform.reflect_(z).view(n_rows, columns)
+    back = transform.reflect_(y.clone().view(n_rows, 1, columns)) / transform.row_scale
     return y, torch.empty_like(back).index_copy_(0, transform.order, back).view(n_rows, columns)
 
 

@@ -26,12 +26,12 @@ Shape legend: N rows, D elements per row, K groups of n rows, leader first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from fqtstats.quantizers.grid import Grid, affine
+from fqtstats.quantizers.grid import Grid, affine_of
 from fqtstats.rounding import up_probability
 
 if TYPE_CHECKING:
@@ -79,24 +79,12 @@ def adapt(
     if count == 0:
         return published, published.forward_extremes_in_torch(x)
     position, group, rank = published.places
-    order = published.order
-    scale, close = _scales(published, low, high)
-    # One transform for the published groups, and after them the matched ones that are tried.
-    tried = ~close
-    row_tried = tried[group]
-    sizes = published.sizes[tried]
-    both = replace(
-        published,
-        order=torch.cat([order, order[position[row_tried]]]),
-        heads=torch.cat([published.heads, n + (sizes.cumsum(0) - sizes).long()]),
-        sizes=torch.cat([published.sizes, sizes]),
-        row_scale=torch.cat([published.row_scale, scale[_MATCHED][row_tried].view(-1, 1, 1)]),
-    )
-    y, lowest, highest = both.forward_extremes_in_torch(x)
-    # Then the rows of x themselves. Where no matched candidate is tried, `row` names any other.
-    parts = y.view(len(y), -1), x.view(n, -1)
-    lowest, highest = torch.cat([lowest, low]), torch.cat([highest, high])
-    row = torch.stack([len(y) + order[position], n - 1 + row_tried.cumsum(0), position])
+    leader = torch.arange(len(rank), device=x.device) - rank
+    own = published.order.index_select(0, position)
+    ranges = (high.double() - low.double()).view(-1).index_select(0, own)
+    scale, close = _scales(published, ranges, leader)
+    found = _rows_of_candidates(published, x, scale[_MATCHED], close)
+    lowest, highest = found.extremes(low.view(-1, 1), high.view(-1, 1))
 
     cell = (group + count * torch.arange(6, device=x.device).view(6, 1)).view(-1)
 
@@ -105,31 +93,112 @@ def adapt(
         sums = values.new_zeros(values.numel() // len(group) * count)
         return sums.index_add_(0, cell[: values.numel()], values.view(-1)).view(*values.shape[:-1], count)
 
-    bounds = _intervals(parts, lowest.view(-1, 1), highest.view(-1, 1), levels, random_bits)
-    weight = _weights(scale, group, rank, published.sizes, group_sums)
-    bounds = group_sums(_weighted(bounds[:, row], weight))
+    bounds = _intervals(found.parts, lowest, highest, levels, random_bits)
+    size = published.sizes.index_select(0, group)
+    weight = _weights(scale, leader, rank, size, lambda values: group_sums(values).index_select(1, group))
+    bounds = group_sums(_weighted(bounds[:, found.row], weight))
     bounds[:, _MATCHED].masked_fill_(close, torch.inf)
     lower, upper = bounds
     choice = upper.argmin(0)
     unclear = (lower <= upper.amin(0)).sum(0) > 1
     if bool(unclear.any()):
         some = unclear[group]
-        of = row[:, some].view(-1)
-        own = order[position[some]]
-        numbers = torch.cat([x.view(n, -1)[own], y.view(len(y), -1)[of[len(own) :]]])
-        noise = _exact(numbers, lowest.view(-1, 1)[of], highest.view(-1, 1)[of], levels, random_bits).view(3, -1)
+        of = found.row[:, some].view(-1)
+        noise = _exact(found.numbers(of), lowest[of], highest[of], levels, random_bits).view(3, -1)
         place = (unclear.cumsum(0) - 1)[group[some]]
         choice[unclear] = _least(noise, scale[:, some], place, rank[some], published.sizes[unclear], close[unclear])
 
-    of_row = choice[group]
     chosen = torch.arange(n, device=x.device)
-    chosen[position] = row.gather(0, of_row.unsqueeze(0)).view(-1)
-    kept, alone, matched = choice != _ALONE, position[of_row == _ALONE], position[of_row == _MATCHED]
-    row_scale = torch.cat([both.row_scale, torch.ones_like(low)])[chosen]
-    transform = replace(published, heads=published.heads[kept], sizes=published.sizes[kept], row_scale=row_scale)
-    y[alone] = x[order[alone]]
-    y[matched] = y[chosen[matched]]
-    return transform, (y[:n], lowest[chosen], highest[chosen])
+    chosen[position] = found.row.gather(0, choice.index_select(0, group).unsqueeze(0)).view(-1)
+    kept = choice != _ALONE
+    transform = replace(
+        published,
+        heads=published.heads[kept],
+        sizes=published.sizes[kept],
+        row_scale=found.row_scale.index_select(0, chosen).view(-1, 1, 1),
+    )
+    lowest, highest = (ends.index_select(0, chosen).unsqueeze(2) for ends in (lowest, highest))
+    return transform, (found.first_(chosen).view_as(x), lowest, highest)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows under all candidates.
+
+    Shape legend: M rows in groups, as they are placed; R rows here, of which the first N are those under the published
+    maps.
+
+    Attributes:
+        parts: the rows, ``[., D]`` each, one after another; the last part may be those of the input.
+        row_scale: their scales, ``[R]``.
+        row: which one each of the M rows is under its three maps, ``[3, M]``; any other where the matched one is close.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    row_scale: torch.Tensor
+    row: torch.Tensor
+
+    def numbers(self, index: torch.Tensor) -> torch.Tensor:
+        """Some of the rows."""
+        first = self.parts[0]
+        if len(self.parts) == 1:
+            return first.index_select(0, index)
+        numbers = first.index_select(0, index.clamp(max=len(first) - 1))
+        later = index >= len(first)
+        numbers[later] = self.parts[1].index_select(0, index[later] - len(first))
+        return numbers
+
+    def first_(self, index: torch.Tensor) -> torch.Tensor:
+        """:meth:`numbers` for N rows, which may take the place of the first ones."""
+        if len(self.parts) == 1:
+            return self.numbers(index)
+        first = self.parts[0][: len(index)]
+        changed = torch.nonzero(index != torch.arange(len(index), device=index.device)).view(-1)
+        return first.index_copy_(0, changed, self.numbers(index.index_select(0, changed)))
+
+    def extremes(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minimum and maximum of each row, ``[R, 1]``; those of the input are known."""
+        first = self.parts[0]
+        lowest, highest = first.amin(1, keepdim=True), first.amax(1, keepdim=True)
+        if len(self.parts) == 1:
+            return lowest, highest
+        return torch.cat([lowest, low]), torch.cat([highest, high])
+
+
+def _rows_of_candidates(
+    published: BlockHouseholder, x: torch.Tensor, matched: torch.Tensor, close: torch.Tensor
+) -> _Rows:
+    """The rows of ``x``, ``[N, C, S]``, under all candidates.
+
+    Args:
+        published: transform of the rows.
+        x: the rows.
+        matched: scales of the M rows in groups.
+        close: groups whose matched scales are left out, ``[K]``.
+    """
+    n, order, scale = len(x), published.order, published.row_scale.view(-1)
+    position, group, _ = published.places
+    flat, own = x.view(n, -1), order.index_select(0, position)
+    if x.numel() <= _PIECE:
+        # To transform all rows side by side takes less time than to tell the groups apart.
+        both = torch.stack([scale, scale.index_copy(0, position, matched)])
+        y = published.reflect_(flat.index_select(0, order).unsqueeze(1) * both.t().unsqueeze(2))
+        row = torch.stack([2 * n + own, n + position, position])
+        return _Rows((torch.cat([y[:, 0], y[:, 1], flat]),), torch.cat([both.view(-1), torch.ones_like(scale)]), row)
+    tried = ~close
+    row_tried = tried[group]
+    sizes = published.sizes[tried]
+    row_scale = torch.cat([scale, matched[row_tried]])
+    transform = replace(
+        published,
+        order=torch.cat([order, own[row_tried]]),
+        heads=torch.cat([published.heads, n + (sizes.cumsum(0) - sizes).long()]),
+        sizes=torch.cat([published.sizes, sizes]),
+        row_scale=row_scale.view(-1, 1, 1),
+    )
+    y = transform.forward_in_torch(x).view(len(row_scale), -1)
+    row = torch.stack([len(y) + own, n - 1 + row_tried.cumsum(0), position])
+    return _Rows((y, flat), torch.cat([row_scale, torch.ones_like(scale)]), row)
 
 
 def _least(
@@ -150,28 +219,32 @@ def _least(
         sizes: of the groups, ``[K]``.
         close: whose matched candidate is left out, ``[K]``.
     """
-
-    def tree_sums(values: torch.Tensor) -> torch.Tensor:
-        return _tree_sums(values, rank, sizes[group])
-
-    alone, matched, published = tree_sums(_weighted(noise, _weights(scale, group, rank, sizes, tree_sums)))
+    leader, size = torch.arange(len(rank), device=rank.device) - rank, sizes[group]
+    weight = _weights(scale, leader, rank, size, lambda values: _tree_sums(values, rank, size)[:, group])
+    alone, matched, published = _tree_sums(_weighted(noise, weight), rank, size)
     matched.masked_fill_(close, torch.inf)
     first = torch.where(matched < alone, _MATCHED, _ALONE)
     return torch.where(published < torch.minimum(alone, matched), _PUBLISHED, first)
 
 
-def _scales(published: BlockHouseholder, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales of the candidates of the M rows in groups, ``[3, M]``, and whose matched ones are close, ``[K]``."""
+def _scales(
+    published: BlockHouseholder, ranges: torch.Tensor, leader: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of the candidates of the M rows in groups, ``[3, M]``, and whose matched ones are close, ``[K]``.
+
+    Args:
+        published: the transform.
+        ranges: of the rows, ``[M]`` float64.
+        leader: place of each row's leader among them, ``[M]``.
+    """
     position, group, rank = published.places
-    theirs = published.row_scale.view(-1)[position]
-    ranges = (high.double() - low.double()).view(-1)[published.order]
-    leader, small = ranges[published.heads][group], ranges[published.heads + 1][group]
-    ratio = (leader / torch.maximum(ranges[position], _SMALLEST_SHARE * small)).sqrt()
-    first = published.row_scale.view(-1)[published.heads].double()
-    matched = torch.where(rank == 0, theirs, (first[group] * ratio).to(theirs.dtype))
+    theirs = published.row_scale.view(-1).index_select(0, position)
     t = theirs.double()
+    first, second = ranges.index_select(0, leader), ranges.index_select(0, leader + 1)
+    ratio = (first / torch.maximum(ranges, _SMALLEST_SHARE * second)).sqrt()
+    matched = torch.where(rank == 0, theirs, (t.index_select(0, leader) * ratio).to(theirs.dtype))
     apart = (matched.double() - t).abs() > _CLOSE * t
-    close = torch.ones(len(published.heads), dtype=torch.bool, device=low.device)
+    close = torch.ones(len(published.heads), dtype=torch.bool, device=ranges.device)
     return torch.stack([torch.ones_like(theirs), matched, theirs]), close.index_fill_(0, group[apart], False)
 
 
@@ -182,14 +255,15 @@ def _finite_grid(low: torch.Tensor, high: torch.Tensor, levels: int) -> tuple[to
     """The ranges, ``[R, 1]`` float64, infinite where one or its row is not finite, and the grids of the others."""
     span = high.double() - low.double()
     finite = span <= torch.finfo(low.dtype).max  # false for NaN
-    grid = affine(torch.where(finite, low, 0.0), torch.where(finite, high, 0.0), levels)
+    if bool(finite.all()):
+        return span, affine_of(span, low, levels)
+    grid = affine_of(torch.where(finite, span, 0.0), torch.where(finite, low, 0.0), levels)
     return torch.where(finite, span, torch.inf), grid
 
 
-def _pieces(y: torch.Tensor) -> list[slice]:
+def _pieces(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows that are worked on together."""
-    step = max(1, _PIECE // y.shape[1]) if y.device.type == "cpu" else len(y)
-    return [slice(start, start + step) for start in range(0, len(y), step)]
+    return torch.split(y, max(1, _PIECE // y.shape[1] if y.device.type == "cpu" else len(y)))
 
 
 def _part(grid: Grid, piece: slice) -> Grid:
@@ -228,31 +302,29 @@ def _intervals(
 def _fractions(parts: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
     """Sums of ``f (1 - f)`` over the rows for the fractions ``f`` of the coordinates, ``[R, 1]`` float64."""
     width = parts[0].shape[1]
-    most = max(piece.stop - piece.start for y in parts for piece in _pieces(y))
-    padded = parts[0].new_zeros(most, width + -width % _SUMMED)
+    pieces = [piece for y in parts for piece in _pieces(y)]
+    padded = pieces[0].new_zeros(max(map(len, pieces)), width + -width % _SUMMED)
     assert grid.offset is not None
     sums, start = [], 0
-    for y in parts:
-        for piece in _pieces(y):
-            numbers = y[piece]
-            rows = slice(start, start := start + len(numbers))
-            part = padded[: len(numbers)]
-            f = torch.sub(numbers, grid.offset[rows], out=part[:, :width])
-            if grid.prescale is not None:
-                f.mul_(grid.prescale[rows])
-            f.mul_(grid.scale[rows]).clamp_(max=grid.levels).frac_()  # a coordinate is not negative
-            f.addcmul_(f, f, value=-1)
-            sums.append(part.view(len(part), -1, _SUMMED).sum(2).double().sum(1, keepdim=True))
+    for numbers in pieces:
+        rows = slice(start, start := start + len(numbers))
+        part = padded[: len(numbers)]
+        f = torch.sub(numbers, grid.offset[rows], out=part[:, :width])
+        if grid.prescale is not None:
+            f.mul_(grid.prescale[rows])
+        f.mul_(grid.scale[rows]).clamp_(max=grid.levels).frac_()  # a coordinate is not negative
+        f.addcmul_(f, f, value=-1)
+        sums.append(part.view(len(part), -1, _SUMMED).sum(2).double().sum(1, keepdim=True))
     return torch.cat(sums)
 
 
 def _exact(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int) -> torch.Tensor:
     """Variance of the decoded codes, summed over each row, ``[R]`` float64; infinite as :func:`_intervals`."""
     span, grid = _finite_grid(low, high, levels)
-    total = []
-    for piece in _pieces(y):
-        of_piece = _part(grid, piece)
-        k, up = up_probability(of_piece.coordinates(y[piece]), random_bits)
+    total, start = [], 0
+    for numbers in _pieces(y):
+        of_piece = _part(grid, slice(start, start := start + len(numbers)))
+        k, up = up_probability(of_piece.coordinates(numbers), random_bits)
         gap = of_piece.decode(of_piece.codes(k + 1)).double() - of_piece.decode(of_piece.codes(k)).double()
         total.append(_tree_sum(gap.square() * (up * (1 - up))))
     return torch.where(span.view(-1) < torch.inf, torch.cat(total), torch.inf)
@@ -260,9 +332,9 @@ def _exact(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, 
 
 def _weights(
     scale: torch.Tensor,
-    group: torch.Tensor,
+    leader: torch.Tensor,
     rank: torch.Tensor,
-    sizes: torch.Tensor,
+    size: torch.Tensor,
     group_sums: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """``sum_j (T^-1)_jr^2`` of each row ``r``: how its variance enters the decoded rows; ``[3, M]`` float64.
@@ -270,15 +342,21 @@ def _weights(
     For ``T = H diag(s)`` that is ``sum_j 1 / (n s_j^2)`` for the leader and
     ``1 / (n s_1^2) + c^2 sum_{j > 1} 1 / s_j^2 + (1 - 2 c) / s_r^2`` for the others, with ``c = 1 / (n - sqrt n)``; and
     1 for rows alone.
+
+    Args:
+        scale: of each row under each candidate, ``[3, M]``.
+        leader: place of its leader, ``[M]``.
+        rank: place in its group, ``[M]``.
+        size: of its group, ``[M]`` float64.
+        group_sums: sum over its group, for each row; ``[3, M]`` to ``[3, M]``.
     """
     inverse = 1 / scale.double().square()
     is_leader = rank == 0
-    leader = inverse[:, is_leader][:, group]
-    members = group_sums(torch.where(is_leader, 0.0, inverse))[:, group]
-    n = sizes[group]
-    corner = 1 / (n - n.sqrt())
-    weight = (leader / n + corner * corner * members) + (1 - 2 * corner) * inverse
-    weight = torch.where(is_leader, (leader + members) / n, weight)
+    first = inverse.index_select(1, leader)
+    members = group_sums(torch.where(is_leader, 0.0, inverse))
+    corner = 1 / (size - size.sqrt())
+    weight = (first / size + corner * corner * members) + (1 - 2 * corner) * inverse
+    weight = torch.where(is_leader, (first + members) / size, weight)
     weight[_ALONE] = 1
     return weight
 

@@ -231,16 +231,20 @@ class BlockHouseholder(Transform):
         return self.forward_extremes_in_torch(x)
 
     def forward_extremes_in_torch(self, x: torch.Tensor) -> Transformed:
-        """:meth:`forward_extremes` without the native kernels; ``order`` may name a row of ``x`` more than once."""
-        y = self._reflect_(x.index_select(0, self.order).mul_(self.row_scale))
+        """:meth:`forward_extremes` without the native kernels."""
+        y = self.forward_in_torch(x)
         return y, y.amin((1, 2), keepdim=True), y.amax((1, 2), keepdim=True)
+
+    def forward_in_torch(self, x: torch.Tensor) -> torch.Tensor:
+        """:meth:`forward` without the native kernels; ``order`` may name a row of ``x`` more than once."""
+        return self.reflect_(x.index_select(0, self.order).mul_(self.row_scale))
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         if self.row_scale.dtype == torch.float32:
             native = householder_inverse(y, self._native_groups())
             if native is not None:
                 return native
-        x = self._reflect_(y).div_(self.row_scale.to(y.dtype))
+        x = self.reflect_(y).div_(self.row_scale.to(y.dtype))
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
     def _native_groups(self) -> NativeGroups:
@@ -248,7 +252,7 @@ class BlockHouseholder(Transform):
 
     def inverse_adjoint(self, x: torch.Tensor) -> torch.Tensor:
         # With P the order of the rows, T = H diag(s) P and T^-1 = P^T diag(1 / s) H; H is symmetric.
-        return self._reflect_(x[self.order].div_(self.row_scale.to(x.dtype)))
+        return self.reflect_(x[self.order].div_(self.row_scale.to(x.dtype)))
 
     def inverse_squared(self, variance: torch.Tensor) -> torch.Tensor:
         v = variance.double()
@@ -262,13 +266,14 @@ class BlockHouseholder(Transform):
         v = v.div_(self.row_scale.double().square())
         return torch.empty_like(v).index_copy_(0, self.order, v)
 
-    def _reflect_(self, z: torch.Tensor) -> torch.Tensor:
-        # In place. H z = z - w u / (1 - 1/sqrt n) with w = 1/sqrt n - e_1 and u = w^T z = sum(z) / sqrt n - z_1, which
+    def reflect_(self, z: torch.Tensor) -> torch.Tensor:
+        """``H z`` in place, ``[N, C, S]`` in group order."""
+        # H z = z - w u / (1 - 1/sqrt n) with w = 1/sqrt n - e_1 and u = w^T z = sum(z) / sqrt n - z_1, which
         # is sum(z) / sqrt n in the first row and z_i - u / (sqrt n - 1) in the others.
         root = (1 / self.sizes.sqrt()).to(z.dtype).view(-1, 1, 1)
         spread = (1 / (self.sizes.sqrt() - 1)).to(z.dtype).view(-1, 1, 1)
         mean = self._group_sums(z).mul_(root)
-        shift = (mean - z[self.heads]).mul_(spread)
+        shift = (mean - z.index_select(0, self.heads)).mul_(spread)
         step = max(1, _PIECE // z[0].numel()) if z.device.type == "cpu" else max(1, len(z))
         for members, heads in zip(self.members.split(step), self.head_of_member.split(step), strict=True):
             z.index_add_(0, members, shift.index_select(0, heads), alpha=-1)

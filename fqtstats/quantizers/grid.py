@@ -120,7 +120,11 @@ def affine(low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     Raises:
         NonFiniteError: a range is not finite.
     """
-    span = require_finite_ranges(low, high)
+    return affine_of(require_finite_ranges(low, high), low, levels)
+
+
+def affine_of(span: torch.Tensor, low: torch.Tensor, levels: int) -> Grid:
+    """:func:`affine` of groups whose ranges are known, float64 and finite."""
     return _grid(span / levels, span == 0, levels, offset=low, zero=None, dtype=low.dtype)
 
 
@@ -209,6 +213,10 @@ def _grid(
     zero: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Grid:
+    lift = 2.0**100 if dtype == torch.float32 else 2.0**1000
+    if not bool((constant | (step < 1 / lift)).any()):
+        step = step.to(dtype)
+        return Grid(levels, step, (1 / step.double()).to(dtype), offset, None if zero is None else zero.to(dtype), None)
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps  # the smallest subnormal
     # A subnormal step is rounded up to a multiple of the smallest number: rounded down, the grid would no longer reach
@@ -216,7 +224,6 @@ def _grid(
     multiple = torch.ceil(step / smallest) + (1 if dtype == torch.float64 else 0)
     step = torch.where(constant, 0.0, torch.where(step < info.smallest_normal, multiple * smallest, step))
     step = step.to(dtype).double()
-    lift = 2.0**100 if dtype == torch.float32 else 2.0**1000
     tiny = (step > 0) & (step < 1 / lift)
     prescale = torch.where(tiny, torch.full_like(step, lift), torch.ones_like(step))
     scale = torch.where(step > 0, 1 / (step * prescale), 0.0)
