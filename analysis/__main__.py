@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 
 from analysis import STUDIES
-from analysis.study import RESULTS, Saved, Study, as_json, load
+from analysis.study import RESULTS, Claim, Saved, Study, as_json, load
 from fqtstats.errors import InputError
 
 INDEX = Path(__file__).parent / "README.md"
@@ -51,9 +51,7 @@ def index() -> str:
 
 def _section(study: Study, saved: Saved) -> str:
     folder = f"results/{study.name}"
-    claims = "".join(
-        f"- {'**Not as expected.** ' if claim.holds is False else ''}{claim.text}\n" for claim in saved.claims
-    )
+    claims = "".join(f"- {_told(claim)}\n" for claim in saved.claims)
     first, *others = saved.about["figures"]
     more = "".join(f", [{name}]({folder}/{name}.png)" for name in others)
     return (
@@ -66,17 +64,27 @@ def _section(study: Study, saved: Saved) -> str:
     )
 
 
+def _told(claim: Claim) -> str:
+    if claim.holds is not False:
+        return claim.text
+    return f"**Not as expected.** {claim.text}{f' Why: {claim.because}' if claim.because else ''}"
+
+
 def _made(saved: Saved) -> str:
-    """How long it took, and on what: of some results that is not known."""
+    """When, how and of what the tables were made: of some results not all is known."""
     seconds, about = saved.about["cpu_seconds"], saved.about["provenance"] or {}
     told = {
         "time": None if seconds is None else f"{_duration(seconds)} of processor time",
         "processor": about.get("cpu"),
         "versions": f"torch {about['versions']['torch']}" if about.get("versions") else None,
+        "commit": " and ".join(filter(None, about.get("commits", []))),
+        "date": about.get("date"),
     }
+    others = about.get("uses", {})
+    source = [f"from the tables of {' and '.join(others)}"] if others else []
     known = [text for text in told.values() if text]
     missing = ", ".join(what for what, text in told.items() if not text)
-    return ", ".join([*known, *([f"{missing} not recorded"] if missing else [])])
+    return ", ".join([*source, *known, *([f"{missing} not recorded"] if missing else [])])
 
 
 def _duration(seconds: float) -> str:

@@ -21,35 +21,49 @@ same things about less, and writes to ``runs/studies`` unless told otherwise. ``
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
+from analysis.parts import Parts, Row, commit, cpu_seconds
 from fqtstats import ops
 from fqtstats.errors import InputError
-from fqtstats.files import read_bytes, write_atomically
+from fqtstats.files import read_bytes, reason, write_atomically
 from fqtstats.provenance import provenance
 from fqtstats.report import style
 from fqtstats.schema import Column, normalised, parquet_bytes, read_parquet
 
-__all__ = ["Claim", "Parts", "Saved", "Study", "Tables", "as_json", "command", "load", "main"]
+__all__ = [
+    "Claim",
+    "Parts",
+    "Row",
+    "Saved",
+    "Study",
+    "Tables",
+    "as_json",
+    "command",
+    "load",
+    "main",
+    "tables_of",
+]
 
 RESULTS = Path(__file__).parent / "results"
 ABOUT = "study.json"
+_MEASURED = ("cpu_seconds", "provenance")
 
 Tables = Mapping[str, pd.DataFrame]
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -58,74 +72,13 @@ class Claim:
 
     Attributes:
         text: Markdown; every number comes from the tables.
-        holds: whether what was expected is so; None where nothing was.
+        holds: whether what was expected is so; None where nothing was, or where the numbers leave it open.
+        because: why it is not so, as far as that was examined.
     """
 
     text: str
     holds: bool | None = None
-
-
-class Parts:
-    """The cases of a study that are done, each in a file: an interrupted study continues with the others.
-
-    Args:
-        folder: of the files; belongs to one study and one choice of settings.
-        settings: what they are made with; other settings are other cases. Empty if a case is all they depend on.
-
-    Attributes:
-        found_seconds: processor time of the cases that were found done, which other processes spent.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
-        self.folder, self.settings = folder, dict(settings)
-        self.found_seconds = 0.0
-
-    def every(
-        self, what: str, cases: Iterable[Mapping[str, Any]], measure: Callable[..., Row | Iterable[Row]]
-    ) -> pd.DataFrame:
-        """A table with the rows of all cases, each led by what the case is; a progress bar shows how many are done.
-
-        Args:
-            what: name of the part; shown beside the bar.
-            cases: arguments of ``measure``, plain JSON.
-            measure: gives one row or several, of numbers, strings, booleans and None.
-        """
-        rows: list[dict[str, object]] = []
-        known = list(cases)
-        for case in track(known, what, console=Console(stderr=True), disable=len(known) < 2):
-            rows += [{**case, **row} for row in self._once(what, case, measure)]
-        return pd.DataFrame(rows)
-
-    def _once(
-        self, what: str, case: Mapping[str, Any], measure: Callable[..., Row | Iterable[Row]]
-    ) -> list[dict[str, object]]:
-        key = json.dumps([what, case, self.settings], sort_keys=True)
-        file = self.folder / f"{what.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            self.found_seconds += found["cpu_seconds"]
-            return list(found["rows"])
-        started = _cpu_seconds()
-        made = measure(**case)
-        # NaN and infinity are written as the names that json knows and no other reader does: these files stay here.
-        rows = [dict(made)] if isinstance(made, Mapping) else [dict(row) for row in made]
-        text = json.dumps({"cpu_seconds": _cpu_seconds() - started, "rows": rows}, default=_number)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda opened: opened.write(text.encode()))
-        return list(json.loads(text)["rows"])
-
-
-def _cpu_seconds() -> float:
-    """Processor time of this process and of those that it waited for: other work on the machine does not count."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
-
-
-def _number(value: Any) -> Any:
-    """Numpy's and torch's numbers as Python's."""
-    if callable(item := getattr(value, "item", None)):
-        return item()
-    raise TypeError(f"a row of a study holds numbers and strings, not a {type(value).__name__}")
+    because: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,11 +137,11 @@ def load(study: Study, folder: Path) -> Saved:
     """What :func:`main` wrote.
 
     Raises:
-        InputError: nothing is there, or a table is not the one that was written.
+        InputError: nothing is there, or what is there is not what was written.
     """
     if not (folder / ABOUT).is_file():
         raise InputError(f"no results of the study {study.name!r} in {folder}; run python -m analysis.{study.name}")
-    about = json.loads((folder / ABOUT).read_text())
+    about = _about(study, folder / ABOUT)
     tables = {}
     for name in study.columns:
         file = folder / f"{name}.parquet"
@@ -197,6 +150,25 @@ def load(study: Study, folder: Path) -> Saved:
             raise InputError(f"{file} is not what the study {study.name!r} wrote; run it with --again")
         tables[name] = normalised(read_parquet(content, file, "table"), study.columns[name], f"table {name!r}")
     return Saved(folder, tables, about)
+
+
+def _about(study: Study, file: Path) -> dict[str, Any]:
+    """What is in ``study.json``."""
+    try:
+        about = json.loads(read_bytes(file))
+        whole = about["study"] == study.name and {*_MEASURED, "settings", "claims", "figures", "sha256"} <= set(about)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise InputError(f"{file} is not what the study {study.name!r} wrote; run it with --again")
+    return dict(about)
+
+
+def tables_of(study: Study, parts: Parts) -> dict[str, pd.DataFrame]:
+    """The saved tables of another study, of which ``parts`` keeps record."""
+    saved = load(study, RESULTS / study.name)
+    parts.uses[study.name] = saved.about["sha256"]
+    return saved.tables
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -218,9 +190,9 @@ def command(study: Study, arguments: Sequence[str] | None = None) -> Saved:
         arguments: as on the command line; None: of this process.
 
     Raises:
-        InputError: ``--out`` has results with other settings.
+        InputError: a setting is not one; ``--out`` has results with other settings, or cannot be written.
     """
-    parser = argparse.ArgumentParser(prog=f"analysis.{study.name}", description=study.question)
+    parser = _Parser(prog=f"python -m analysis.{study.name}", description=study.question)
     parser.add_argument("--quick", action="store_true", help="small settings, some seconds")
     parser.add_argument("--again", action="store_true", help="begin to measure again, and replace what is there")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -230,7 +202,8 @@ def command(study: Study, arguments: Sequence[str] | None = None) -> Saved:
     quick, again, out = (given.pop(name) for name in ("quick", "again", "out"))
     chosen = {name: value for name, value in given.items() if value is not None}
     start = study.quick if quick else study.full
-    settings = type(start)(**{**{f.name: getattr(start, f.name) for f in fields(start)}, **chosen})
+    settings = replace(start, **chosen)
+    _require_sizes(settings)
     runs = Path("runs") / "studies"
     folder: Path = out or (runs / f"{study.name}-quick" if quick else RESULTS / study.name)
     parts = runs / "parts" / f"{study.name}{'-quick' if quick else ''}"
@@ -247,6 +220,25 @@ def _add_option(parser: argparse.ArgumentParser, name: str, value: Any) -> None:
         parser.add_argument(option, type=type(value[0]), nargs="+", help=f"instead of {' '.join(map(str, value))}")
     else:
         parser.add_argument(option, type=type(value), help=f"instead of {value}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help tells the options")
+
+
+def _require_sizes(settings: Any) -> None:
+    """Numbers are counts and positive, 0 only where that is the default; intervals over seeds need two of them."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 2 if field.name == "seeds" else 1 if isinstance(value, int) and field.default != 0 else 0
+        if not (value >= least and (value > 0 or field.default == 0)):
+            option = f"--{field.name.replace('_', '-')}"
+            raise InputError(f"{option} must be {f'at least {least}' if least else 'positive'}, got {value}")
 
 
 def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bool = False) -> Saved:
@@ -277,15 +269,22 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
                 f"{folder} has results with the settings {saved.about['settings']}, not {wanted}; "
                 "give another --out, or --again to replace them"
             )
-        tables, measured = saved.tables, {key: saved.about[key] for key in ("cpu_seconds", "provenance")}
+        tables, measured = saved.tables, {key: saved.about[key] for key in _MEASURED}
     else:
-        started, done = _cpu_seconds(), Parts(parts, {} if study.keeps_cases else wanted)
+        _require_writable(folder)
+        started, done = cpu_seconds(), Parts(parts, {} if study.keeps_cases else wanted)
         made = study.measure(settings, done)
         if set(made) != set(study.columns):
             raise ValueError(f"{study.name} made the tables {sorted(made)}, not {sorted(study.columns)}")
         tables = {name: normalised(made[name], columns, f"table {name!r}") for name, columns in study.columns.items()}
-        spent = _cpu_seconds() - started + done.found_seconds
-        measured = {"cpu_seconds": round(spent, 1), "provenance": provenance(ops.isa())}
+        spent = cpu_seconds() - started + done.found_seconds
+        where = {
+            **provenance(ops.isa()),
+            "commits": sorted({*done.commits, commit()}),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "uses": done.uses,
+        }
+        measured = {"cpu_seconds": round(spent, 1), "provenance": where}
     folder.mkdir(parents=True, exist_ok=True)
     content = {f"{name}.parquet": parquet_bytes(table, study.columns[name]) for name, table in tables.items()}
     about = {
@@ -312,6 +311,16 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
     return Saved(folder, dict(tables), about)
 
 
+def _require_writable(folder: Path) -> None:
+    """Before hours are spent on what cannot be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "writable", lambda _: None)
+        (folder / "writable").unlink()
+    except (OSError, InputError) as error:
+        raise InputError(f"cannot write to {folder} ({reason(error)}); give another --out") from None
+
+
 def as_json(settings: Any) -> dict[str, Any]:
     """Settings as ``study.json`` holds them."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
@@ -330,11 +339,23 @@ def show(study: Study, saved: Saved) -> None:
     """On the terminal."""
     screen = Console()
     screen.print(study.question, style="bold")
-    screen.print(study.read(saved.tables).to_string(index=False), markup=False, highlight=False, soft_wrap=True)
+    screen.print(_as_table(study.read(saved.tables)))
     for claim in saved.claims:
         mark = {True: "holds: ", False: "DOES NOT HOLD: ", None: ""}[claim.holds]
-        screen.print(f"- {mark}{claim.text}", markup=False, highlight=False)
+        why = f" Why: {claim.because}" if claim.because else ""
+        screen.print(f"- {mark}{claim.text}{why}", markup=False, highlight=False)
     screen.print(f"saved in {saved.folder}", style="dim", highlight=False)
+
+
+def _as_table(shown: pd.DataFrame) -> Table:
+    """Text that is wider than the terminal goes on in the next line of its cell."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name, column in shown.items():
+        numbers = pd.to_numeric(column.astype(str).str.split().str[0], errors="coerce").notna().all()
+        table.add_column(Text(str(name)), justify="right" if numbers else "left", overflow="fold")
+    for row in shown.itertuples(index=False):
+        table.add_row(*(Text("" if pd.isna(cell) else str(cell)) for cell in row))
+    return table
 
 
 # --- numbers as text --------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_an_interrupted_study_continues_with_the_cases_that_are_left(made):
     stop[0] = 1
     with pytest.raises(KeyboardInterrupt):
         shared.command(study, ["--out", "out"])
-    assert not Path("out").exists()
+    assert not Path("out", "study.json").exists()
     stop[0] = None
     saved = shared.command(study, ["--out", "out"])
     assert measured == [0, 1, 1, 2]
@@ -137,10 +137,11 @@ def test_a_repetition_that_was_interrupted_continues(made):
     assert measured[8:] == [0, 1, 0, 1, 2]
 
 
-def test_processor_time_of_interrupted_runs_counts(made, monkeypatch):
+def test_processor_time_of_interrupted_runs_counts(made, analysis, monkeypatch):
     study, shared, _, stop = made
     clock = iter(range(0, 100_000, 10))  # every reading is 10 s after the one before
-    monkeypatch.setattr(shared, "_cpu_seconds", lambda: float(next(clock)))
+    for module in (shared, analysis("parts")):
+        monkeypatch.setattr(module, "cpu_seconds", lambda: float(next(clock)))
     stop[0] = 2
     with pytest.raises(KeyboardInterrupt):
         shared.command(study, ["--out", "out"])
@@ -180,6 +181,67 @@ def test_a_table_that_was_changed_is_refused(made):
         shared.command(study, ["--out", "out"])
     with pytest.raises(SystemExit, match="nothing: error"):
         shared.main(study, ["--out", "out"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"study": "another"}'])
+def test_a_damaged_description_is_refused(made, content):
+    study, shared, measured, _ = made
+    shared.command(study, ["--out", "out"])
+    Path("out", "study.json").write_text(content)
+    with pytest.raises(InputError, match=r"study.json is not what the study 'nothing' wrote; run it with --again"):
+        shared.command(study, ["--out", "out"])
+    shared.command(study, ["--out", "out", "--again"])
+    assert len(measured) == 6
+
+
+def test_results_that_cannot_be_kept_are_not_measured(made):
+    study, shared, measured, _ = made
+    Path("out").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot write to out \(.*\); give another --out"):
+        shared.command(study, ["--out", "out"])
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--nosuch"], "unrecognized arguments: --nosuch; python -m analysis.nothing --help tells the options"),
+        (["--cases", "x"], "argument --cases: invalid int value: 'x'"),
+        (["--cases", "0"], "--cases must be at least 1, got 0"),
+        (["--names"], "argument --names: expected at least one argument"),
+    ],
+)
+def test_settings_that_are_none_are_told_in_one_line(made, options, message):
+    study, shared, measured, _ = made
+    with pytest.raises(InputError) as error:
+        shared.command(study, options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not measured
+
+
+def test_cases_of_two_versions_are_told(made, analysis, monkeypatch):
+    study, shared, _, stop = made
+    stop[0] = 1
+    parts = analysis("parts")
+    for version in ("1", "2"):
+        for module in (shared, parts):
+            monkeypatch.setattr(module, "commit", lambda version=version: version)
+        if version == "1":
+            with pytest.raises(KeyboardInterrupt):
+                shared.command(study, ["--out", "out"])
+            stop[0] = None
+    saved = shared.command(study, ["--out", "out"])
+    assert saved.about["provenance"]["commits"] == ["1", "2"]
+
+
+def test_tables_of_another_study_are_recorded(made, analysis, monkeypatch, tmp_path):
+    study, shared, *_ = made
+    monkeypatch.setattr(shared, "RESULTS", tmp_path)
+    saved = shared.command(study, ["--out", "nothing"])
+    derived = dataclasses.replace(study, measure=lambda _, parts: shared.tables_of(study, parts))
+    again = shared.command(derived, ["--out", "derived"])
+    assert again.about["provenance"]["uses"] == {"nothing": saved.about["sha256"]}
 
 
 def test_the_command_line_lists_runs_and_refuses(capfd, tmp_path, monkeypatch, analysis):
@@ -227,10 +289,21 @@ def test_intervals_of_shares_are_those_of_clopper_and_pearson(analysis):
 
 def test_the_index_tells_what_was_not_recorded(analysis):
     made, saved = analysis("__main__")._made, analysis("study").Saved
-    known = {"cpu_seconds": 100.0, "provenance": {"cpu": "a processor", "versions": {"torch": "2.0"}}}
-    assert made(saved(Path(), {}, known)) == "2 min of processor time, a processor, torch 2.0"
+    about = {"cpu": "a processor", "versions": {"torch": "2.0"}, "commits": ["a", "b+"], "date": "2026-01-02"}
+    known = {"cpu_seconds": 100.0, "provenance": about}
+    assert made(saved(Path(), {}, known)) == ("2 min of processor time, a processor, torch 2.0, a and b+, 2026-01-02")
     unknown = {"cpu_seconds": None, "provenance": {"cpu": None, "versions": None}}
-    assert made(saved(Path(), {}, unknown)) == "time, processor, versions not recorded"
+    assert made(saved(Path(), {}, unknown)) == "time, processor, versions, commit, date not recorded"
+    derived = {"cpu_seconds": 0.1, "provenance": {**about, "uses": {"speed": {}, "memory": {}}}}
+    assert made(saved(Path(), {}, derived)).startswith("from the tables of speed and memory, 0 s of processor time")
+
+
+def test_what_is_not_as_expected_is_told_with_its_reason(analysis):
+    told, claim = analysis("__main__")._told, analysis("study").Claim
+    assert told(claim("A.", True, "never shown")) == "A."
+    assert told(claim("A.", None)) == "A."
+    assert told(claim("A.", False)) == "**Not as expected.** A."
+    assert told(claim("A.", False, "It is so.")) == "**Not as expected.** A. Why: It is so."
 
 
 @pytest.mark.parametrize("ends", [(0.97, 1.04), (0.8, 1.3), (0.4, 1.5), (0.9, 25), (0.05, 300), (1e-5, 1e4)])
