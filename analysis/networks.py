@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from analysis.known import Known
 from fqtstats import models
 from fqtstats.data import data
 from fqtstats.errors import InputError
@@ -21,7 +22,7 @@ from fqtstats.training import pretrain
 
 __all__ = ["DATA", "snapshots", "trained"]
 
-DATA = {"mlp": "digits", "preact_resnet20": "digits", "transformer": "text"}
+DATA = Known("network", {"mlp": "digits", "preact_resnet20": "digits", "transformer": "text"})
 """What each of the networks is trained on."""
 
 BATCH = 128
