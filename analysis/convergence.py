@@ -5,9 +5,10 @@ differ. On the way the variance of the quantized gradient is measured (:func:`fq
 ``variance_every``), which does not change the training.
 
 Margin: ``||g|| / sqrt(3 Var)`` with the QAT gradient g and the summed variance of the quantized gradient; below 1 the
-quantizers' noise dominates. Within an epoch squared norms and variances are averaged; over the training the margin is
-the geometric mean of the epochs'. With few bits the first epoch has by far the smallest: in a network as initialized
-the noise grows from layer to layer.
+quantizers' noise dominates. Within an epoch squared norms and variances are averaged. With few bits the first epoch has
+a margin many decades below the others, as in a network as initialized the noise grows from layer to layer. So two
+numbers are told of a training: the geometric mean over its epochs, in which the first has a large part, and the margin
+of its last epoch.
 
 Loss: mean cross entropy over the minibatches of the last epoch, as they were trained on. A run that diverged counts
 with the loss of guessing, and its margins are those of the steps before that. A run trains if its loss is below a
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.stats
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from statsmodels.stats.multitest import multipletests
 
@@ -60,6 +62,10 @@ SHOWN = 4e-3
 """Smallest margin on an axis of the figures: those of runs that explode are many decades below."""
 TWICE = 2.0
 """Loss, relative to QAT's, that is called worse."""
+
+
+MEASURES = {"margin": "geometric mean of the epochs' margins", "last": "margin of the last epoch"}
+"""Numbers that tell a training's margin, by column."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,12 @@ def margins(epochs: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_runs(epochs: pd.DataFrame) -> pd.DataFrame:
-    """A row per run: final ``loss``, the same ``relative`` to QAT's of the seed, ``margin`` over the training."""
-    last = epochs.groupby(["recipe", "seed"], sort=False).tail(1).set_index(["recipe", "seed"])
+    """A row per run: final ``loss``, the same ``relative`` to QAT's of the seed, and the numbers of ``MEASURES``."""
+    final = epochs.groupby(["recipe", "seed"], sort=False).tail(1).set_index(["recipe", "seed"])
     own = margins(epochs).groupby(["recipe", "seed"], sort=False)["margin"]
-    found = last.assign(margin=own.agg(lambda values: math.exp(np.log(values).mean()))).reset_index()
+    found = final.assign(
+        margin=own.agg(lambda values: math.exp(np.log(values).mean())), first=own.first(), last=own.last()
+    ).reset_index()
     qat = found[found["recipe"] == "qat"].set_index("seed")["loss"]
     relative = found["loss"] / found["seed"].map(qat)
     trains = found["loss"] < TASKS[SOURCE].trained * found["guessing"]
@@ -153,26 +161,23 @@ def rank_test(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[float, float]:
     return rho, float(1 + (shuffled <= rho + 1e-12).sum()) / (1 + PERMUTATIONS)
 
 
-def doubling(found: pd.DataFrame) -> list[float]:
-    """Margin at which the loss is twice QAT's, of the seeds that have one."""
+def doubling(found: pd.DataFrame, measure: str) -> list[float]:
+    """Margin (one of ``MEASURES``) at which the loss is twice QAT's, of the seeds that have one."""
     places = []
-    for _, own in found.dropna(subset="margin").groupby("seed"):
-        rows = own.sort_values("margin")
-        places.append(math.exp(crossing(np.log(rows["margin"]), rows["relative"], TWICE)))
+    for _, own in found.dropna(subset=measure).groupby("seed"):
+        rows = own.sort_values(measure)
+        places.append(math.exp(crossing(np.log(rows[measure]), rows["relative"], TWICE)))
     return [place for place in places if not math.isnan(place)]
 
 
 def read(tables: Tables) -> pd.DataFrame:
     """A row per configuration; geometric means over the seeds."""
-    found, each_epoch, shown = of_runs(tables["epochs"]), margins(tables["epochs"]), []
-    for recipe, own in found.groupby("recipe", sort=False):
+    shown = []
+    for recipe, own in of_runs(tables["epochs"]).groupby("recipe", sort=False):
         row = {"gradient": recipe, "loss": with_interval(*geometric_mean(own["loss"]))}
         row["/ QAT"] = with_interval(*geometric_mean(own["relative"]), ".2g")
-        of_epoch = each_epoch[each_epoch["recipe"] == recipe]
-        for name, values in (
-            ("margin", own["margin"].dropna()),
-            ("last epoch", of_epoch.groupby("seed")["margin"].last()),
-        ):
+        for name, column in (("margin, mean", "margin"), ("first epoch", "first"), ("last epoch", "last")):
+            values = own[column].dropna()
             row[name] = with_interval(*geometric_mean(values), ".2g") if len(values) else ""
         row["train"] = f"{own['trains'].sum()} of {len(own)}"
         shown.append(row)
@@ -180,11 +185,49 @@ def read(tables: Tables) -> pd.DataFrame:
 
 
 def claims(tables: Tables) -> list[Claim]:
-    """Ranks, the margin that is needed, and whether it separates."""
+    """Of either margin: ranks, the margin that is needed, and whether it separates."""
     found = of_runs(tables["epochs"])
     own = found.dropna(subset="margin")
+    told = [_epochs_apart(own)]
+    for measure, name in MEASURES.items():
+        told += _ranks(own, measure, name)
+    told += [_separates(own, measure, name) for measure, name in MEASURES.items()]
+    trains, not_ = own[own["trains"]], own[~own["trains"]]
+    if len(not_) and len(trains):
+        for measure, name in MEASURES.items():
+            low, high = trains[measure].min(), not_[measure].max()
+            told.append(
+                Claim(
+                    f"{len(not_)} of {len(own)} runs do not train ({own['diverged'].sum()} diverge): their {name} is "
+                    f"up to {high:.2g}, that of those that train {low:.2g} or more: "
+                    + (f"anything from {high:.2g} to {low:.2g} separates them." if high < low else "they overlap.")
+                )
+            )
+    else:
+        told.append(Claim(f"{len(trains)} of {len(own)} runs train; the smallest margin is {own['margin'].min():.2g}."))
+    return told
+
+
+def _epochs_apart(own: pd.DataFrame) -> Claim:
+    """How far the first epoch is from the last, where that is farthest."""
+    several = own[own["first"] != own["last"]]
+    if several.empty:
+        return Claim("Every run has its margin of one epoch.")
+    apart = several.groupby("recipe", sort=False)[["first", "last"]].agg(lambda values: geometric_mean(values)[0])
+    recipe = (apart["last"] / apart["first"]).idxmax()
+    first, mean, last = (
+        with_interval(*geometric_mean(own.loc[own["recipe"] == recipe, column]), ".2g")
+        for column in ("first", "margin", "last")
+    )
+    return Claim(
+        f"The mean over the epochs is not the margin of most of them: {recipe} has {first} in the first epoch, {last} "
+        f"in the last, and a geometric mean of {mean}."
+    )
+
+
+def _ranks(own: pd.DataFrame, measure: str, name: str) -> list[Claim]:
     by_seed = [rows for _, rows in own.groupby("seed")]
-    tests = [rank_test(rows["margin"], rows["loss"]) for rows in by_seed]
+    tests = [rank_test(rows[measure], rows["loss"]) for rows in by_seed]
     by_bits = [rank_test(rows["bits"], rows["loss"])[0] for rows in by_seed]
     rhos = [rho for rho, _ in tests]
     p = float(multipletests([p for _, p in tests], method="holm")[1].max())
@@ -192,47 +235,44 @@ def claims(tables: Tables) -> list[Claim]:
     limited = [np.clip(mean_interval(values), -1, 1) for values in (rhos, by_bits)]
     gain = mean_interval([bits - rho for bits, rho in zip(by_bits, rhos, strict=True)])
     enough = math.factorial(recipes) > 20 * seeds  # few permutations have no small p
+    better = True if gain[1] > 0 else False if gain[2] < 0 else None
     told = [
         Claim(
-            f"The larger the margin over the training, the lower the final loss: Spearman's correlation over {recipes} "
-            f"configurations is {with_interval(*limited[0], '.2f')} ({seeds} seeds; largest p {p:.2g}, Holm).",
+            f"The larger the {name}, the lower the final loss: Spearman's correlation over {recipes} configurations is "
+            f"{with_interval(*limited[0], '.2f')} ({seeds} seeds; largest p {p:.2g}, Holm).",
             p < 0.05 if enough else None,
         ),
         Claim(
-            f"Bits alone rank the losses with {with_interval(*limited[1], '.2f')}; the margin is better by "
+            f"Bits alone rank the losses with {with_interval(*limited[1], '.2f')}; the {name} is better by "
             f"{with_interval(*gain, '.2f')}.",
-            gain[1] > 0 if enough else None,
+            better if enough else None,
+            "not examined" if enough and better is False else "",
         ),
     ]
-    if places := doubling(found):
+    if places := doubling(own, measure):
         told.append(
             Claim(
-                f"The loss is twice that of QAT at a margin of {with_interval(*geometric_mean(places), '.2g')} "
+                f"The loss is twice that of QAT where the {name} is {with_interval(*geometric_mean(places), '.2g')} "
                 f"({len(places)} of {seeds} seeds have such a margin)."
             )
         )
-    below, above = own[own["margin"] < 1], own[own["margin"] >= 1]
-    worse, failed = below["relative"] > TWICE, above["relative"] > TWICE
-    told.append(
-        Claim(
-            f"A margin of 1 separates good from worse: above it {failed.sum()} of {len(above)} runs end with more than "
-            f"twice QAT's loss, below it {worse.sum()} of {len(below)}.",
-            bool(not failed.any() and worse.all()),
-        )
-    )
-    trains, not_ = own[own["trains"]], own[~own["trains"]]
-    if len(not_) and len(trains):
-        low, high = trains["margin"].min(), not_["margin"].max()
-        told.append(
-            Claim(
-                f"{len(not_)} of {len(own)} runs do not train ({own['diverged'].sum()} diverge), with margins up to "
-                f"{high:.2g}; those that train have {low:.2g} or more: "
-                + (f"anything from {high:.2g} to {low:.2g} separates them." if high < low else "they overlap.")
-            )
-        )
-    else:
-        told.append(Claim(f"{len(trains)} of {len(own)} runs train; the smallest margin is {own['margin'].min():.2g}."))
     return told
+
+
+def _separates(own: pd.DataFrame, measure: str, name: str) -> Claim:
+    below, above = own[own[measure] < 1], own[own[measure] >= 1]
+    worse, failed = below["relative"] > TWICE, above["relative"] > TWICE
+    separates = bool(not failed.any() and worse.all())
+    good = below.loc[~worse, measure]
+    because = "" if separates or good.empty else (
+        f"the loss rises gradually below 1: runs with less than twice QAT's go down to {good.min():.2g}"
+    )  # fmt: skip
+    return Claim(
+        f"The {name} separates good from worse at 1: above it {failed.sum()} of {len(above)} runs end with more than "
+        f"twice QAT's loss, below it {worse.sum()} of {len(below)}.",
+        separates,
+        because if separates or because else "not examined",
+    )
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
@@ -241,44 +281,58 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def _loss(found: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 2.7)
-    ax = figure.subplots()
+    figure = style.new_figure(style.COLUMN_WIDTH, 4.8)
+    panels = figure.subplots(2, 1, sharey=True)
     own = found.dropna(subset="margin")
+    for ax, (measure, name) in zip(panels, MEASURES.items(), strict=True):
+        _against(ax, found, own, measure)
+        ax.set_xlabel(f"{name}, ‖g‖ / √(3 variance)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title_fontsize=6,
+                  title="geometric means over the seeds with 95 % intervals;\npale: each seed; numbers: bits of the "
+                  "input gradient")  # fmt: skip
+    return figure
+
+
+_ASIDE = {"ptq": (-6.5, 2.0), "psq": (1.0, -8.0)}
+"""Where a number stands beside its mark, in points: neighbours are of different quantizers."""
+_RIGHT = (3.0, 2.5)
+
+
+def _against(ax: Axes, found: pd.DataFrame, own: pd.DataFrame, measure: str) -> None:
+    """Final losses against one of ``MEASURES``."""
     marks = style.marks(recipe.partition("@")[0] for recipe in own["recipe"])
+    last = own.loc[own[measure].idxmax(), "recipe"]
     for recipe, rows in own.groupby("recipe", sort=False):
         quantizer, _, bits = recipe.partition("@")
         mark = marks[quantizer]
-        if geometric_mean(rows["margin"])[0] < SHOWN:
-            told = f"◂ {recipe}: margin {geometric_mean(rows['margin'])[0]:.0e}"
+        (x, *x_ends), (y, *y_ends) = geometric_mean(rows[measure]), geometric_mean(rows["loss"])
+        if x < SHOWN:
+            told = f"◂ {recipe}: margin {x:.0e}"
             ax.annotate(told, (SHOWN, rows["loss"].mean()), (2, 2), textcoords="offset points", fontsize=6,
                         color=mark.color)  # fmt: skip
             continue
-        ax.plot(rows["margin"], rows["loss"], mark.marker, color=style.tint(mark.color, 0.4), markersize=1.8)
-        (x, *x_ends), (y, *y_ends) = geometric_mean(rows["margin"]), geometric_mean(rows["loss"])
+        ax.plot(rows[measure], rows["loss"], mark.marker, color=style.tint(mark.color, 0.4), markersize=1.8)
         ax.errorbar(
             x, y, [[y - y_ends[0]], [y_ends[1] - y]], [[x - x_ends[0]], [x_ends[1] - x]], mark.marker,
             color=mark.color, elinewidth=0.6, label=quantizer if quantizer not in ax.get_legend_handles_labels()[1]
             else None,
         )  # fmt: skip
-        ax.annotate(bits, (x, y), (3, 2.5), textcoords="offset points", fontsize=6, color=mark.color)
+        aside = _RIGHT if recipe == last else _ASIDE.get(quantizer, _RIGHT)
+        ax.annotate(bits, (x, y), aside, textcoords="offset points", fontsize=6, color=mark.color)
     guess = found["guessing"].iloc[0]
     qat, low, high = geometric_mean(found.loc[found["recipe"] == "qat", "loss"])
     ax.axhspan(low, high, color=style.GREY, alpha=0.2, linewidth=0)
-    for height, name in ((qat, "QAT"), (guess, "guessing")):
+    for height, name in ((qat, "QAT, 95 %"), (guess, "guessing")):
         ax.axhline(height, color=style.GREY, linewidth=0.8)
         ax.annotate(
             name, (0, height), (2, -7), xycoords=("axes fraction", "data"), textcoords="offset points",
             fontsize=6, color=style.INK,
         )  # fmt: skip
     ax.axvline(1, color=style.GREY, linewidth=0.8, linestyle=":")
-    ax.set_xlim(SHOWN)
-    ax.set(
-        xscale="log", yscale="log", xlabel="mean margin ‖g‖ / √(3 variance) over the training",
-        ylabel="final training loss [nat]",
-    )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xlim(SHOWN, 1.5 * own[list(MEASURES)].max().max())  # room for the last label
+    ax.set(yscale="log", ylabel="final training loss [nat]")
     ax.grid()
-    figure.legend(loc="outside upper center", ncols=3, title="numbers: bits of the input gradient", title_fontsize=6)
-    return figure
 
 
 def _margin(rows: pd.DataFrame) -> Figure:
@@ -307,7 +361,10 @@ def _margin(rows: pd.DataFrame) -> Figure:
         ax.set(yscale="log", ylabel="margin", title=quantizer)
         ax.grid(axis="y")
     last = rows["epoch"].max()
-    panels[-1].set(xlabel=f"epoch (margins below {SHOWN:g} are not shown)", xticks=range(1, last + 1))
+    panels[-1].set(
+        xlabel=f"epoch (geometric means over the seeds, band: 95 %;\nmargins below {SHOWN:g} are not shown)",
+        xticks=range(1, last + 1),
+    )
     panels[-1].set_ylim(max(SHOWN, panels[-1].get_ylim()[0]))
     return figure
 
@@ -323,8 +380,8 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="Geometric means over the seeds, 95 % intervals (Student t). Loss: final training loss [nat], and as a "
-    "multiple of QAT's. Margin: ‖g‖ / √(3 variance), over the training and in its last epoch; below 1 the "
-    "noise dominates. Train: runs with a loss below a quarter of guessing's.",
+    "multiple of QAT's. Margin: ‖g‖ / √(3 variance): geometric mean over the epochs, and those of the first and the "
+    "last epoch; below 1 the noise dominates. Train: runs with a loss below a quarter of guessing's.",
 )
 
 if __name__ == "__main__":

@@ -4,24 +4,31 @@ A network is trained with PTQ at 8 bits everywhere, on both backends, once per s
 
 The two runs of a seed start from the same weights and see the same batches and random numbers. They part at the first
 rounding that differs, because a number on the edge between two codes then falls to the other side; from there on they
-are two runs of a random algorithm. "Within seed noise" is: the interval of the mean difference of the final losses over
-the seeds (95 %, paired t) contains 0, and the mean difference is below the standard deviation of the simulated final
-losses over the seeds.
+are two runs of a random algorithm.
+
+Final losses are compared by two one-sided t tests (TOST, 5 % each) of their log ratio, paired by seed. The margin is
+that of the study of recipes (:mod:`analysis.recipes`) on digits, taken from its saved runs, which train the same
+network for more epochs: the root mean square difference of two seeds of a typical recipe. It does not depend on the
+runs of this study, so that noise here makes it harder to find losses equal, and not easier. They are equal within the
+margin if the 90 % interval of the ratio, which is what these tests amount to, lies inside; they are not if it lies
+outside; otherwise the question is open. Only the last epoch is tested; the intervals of the others are drawn.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import fqtstats
-from analysis import networks
-from analysis.estimates import mean_interval
-from analysis.study import Claim, Parts, Row, Study, Tables, main, with_interval
+from analysis import networks, recipes
+from analysis.estimates import geometric_mean, mean_interval
+from analysis.study import RESULTS, Claim, Parts, Row, Study, Tables, load, main, with_interval
 from fqtstats import models
 from fqtstats.data import data
 from fqtstats.layers import BACKENDS
@@ -78,25 +85,37 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 # --- what is said of it -----------------------------------------------------------------------------------------------
 
 
-def compare(losses: pd.DataFrame) -> pd.DataFrame:
-    """A row per epoch: the losses of both backends, and whether they differ by more than seeds do.
+TESTED = 1 - 2 * recipes.LEVEL
+"""Level of the interval that two one-sided tests amount to."""
 
-    ``difference`` is native - simulated, the mean over the seeds with its interval (``low`` and ``high``); ``noise`` is
-    the standard deviation of the simulated losses over the seeds.
+
+def margin() -> float:
+    """The factor up to which losses count as equal: that of the study of recipes.
+
+    Raises:
+        InputError: it has no saved results.
+    """
+    rows = load(recipes.STUDY, RESULTS / recipes.STUDY.name).tables["runs"]
+    return float(recipes.summary(rows[rows["data"] == networks.DATA["preact_resnet20"]])["margin"].max())
+
+
+def compare(losses: pd.DataFrame) -> pd.DataFrame:
+    """A row per epoch: mean losses of both backends with 95 % intervals, and their ratio, native / simulated.
+
+    ``ratio`` is the geometric mean over the seeds, ``low`` and ``high`` the ends of its 95 % interval, ``tested_low``
+    and ``tested_high`` those of its 90 % interval; ``error`` is the standard error of its logarithm.
     """
     found = []
     for epoch, own in losses.groupby("epoch"):
         loss = own.pivot(index="seed", columns="backend", values="loss")
-        mean, low, high = mean_interval(loss["native"] - loss["simulated"])
-        noise = float(loss["simulated"].std(ddof=1))
-        accuracy = own.groupby("backend")["test_accuracy"].mean()
+        ratios = loss["native"] / loss["simulated"]
         row: dict[str, object] = {"epoch": epoch, "seeds": len(loss)}
         for backend in BACKENDS:
             ends = zip(("", "_low", "_high"), mean_interval(loss[backend]), strict=True)
             row |= {f"{backend}{end}": value for end, value in ends}
-            row[f"{backend}_accuracy"] = accuracy[backend]
-        row |= {"difference": mean, "low": low, "high": high, "noise": noise}
-        found.append({**row, "within": low <= 0 <= high and abs(mean) <= noise})
+        row |= dict(zip(("ratio", "low", "high"), geometric_mean(ratios), strict=True))
+        row |= dict(zip(("tested_low", "tested_high"), geometric_mean(ratios, TESTED)[1:], strict=True))
+        found.append({**row, "error": float(np.log(ratios).std(ddof=1)) / math.sqrt(len(ratios))})
     return pd.DataFrame(found)
 
 
@@ -111,8 +130,7 @@ def read(tables: Tables) -> pd.DataFrame:
                 )
                 for backend in BACKENDS
             },
-            "difference": with_interval(row.difference, row.low, row.high, "+.2g"),
-            "SD of seeds": f"{row.noise:.2g}",
+            "native / simulated": with_interval(row.ratio, row.low, row.high, ".3f"),
         }
         for row in compare(tables["losses"]).itertuples()
     )
@@ -120,32 +138,50 @@ def read(tables: Tables) -> pd.DataFrame:
 
 def claims(tables: Tables) -> list[Claim]:
     """Of the last epoch."""
-    last = compare(tables["losses"]).iloc[-1]
-    different = "within seed noise" if last["within"] else "more than seed noise"
-    accuracies = " and ".join(f"{last[f'{backend}_accuracy']:.2%} {backend}" for backend in BACKENDS)
+    last, limit = compare(tables["losses"]).iloc[-1], margin()
+    p = float(scipy.stats.t.sf((math.log(limit) - abs(math.log(last["ratio"]))) / last["error"], last["seeds"] - 1))
+    inside = 1 / limit < last["tested_low"] and last["tested_high"] < limit
+    outside = last["tested_low"] > limit or last["tested_high"] < 1 / limit
+    verdict = "equal within" if inside else "outside of" if outside else "not shown to be equal within"
+    final = tables["losses"].dropna(subset="test_accuracy")
+    accuracy = final.pivot(index="seed", columns="backend", values="test_accuracy")
+    accuracies = " and ".join(f"{with_interval(*mean_interval(accuracy[name]), '.4f')} {name}" for name in BACKENDS)
+    difference = mean_interval(accuracy["native"] - accuracy["simulated"])
+    losses = [with_interval(*(last[f"{name}{end}"] for end in ("", "_low", "_high")), ".4f") for name in BACKENDS]
     return [
         Claim(
-            f"After {last['epoch']} epochs and over {last['seeds']} seeds the mean training loss is "
-            f"{last['native']:.4f} nats on native products and {last['simulated']:.4f} on simulated ones, a difference "
-            f"of {with_interval(last['difference'], last['low'], last['high'], '+.4f')}: {different}, of which the "
-            f"standard deviation is {last['noise']:.4f}.",
-            bool(last["within"]),
+            f"After {last['epoch']:.0f} epochs and over {last['seeds']:.0f} seeds the mean training loss is "
+            f"{losses[0]} nats on {BACKENDS[0]} products and {losses[1]} on {BACKENDS[1]} ones. Native / simulated is "
+            f"{with_interval(last['ratio'], last['low'], last['high'], '.3f')} (95 %, paired), {verdict} the margin of "
+            f"a factor of {limit:.2f} (two one-sided tests: p = {p:.2g}; the margin is that of the study of recipes).",
+            True if inside else False if outside else None,
+            "not examined" if outside else "",
         ),
-        Claim(f"Mean test accuracies are {accuracies}."),
+        Claim(
+            f"Mean test accuracies are {accuracies}; native less simulated, paired by seed: "
+            f"{with_interval(*difference, '+.4f')}."
+        ),
     ]
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    """Losses by epoch, and their difference in standard deviations of the seeds."""
-    found = compare(tables["losses"])
-    figure = style.new_figure(style.COLUMN_WIDTH, 3.0)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    """Losses by epoch, and their ratio beside the margin."""
+    found, limit = compare(tables["losses"]), margin()
+    figure = style.new_figure(style.COLUMN_WIDTH, 3.3)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _losses(top, tables["losses"], found)
-    ends = [found[name] / found["noise"] for name in ("difference", "low", "high")]
-    bottom.axhspan(-1, 1, color=style.tint(style.GREY, 0.25), linewidth=0)
-    bottom.axhline(0, color=style.GREY, linewidth=0.5)
-    bottom.errorbar(found["epoch"], ends[0], (ends[0] - ends[1], ends[2] - ends[0]), fmt="o-", color=style.INK)
-    bottom.set(xlabel="epoch", ylabel="native - simulated\n/ SD over seeds", xticks=found["epoch"])
+    bottom.axhspan(
+        1 / limit, limit, color=style.tint(style.GREY, 0.25), linewidth=0, label=f"margin, factor {limit:.2f}"
+    )
+    bottom.axhline(1, color=style.GREY, linewidth=0.5)
+    around = (found["ratio"] - found["tested_low"], found["tested_high"] - found["ratio"])
+    bottom.errorbar(
+        found["epoch"], found["ratio"], around, fmt="o-", color=style.INK, label=f"mean, {100 * TESTED:.0f} %"
+    )
+    bottom.set(xlabel="epoch", ylabel="native / simulated\n(log scale)", xticks=found["epoch"], yscale="log")
+    bottom.set_yticks([1 / limit, 1, limit], [f"{tick:.2f}" for tick in (1 / limit, 1, limit)])
+    bottom.minorticks_off()
+    bottom.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     return {"losses": figure}
 
 
@@ -171,8 +207,8 @@ STUDY = Study(
     draw=draw,
     read=read,
     claims=claims,
-    legend="Loss: mean training loss over the epoch in nats, mean over the seeds; difference: native - simulated, "
-    "paired; 95 % intervals (Student t). SD of seeds: standard deviation of the simulated losses.",
+    legend="Loss: mean training loss over the epoch in nats, mean over the seeds. Native / simulated: ratio of the "
+    "losses, geometric mean over the seeds, paired. 95 % intervals (Student t).",
 )
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ mean square of the rows'. How the ratios PTQ / PSQ and PSQ / BHQ go with the tai
 exponent of the largest relative range by least squares in logarithms, and Spearman's rank correlation.
 
 Numbers of an epoch are medians over the layers; intervals are of the mean over the seeds, of logarithms where ratios
-are. Expectations (the ranges 1.2 to 1.6 at initialization and 69 to 420 from epoch 5) come from a comparable network.
+are. Expectations (the ranges 1.2 to 1.6 at initialization and 69 to 420 from epoch 5) come from a comparable network;
+an interval is inside of them, outside, or, if it holds an end, open.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from matplotlib.figure import Figure
 
 from analysis import networks
 from analysis.estimates import geometric_mean, mean_interval
+from analysis.expected import judged
 from analysis.gradients import incoming
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.quantizers import quantizer
@@ -146,14 +148,13 @@ def claims(tables: Tables) -> list[Claim]:
         own = largest[largest.index == 0] if when == "at initialization" else largest[largest.index >= 5]
         if own.empty:
             continue
-        numbers = "; ".join(f"epoch {epoch}: {with_interval(*row)}" for epoch, *row in own.itertuples())
-        told.append(
-            Claim(
-                f"The largest row range is so many times the median one {when} (expected {low:g} to {high:g}): "
-                f"{numbers} (median over the layers; {seeds} seeds).",
-                bool(own["mean"].between(low, high).all()) if expected else None,
-            )
+        estimates = {f"epoch {epoch}": tuple(ends) for epoch, *ends in own.itertuples()}
+        numbers = "; ".join(f"{epoch}: {with_interval(*ends)}" for epoch, ends in estimates.items())
+        text = (
+            f"The largest row range is so many times the median one {when}: {numbers} (median over the layers; "
+            f"{seeds} seeds)"
         )
+        told.append(judged(text, estimates, (low, high)) if expected else Claim(f"{text}."))
     first, last, bits = largest.index[0], largest.index[-1], layers["bits"].iloc[0]
     for name in QUANTIZERS:
         own = by_epoch(layers, f"{name}_share")
@@ -183,15 +184,21 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def _epochs(layers: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 4.1)
+    figure = style.new_figure(style.COLUMN_WIDTH, 4.4)
     upper, lower = figure.subplots(2, 1, sharex=True)
     epochs = sorted(layers["epoch"].unique())
     each = layers.groupby("epoch")["top"]
     upper.fill_between(
-        epochs, each.min(), each.max(), color=style.GREY, alpha=0.2, linewidth=0, label="largest, all layers"
+        epochs,
+        each.min(),
+        each.max(),
+        color=style.GREY,
+        alpha=0.2,
+        linewidth=0,
+        label="largest: range over layers and seeds",
     )
     for index, (column, name, marker) in enumerate(
-        (("top", "largest", "v"), ("q99", "99 %", "p"), ("q90", "90 %", "."))
+        (("top", "largest", "v"), ("q99", "99 % quantile", "p"), ("q90", "90 % quantile", "."))
     ):  # fmt: skip
         color = style.tint(style.INK, 1 - 0.25 * index)
         _line(upper, by_epoch(layers, column), style.Mark(color, marker), index - 1, name)
@@ -201,9 +208,10 @@ def _epochs(layers: pd.DataFrame) -> Figure:
     lower.axhline(1, color=style.GREY, linewidth=0.8)
     bits = layers["bits"].iloc[0]
     lower.set(yscale="log", ylabel=f"variance with {bits} bits / squared norm", xlabel="epoch", xticks=epochs)
-    for ax, columns in ((upper, 4), (lower, 3)):
+    told = "lines: medians over layers, means over seeds with 95 % intervals"
+    for ax, columns in ((upper, 2), (lower, 3)):
         ax.grid(axis="y")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.02), ncols=columns, title=told, title_fontsize=6)
     return figure
 
 
