@@ -189,9 +189,9 @@ def claims(tables: Tables) -> list[Claim]:
         holds = True if all(each is True for each in held) else False if False in held else None
         why = ""
         if holds is False:
-            below = missed["bias"]
+            below, tested = missed["bias"], found[found["off_grid"] == 0]
             why = f"the squared bias of those is {below.min():.1g} to {below.max():.1g} of one draw's squared error"
-            why += f", of those that are found at least {found['bias'].min():.1g}" if len(found) else ""
+            why += f", of those that tests find at least {tested['bias'].min():.1g}" if len(tested) else ""
         answer.append(Claim(text, holds, why))
     sound = table[table["defect"] == SOUND]
     if len(sound):
