@@ -185,8 +185,8 @@ class Settings:
     """Of the study: null runs per quantizer and per gradient, runs per defect, and blocks of draws for its bias."""
 
     subjects: tuple[str, ...] = tuple(SUBJECTS)
-    nulls: int = 600
-    gradient_nulls: int = 200
+    nulls: int = 500
+    gradient_nulls: int = 150
     defects: tuple[str, ...] = tuple(DEFECTS)
     seeds: int = 20
     blocks: int = 20
@@ -335,7 +335,7 @@ def claims(tables: Tables) -> list[Claim]:
     answer.append(
         Claim(
             f"Unbiased gradients at a false-alarm rate of {FALSE_ALARM:g}: {refused} of {runs} runs are refused, a "
-            f"share of {told(refused, runs)}; so few runs cannot show that rate.",
+            f"share of {told(refused, runs)}{'' if refused else '; so few runs cannot show that rate'}.",
             at_most(refused, runs, FALSE_ALARM),
         )
     )
@@ -403,7 +403,7 @@ def _power(table: pd.DataFrame) -> Figure:
         places = [place + shift for place in range(len(table))]
         bars(ax, places, list(table[f"found_{draws}"]), list(table["runs"]), color, marker, f"{draws} draws")
     ax.axvline(POWERFUL, color=style.GREY, linestyle="--", linewidth=0.8)
-    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it (95 % each; dashed: {POWERFUL:g})")
+    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it\n(95 % each; dashed: {POWERFUL:g})")
     ax.set_yticks(range(len(table)), table["defect"])
     ax.invert_yaxis()
     ax.grid(True, axis="x")

@@ -95,11 +95,11 @@ class Settings:
     data: str = "digits"
     quantizers: tuple[str, ...] = ("ptq", "psq", "bhq")
     bits: tuple[int, ...] = (8, 4, 2)
-    draws: int = 5_000
-    pool: int = 6_000
+    draws: int = 3_000
+    pool: int = 4_000
     sizes: tuple[int, ...] = (5, 10, 30)
     rounds: int = 15
-    spread: int = 150
+    spread: int = 100
 
 
 def measure(settings: Settings, parts: Parts) -> Tables:
@@ -288,7 +288,7 @@ def claims(tables: Tables) -> list[Claim]:
             f"for {far['kind']}, {far['quantizer']}, {far['bits']} bits: "
             f"{with_interval(far['ratio'], far['low'], far['high'], '.4f')} of it.",
             False if hold < n else True if within == n else None,
-            f"{n - hold} intervals leave out 1" if hold < n else "",
+            f"{n - hold} of {n} intervals leave out 1" if hold < n else "",
         )
     ]
     covered = tables["coverage"]
@@ -398,7 +398,7 @@ def _cost(table: pd.DataFrame) -> Figure:
                 seconds, place, xerr=(seconds - low, high - seconds), fmt=mark.marker, color=mark.color,
                 markerfacecolor=face, elinewidth=0.8, label=f"{name}, {of.replace('_', ' ')}",
             )  # fmt: skip
-    ax.set(xscale="log", xlabel="processor seconds to a standard error of 1 % (95 % each)")
+    ax.set(xscale="log", xlabel="processor seconds to a standard error of 1 %\n(95 % each)")
     ax.set_ylim(len(kinds) - 0.5, -0.5)
     ax.set_yticks(range(len(kinds)), kinds)
     ax.grid(True, axis="x")
