@@ -1,16 +1,19 @@
 """Does the battery hold its size, does it find what it should, and do the usual tests not?
 
-Size: null runs per quantizer family at levels .01 and .001. A run rejects where any finding of its looks at 16, 32 and
-64 draws falls below the level's share.
+Size: null runs per quantizer family at levels .05, .01 and .001, judged as the package does
+(:meth:`fqtstats.verdicts.battery.Battery.judge`), at 16, 32 and 64 draws. The level is divided among five looks, of
+which these are three.
 
-Sums: the same of the spread of row and column sums alone, at all of the level, on the ladders, too. The runs' draws are
-taken from a pool: runs of one round through it share none, and each round shuffles it anew.
+Sums: the same of the spread of row and column sums alone, at all of the level, on the ladders, too.
 
-The usual tests: rejection rates of procedures that are often used, on the same null draws at level .01. Their p-values
-assume normal errors, and those of stochastic rounding have two values.
+The usual tests: rejection rates of procedures that are often used, on the same null draws. Their p-values assume normal
+errors, and those of stochastic rounding have two values.
 
-Power: planted defects at 128 x 1024 and a false-alarm rate of 1e-6, by the number of draws after which the battery
-finds them in at least 99 of 100 seeds. Expectations are not probed here: what probing finds needs no draws.
+All draws of all runs are fresh, and of one quantizer and input only: runs are independent and are counted together.
+
+Power: planted defects at 128 x 1024 and a false-alarm rate of 1e-6, by the number of draws in which the battery finds
+them; each is expected to be found in at least 80 % of the runs. Expectations are not probed here: what probing finds
+needs no draws.
 
 Intervals are Clopper-Pearson's, 95 % each; where a sentence is about several rates, they hold together with 95 %
 (Bonferroni).
@@ -18,8 +21,8 @@ Intervals are Clopper-Pearson's, 95 % each; where a sentence is about several ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -28,43 +31,47 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 import fqtstats
-from analysis.shares import bars, share, told
-from analysis.study import Claim, Parts, Study, Tables, main
+from analysis.estimates import mean_interval
+from analysis.nulls import BITS, FALSE_ALARM, LEVELS, QUANTIZERS, RATES, SHAPE, each_size, pooled_sizes, streams
+from analysis.shares import at_least, at_most, bars, share, told
+from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.determinism import single_thread
 from fqtstats.report import style
 from fqtstats.schema import Column
 from fqtstats.verdicts import designs
-from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, spread_p
+from fqtstats.verdicts.battery import LOOKS, TESTS, Battery, spread_p
 from fqtstats.verdicts.decisions import Decisions, of_grid
 
-_RATES = (
-    Column("level", "float64", "1", "nominal rate of false alarms"),
-    Column("runs", "int64", "1", "null runs"),
-    Column("rejected", "int64", "1", "of them"),
-)
 SIZE = (
     Column("quantizer", "str", "", "sound quantizer"),
     Column("procedure", "str", "", "the battery, or a usual test"),
-    *_RATES,
+    *RATES,
 )
-SUMS = (Column("quantizer", "str", "", "sound quantizer"), Column("design", "str", "", "input"), *_RATES)
+SUMS = (Column("quantizer", "str", "", "sound quantizer"), Column("design", "str", "", "input"), *RATES)
+_SPREAD = "mean over the runs of the variance of {} sums in 64 draws of the first design, over that of independent ones"
 POWER = (
     Column("defect", "str", "", "of the decisions"),
-    Column("seeds", "int64", "1", "runs"),
-    Column("missed", "int64", "1", "of them in which it is not found"),
-    Column("draws", "Int64", "1", "after which 99 % of the runs have found it; none: they never have"),
+    Column("runs", "int64", "1", "runs"),
+    *(Column(f"found_{n}", "int64", "1", f"of them in which {n} draws of a design find it") for n in LOOKS),
     Column("design", "str", "", "inputs on which it is found first"),
     Column("tests", "str", "", "families of tests that find it first"),
-)
+    *(Column(f"{of}_spread{end}", "float64", "1", _SPREAD.format(of) + what)
+      for of in ("row", "column")
+      for end, what in (("", ""), ("_low", "; lower end of the 95 % interval"), ("_high", "; upper end"))),
+    *(Column(f"{of}_needed", "float64", "1", f"the least {of}_spread that is refused, were it that of every sum")
+      for of in ("row", "column")),
+)  # fmt: skip
 
-QUANTIZERS = ("ptq", "psq", "pcq", "bhq")
-BITS = 4
-NULL_SHAPE, POWER_SHAPE = (16, 64), (128, 1024)
+POWER_SHAPE = (128, 1024)
 DRAWS = 64
 ENDS = ("low", "high")
-LEVELS = (0.01, 0.001)
-FALSE_ALARM = 1e-6
 OURS = "the battery"
+SHOWN = 0.01
+"""Level at which the usual tests are looked at."""
+POWERFUL = 0.8
+"""Share of the runs in which a defect is expected to be found."""
+SPREADS = 8
+"""Runs of which the spread of sums is told."""
 
 
 DEFECTS: dict[str, Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor]] = {
@@ -126,13 +133,12 @@ def _paired(p: torch.Tensor, s: fqtstats.Stream, mirrored: bool = False) -> torc
 
 @dataclass(frozen=True)
 class Settings:
-    """Of the study: null runs per quantizer, draws in the pool of the sums, and runs per defect."""
+    """Of the study: null runs per quantizer (and input), and runs per defect."""
 
     quantizers: tuple[str, ...] = QUANTIZERS
-    nulls: int = 2000
-    pool: int = 8192
+    nulls: int = 500
     defects: tuple[str, ...] = tuple(DEFECTS)
-    seeds: int = 100
+    seeds: int = 32
 
 
 def measure(settings: Settings, parts: Parts) -> Tables:
@@ -144,7 +150,7 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 
     def sums(quantizer: str, design: str) -> list[dict[str, object]]:
         with single_thread():
-            return sums_size(quantizer, design, settings.nulls, settings.pool)
+            return sums_size(quantizer, design, settings.nulls)
 
     def of_defect(defect: str) -> dict[str, object]:
         with single_thread():
@@ -162,22 +168,22 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 def null_runs(quantizer: str, runs: int) -> list[dict[str, object]]:
     """Rejections by the battery, and by the usual tests on the same draws."""
     q = fqtstats.quantizer(quantizer, bits=BITS)
-    decisions = of_grid(q, designs.natural(NULL_SHAPE), 4 * q.format.levels * 2.0**-24)
-    smallest, usual = [], []
-    for seed in range(runs):
-        errors: list[torch.Tensor] = []
-        battery = Battery(_kept(decisions, errors), seed)
-        found = [f.p_value for look in _looks(DRAWS) for f in _at(battery, look, seed)]
-        smallest.append(min(found) * len(list(_looks(DRAWS))) * FAMILIES)
-        usual.append(usual_tests(torch.stack(errors).view(DRAWS, -1).numpy(), decisions.p.view(-1).numpy()))
-    rows: list[dict[str, object]] = [
-        {"procedure": OURS, "level": level, "runs": runs, "rejected": int(np.sum(np.array(smallest) < level))}
-        for level in LEVELS
-    ]
-    for procedure in usual[0]:
-        rejected = int(sum(p[procedure] < LEVELS[0] for p in usual))
-        rows.append({"procedure": procedure, "level": LEVELS[0], "runs": runs, "rejected": rejected})
-    return rows
+    decisions = of_grid(q, designs.natural(SHAPE), 4 * q.format.levels * 2.0**-24)
+    p_values: dict[str, list[float]] = {}
+    for run in range(runs):
+        ups = torch.stack([decisions.ups(s)[0] for s, _ in zip(streams(quantizer, run), range(DRAWS), strict=False)])
+        battery = Battery(replace(decisions, ups=lambda s, ups=ups: (ups[s.draw], 0)), run)
+        # At the smallest level all looks are taken, whose p-value is then good for the others.
+        ours = battery.judge(streams(quantizer, run), DRAWS, min(LEVELS)).p_value
+        errors = (ups.double() - decisions.p).view(DRAWS, -1).numpy()
+        for procedure, p in {OURS: ours, **usual_tests(errors, decisions.p.view(-1).numpy())}.items():
+            p_values.setdefault(procedure, []).append(p)
+    return [{"procedure": name, **rate} for name, found in p_values.items() for rate in _rates(found)]
+
+
+def _rates(p_values: list[float]) -> list[dict[str, object]]:
+    """What is refused at each level."""
+    return [{"level": level, "runs": len(p_values), "rejected": sum(p < level for p in p_values)} for level in LEVELS]
 
 
 def _designs(quantizer: str) -> list[str]:
@@ -185,25 +191,21 @@ def _designs(quantizer: str) -> list[str]:
     return ["natural"] if quantizer == "bhq" else ["natural", *(f"{end} ladder" for end in ENDS)]
 
 
-def sums_size(quantizer: str, design: str, runs: int, pool: int) -> list[dict[str, object]]:
+def sums_size(quantizer: str, design: str, runs: int) -> list[dict[str, object]]:
     """Rejections by the spread of row and column sums alone, at its looks."""
     q = fqtstats.quantizer(quantizer, bits=BITS)
     natural = design == "natural"
-    x = designs.natural(NULL_SHAPE) if natural else designs.ladder(NULL_SHAPE, q.format.levels, design == "high ladder")
+    x = designs.natural(SHAPE) if natural else designs.ladder(SHAPE, q.format.levels, design == "high ladder")
     d = of_grid(q, x, 4 * q.format.levels * 2.0**-24)
-    ups = torch.stack([d.ups(fqtstats.stream(draw=draw))[0] for draw in range(pool)]).float()
-    sums = [ups.sum(axis + 1) for axis in (0, 1)]
+    taken = [n for n in LOOKS if n <= DRAWS]
     found = []
     for run in range(runs):
-        turn, place = divmod(run, pool // DRAWS)
-        order = torch.randperm(pool, generator=torch.Generator().manual_seed(turn))[place * DRAWS :]
-        p = [
-            spread_p(s[order[1:look:2]] - s[order[0:look:2]], d, axis)[0]
-            for look in _looks(DRAWS)
-            for axis, s in enumerate(sums)
-        ]
+        drawn = zip(streams(f"sums {quantizer} {design}", run), range(DRAWS), strict=False)
+        ups = torch.stack([d.ups(s)[0] for s, _ in drawn]).float()
+        sums = [ups.sum(axis + 1) for axis in (0, 1)]
+        p = [spread_p(s[1:look:2] - s[0:look:2], d, axis)[0] for look in taken for axis, s in enumerate(sums)]
         found.append(min(p) * len(p))
-    return [{"level": level, "runs": runs, "rejected": sum(p < level for p in found)} for level in LEVELS]
+    return _rates(found)
 
 
 def usual_tests(e: np.ndarray, p: np.ndarray) -> dict[str, float]:
@@ -224,64 +226,61 @@ def usual_tests(e: np.ndarray, p: np.ndarray) -> dict[str, float]:
 
 
 def power(defect: str, seeds: int) -> dict[str, object]:
-    """Draws until a defect is found, over the three designs in turn."""
+    """Draws until a defect is found, over the three designs, and how it widens the sums of rows and columns."""
     q = fqtstats.quantizer("psq", bits=BITS)
     inputs = {"natural": designs.natural(POWER_SHAPE)}
-    for high in (False, True):
-        inputs["high ladder" if high else "low ladder"] = designs.ladder(designs.LADDER_SHAPE, q.format.levels, high)
-    level = FALSE_ALARM / (len(inputs) * len(LOOKS) * FAMILIES)
+    for end in ENDS:
+        inputs[f"{end} ladder"] = designs.ladder(designs.LADDER_SHAPE, q.format.levels, end == "high")
     right = {name: of_grid(q, x, 4 * q.format.levels * 2.0**-24) for name, x in inputs.items()}
-    found = [_draws_until(right, DEFECTS[defect], level, seed) for seed in range(seeds)]
-    last = sorted(n for n, _, _ in found)[int(np.ceil(0.99 * seeds)) - 1]
+    wrong = {name: replace(d, ups=lambda s, p=d.p: (DEFECTS[defect](p, s), 0)) for name, d in right.items()}
+    found = [_draws_until(wrong, seed) for seed in range(seeds)]
+    first = wrong["natural"]
+    axes = {"row": 1, "column": 0}
+    spreads: dict[str, list[float]] = {of: [] for of in axes}
+    for seed in range(SPREADS):
+        drawn = zip(streams("spread", seed), range(DRAWS), strict=False)
+        ups = torch.stack([first.ups(s)[0] for s, _ in drawn]).float()
+        for of, axis in axes.items():
+            sums = ups.sum(axis + 1)
+            spreads[of].append(spread_p(sums[1::2] - sums[::2], first, axis)[1])
     return {
-        "seeds": seeds,
-        "missed": sum(n == np.inf for n, _, _ in found),
-        "draws": None if last == np.inf else int(last),
-        "design": ", ".join(sorted({design for _, design, _ in found})),
-        "tests": ", ".join(sorted({family for _, _, family in found})),
+        "runs": seeds,
+        **{f"found_{draws}": sum(n <= draws for n, _, _ in found) for draws in LOOKS},
+        "design": ", ".join(sorted({design for n, design, _ in found if n < np.inf})),
+        "tests": ", ".join(sorted({family for n, _, family in found if n < np.inf})),
+        **{
+            f"{of}_spread{end}": value
+            for of, values in spreads.items()
+            for end, value in zip(("", "_low", "_high"), mean_interval(values), strict=True)
+        },
+        **{f"{of}_needed": spread_needed(first, axis, FALSE_ALARM / (len(wrong) * TESTS)) for of, axis in axes.items()},
     }
 
 
-def _draws_until(
-    right: dict[str, Decisions],
-    decide: Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor],
-    level: float,
-    seed: int,
-) -> tuple[float, str, str]:
-    """The fewest draws, the design, and the family of tests; of several, the first in the order of the battery."""
-    best: tuple[float, str, str] = (np.inf, "none", "none")
-    for design, d in right.items():
-        wrong = Decisions(d.x, d.p, d.tolerance, d.coordinates, lambda s, p=d.p: (decide(p, s), 0))  # type: ignore[misc]
-        battery = Battery(wrong)
-        for look in _looks(designs.DRAWS[design]):
-            if look >= best[0]:
-                break
-            families = [f.family for f in _at(battery, look, seed) if f.p_value < level]
-            if families:
-                best = (look, design, families[0])
-                break
+def spread_needed(d: Decisions, axis: int, level: float) -> float:
+    """How many times as wide as of independent decisions the sums must be for 64 draws to show it, by bisection."""
+    spread = (2 * d.variance.sum(axis)).sqrt().expand(DRAWS // 2, -1)
+    low, high = 1.0, 9.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        # Rows and columns share the level.
+        refused = 2 * spread_p(middle**0.5 * spread, d, axis)[0] < level
+        low, high = (low, middle) if refused else (middle, high)
+    return high
+
+
+def _draws_until(wrong: dict[str, Decisions], seed: int) -> tuple[float, str, str]:
+    """The fewest draws, the design, and the family of tests; of several designs, the first."""
+    best: tuple[float, str, str] = (np.inf, "", "")
+    for design, d in wrong.items():
+        most = min(designs.DRAWS[design], best[0] - 1)
+        if most < LOOKS[0]:
+            break
+        battery = Battery(d, seed)
+        failure = battery.judge(streams(design, seed), int(most), FALSE_ALARM, len(wrong)).failure
+        if failure is not None:
+            best = (failure.draws, design, failure.family)
     return best
-
-
-def _looks(most: int) -> Iterator[int]:
-    return iter([n for n in LOOKS if n <= most])
-
-
-def _at(battery: Battery, look: int, seed: int) -> Iterator:  # type: ignore[type-arg]
-    while battery.draws < look:
-        battery.draw(fqtstats.stream(seed=seed, draw=battery.draws))
-    return battery.look()
-
-
-def _kept(d: Decisions, errors: list[torch.Tensor]) -> Decisions:
-    """The same decisions, whose errors are also kept."""
-
-    def ups(s: fqtstats.Stream) -> tuple[torch.Tensor, int]:
-        up, outside = d.ups(s)
-        errors.append(up.double() - d.p)
-        return up, outside
-
-    return Decisions(d.x, d.p, d.tolerance, d.coordinates, ups)
 
 
 # --- what is said of it -----------------------------------------------------------------------------------------------
@@ -291,66 +290,83 @@ def read(tables: Tables) -> pd.DataFrame:
     """A row per quantizer and procedure, and one per defect."""
     size, power = tables["size"], tables["power"]
     shown = [
-        (f"{row.quantizer}: {row.procedure}", row.level, told(row.rejected, row.runs), str(DRAWS))
+        (f"{row.quantizer}: {row.procedure}", row.level, row.runs, told(row.rejected, row.runs), str(DRAWS))
         for row in size.itertuples()
     ]
     shown += [
-        (row.defect, FALSE_ALARM, told(row.seeds - row.missed, row.seeds), "" if pd.isna(row.draws) else str(row.draws))
-        for row in power.itertuples()
+        (row["defect"], FALSE_ALARM, row["runs"], told(row[f"found_{LOOKS[-1]}"], row["runs"]), str(_draws(row) or ""))
+        for _, row in power.iterrows()
     ]
     return pd.DataFrame(
-        [(what, f"{level:g}", refused, draws) for what, level, refused, draws in shown],
-        columns=["null: tests, or defect", "level", "share refused", "n"],
+        [(what, f"{level:g}", str(runs), refused, draws) for what, level, runs, refused, draws in shown],
+        columns=["null: tests, or defect", "level", "runs", "share refused", "n"],
     )
+
+
+def _draws(row: pd.Series) -> int | None:
+    """After how many a defect has been found in the share of the runs that is expected; None: it never has."""
+    return next((n for n in LOOKS if row[f"found_{n}"] >= POWERFUL * row["runs"]), None)
 
 
 def claims(tables: Tables) -> list[Claim]:
     """Sizes of the battery and of the usual tests; what is found, and what is not."""
-    size, answer = tables["size"], []
+    size, power = tables["size"], tables["power"]
     ours = size["procedure"] == OURS
-    for what, table, by in (("the battery", size[ours], ["quantizer"]),
-                            ("the spread of sums", tables["sums"], ["quantizer", "design"])):  # fmt: skip
-        for level, own in table.groupby("level", sort=False):
-            n = len(own)
-            worst = own.loc[(own["rejected"] / own["runs"]).idxmax()]
-            within = all(share(row.rejected, row.runs, n)[1] <= level for row in own.itertuples())
-            answer.append(
-                Claim(
-                    f"At level {level:g}, {what} refuses a share of at most "
-                    f"{told(worst['rejected'], worst['runs'], n)} of {worst['runs']} null runs "
-                    f"({', '.join(worst[by])}); {'no' if within else 'an'} interval of {n} lies above the level (95 % "
-                    "together, Bonferroni).",
-                    bool(within),
-                )
-            )
-    for procedure, own in size[~ours].groupby("procedure", sort=False):
-        n, level = len(own), own["level"].iloc[0]
+    answer = [
+        *pooled_sizes(size[ours], "the battery", "quantizers"),
+        *pooled_sizes(tables["sums"], "the spread of sums", "quantizers and inputs"),
+        each_size(size[ours], "The battery on quantizers", ["quantizer"]),
+    ]
+    usual = size[~ours & (size["level"] == SHOWN)]
+    for procedure, own in usual.groupby("procedure", sort=False):
+        n = len(own)
         worst = own.loc[(own["rejected"] / own["runs"]).idxmax()]
-        above = sum(share(row.rejected, row.runs, n)[1] > level for row in own.itertuples())
+        held = [at_most(row.rejected, row.runs, SHOWN, n) for row in own.itertuples()]
         answer.append(
             Claim(
                 f"{procedure}: refuses a share of up to {told(worst['rejected'], worst['runs'], n)} of "
-                f"{worst['runs']} null runs at level {level:g} ({worst['quantizer']}), and does not hold its "
-                f"size for {above} of {n} quantizers (95 % together, Bonferroni).",
-                bool(above > 0),
+                f"{worst['runs']} null runs at level {SHOWN:g} ({worst['quantizer']}); it does not hold its size for "
+                f"{held.count(False)} of {n} quantizers (95 % together, Bonferroni).",
+                True if False in held else False if all(held) else None,
+                "its rates are below the level" if all(held) else "",
             )
         )
-    power = tables["power"]
-    enough = power["draws"].notna()
-    found, seeds = power[enough], power["seeds"].iloc[0]
-    text = f"{len(found)} of {len(power)} planted defects are found in at least 99 % of {seeds} runs at a false-alarm "
-    text += f"rate of {FALSE_ALARM:g}"
-    if len(found):
-        least = share(seeds - found["missed"].max(), seeds, len(found))[1]
-        text += (
-            f", after {found['draws'].min()} to {found['draws'].max()} draws, each in a share of the runs of at least "
-        )
-        text += f"{least:.2g} (95 % together, Bonferroni)"
-    others = "; ".join(
-        f"{row.defect}, in a share of {told(row.seeds - row.missed, row.seeds)}" for row in power[~enough].itertuples()
+    n, last = len(power), f"found_{LOOKS[-1]}"
+    held = [at_least(count, runs, POWERFUL, n) for count, runs in zip(power[last], power["runs"], strict=True)]
+    found = power[[each is True for each in held]]
+    text = (
+        f"{len(found)} of {n} planted defects are found in at least {POWERFUL:.0%} of the runs at a false-alarm rate "
     )
-    answer.append(Claim(f"{text}{'. Not so: ' if others else ''}{others}.", not others))
+    text += f"of {FALSE_ALARM:g}"
+    if len(found):
+        least = found.loc[(found[last] / found["runs"]).idxmin()]
+        draws = [_draws(row) for _, row in found.iterrows()]
+        text += f", {_counted(draws)}, each in a share of the {least['runs']} runs of at least "
+        text += f"{share(least[last], least['runs'], n)[1]:.2g}"
+    answer.append(Claim(f"{text} (95 % together, Bonferroni).", None if len(found) < n else True))
+    for (_, row), each in zip(power.iterrows(), held, strict=True):
+        if each is not True:
+            spread = {
+                of: with_interval(*(row[f"{of}_spread{end}"] for end in ("", "_low", "_high")))
+                for of in ("row", "column")
+            }
+            answer.append(
+                Claim(
+                    f"{row['defect']}: found in a share of {told(row[last], row['runs'], n)} of {row['runs']} runs "
+                    f"(expected: at least {POWERFUL:g}; 95 % for all {n} defects together, Bonferroni). Its sums over "
+                    f"rows have {spread['row']} times the variance of independent ones, those over columns "
+                    f"{spread['column']} times (95 % each).",
+                    each,
+                    f"{DRAWS} draws need {row['row_needed']:.3g} times over rows or {row['column_needed']:.3g} times "
+                    "over columns for the test's bound to tell",
+                )
+            )
     return answer
+
+
+def _counted(draws: list[int | None]) -> str:
+    """How many defects need how many draws."""
+    return ", ".join(f"{draws.count(n)} within {n} draws" for n in LOOKS if n in draws)
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
@@ -359,7 +375,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def _wrong(table: pd.DataFrame) -> Figure:
-    table = table[table["level"] == LEVELS[0]]
+    table = table[table["level"] == SHOWN]
     procedures, marks = list(dict.fromkeys(table["procedure"])), style.marks(table["quantizer"])
     figure = style.new_figure(style.COLUMN_WIDTH, 2.1)
     ax = figure.subplots()
@@ -367,9 +383,9 @@ def _wrong(table: pd.DataFrame) -> Figure:
         own = table[table["quantizer"] == name]
         places = own["procedure"].map(procedures.index) + shift
         bars(ax, list(places), list(own["rejected"]), list(own["runs"]), mark.color, mark.marker, name)
-    ax.axvline(LEVELS[0], color=style.INK, linestyle="--", linewidth=0.8)
+    ax.axvline(SHOWN, color=style.INK, linestyle="--", linewidth=0.8)
     ax.set_xscale("symlog", linthresh=1e-3)
-    ax.set(xlim=(-2e-4, 1.3), xlabel=f"rate of false alarms at level {LEVELS[0]:g} (95 %)")
+    ax.set(xlim=(-2e-4, 1.3), xlabel=f"rate of false alarms at level {SHOWN:g} (95 % each)")
     ax.set_yticks(
         range(len(procedures)), [name.replace(", ", ",\n").replace("against", "\nagainst") for name in procedures]
     )
@@ -380,16 +396,18 @@ def _wrong(table: pd.DataFrame) -> Figure:
 
 
 def _power(table: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 0.16 * len(table) + 0.5)
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.2 * len(table) + 0.8)
     ax = figure.subplots()
-    bars(ax, list(table.index), list(table["seeds"] - table["missed"]), list(table["seeds"]), "#0072B2", "o", "")
-    for row in table.itertuples():
-        text = "" if pd.isna(row.draws) else f"{row.draws} draws"
-        ax.annotate(text, (1, row.Index), xytext=(8, 0), textcoords="offset points", va="center", annotation_clip=False)
-    ax.set(xlim=(-0.06, 1.06), xlabel="share of runs that find it (95 %)")
-    ax.set_yticks(table.index, table["defect"])
+    marks = zip(LOOKS[::2], (-0.22, 0.0, 0.22), ("#CC79A7", "#56B4E9", "#0072B2"), ("v", "^", "o"), strict=True)
+    for draws, shift, color, marker in marks:
+        places = [place + shift for place in range(len(table))]
+        bars(ax, places, list(table[f"found_{draws}"]), list(table["runs"]), color, marker, f"{draws} draws")
+    ax.axvline(POWERFUL, color=style.GREY, linestyle="--", linewidth=0.8)
+    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it\n(95 % each; dashed: {POWERFUL:g})")
+    ax.set_yticks(range(len(table)), table["defect"])
     ax.invert_yaxis()
     ax.grid(True, axis="x")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -397,15 +415,15 @@ STUDY = Study(
     name="battery",
     question="Does the battery hold its size, does it find what it should, and do the usual tests not?",
     full=Settings(),
-    quick=Settings(("ptq",), nulls=40, pool=128, defects=("round to nearest", "2 random bits"), seeds=1),
+    quick=Settings(("ptq",), nulls=20, defects=("round to nearest", "2 random bits"), seeds=1),
     columns={"size": SIZE, "sums": SUMS, "power": POWER},
     measure=measure,
     draw=draw,
     read=read,
     claims=claims,
-    legend="Shares of runs that are refused, with 95 % intervals (Clopper-Pearson). Above: null runs of sound "
-    "quantizers after n draws. Below: planted defects, judged by the battery, and the n draws after which 99 % of "
-    "the runs have found them.",
+    legend="Shares of runs that are refused, with 95 % intervals, each (Clopper-Pearson). Above: null runs of sound "
+    "quantizers after n draws. Below: planted defects, judged by the battery, and the n draws after which four fifths "
+    "of the runs have found them.",
 )
 
 if __name__ == "__main__":

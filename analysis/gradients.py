@@ -15,7 +15,7 @@ from fqtstats.layers.state import Call, Site, WeightGradient
 from fqtstats.layers.swap import quantized
 from fqtstats.policy import QuantizerLike
 
-__all__ = ["incoming", "weight_products"]
+__all__ = ["incoming", "session", "weight_products"]
 
 
 def incoming(network: Experiment) -> dict[str, torch.Tensor]:
@@ -29,8 +29,8 @@ def incoming(network: Experiment) -> dict[str, torch.Tensor]:
         if site == "grad_input":
             found[call.layer.name] = g.detach().clone()
 
-    with _session(network) as session:
-        session.qat(observe)
+    with session(network) as opened:
+        opened.qat(observe)
     # A backward pass meets the last layer first.
     return dict(reversed(found.items()))
 
@@ -42,17 +42,25 @@ def weight_products(network: Experiment) -> dict[str, WeightGradient]:
     def observe(call: Call, gradient: WeightGradient, parameters: Sequence[str]) -> None:
         found[call.layer.name] = gradient
 
-    with _session(network) as session:
-        session.qat(observe_weight=observe)
+    with session(network) as opened:
+        opened.qat(observe_weight=observe)
     return found
 
 
 @contextmanager
-def _session(network: Experiment) -> Iterator[Session]:
-    policy = fqtstats.policies.get("statquant-ptq")
+def session(network: Experiment, quantizer: str = "ptq", bits: int = 8, seed: int = 0) -> Iterator[Session]:
+    """The graph of the network's batch under the recipe of StatQuant, on one thread.
+
+    Args:
+        network: what is quantized, and its batch and loss.
+        quantizer: of the input gradients; a QAT pass is the same with all of them.
+        bits: of it.
+        seed: of the quantizers.
+    """
+    policy = fqtstats.policies.get(f"statquant-{quantizer}", bits)
     with (
         single_thread(),
-        quantized(network.model, policy) as handle,
-        Session(network.model, handle, network.batch, network.loss) as session,
+        quantized(network.model, policy, seed=seed) as handle,
+        Session(network.model, handle, network.batch, network.loss) as opened,
     ):
-        yield session
+        yield opened

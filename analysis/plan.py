@@ -23,7 +23,6 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 import fqtstats
 from analysis import networks
@@ -33,7 +32,8 @@ from fqtstats.plans import COMPARISON, TABLE
 from fqtstats.report import style
 from fqtstats.schema import Column
 
-COLORS = {"plan": "#009E73", "by site": "#56B4E9", "uniform": style.GREY}
+MARKS = {"plan": ("#009E73", "D"), "by site": ("#56B4E9", "^"), "uniform": (style.GREY, "o")}
+"""Colour and marker of each policy."""
 
 _CASE = (
     Column("model", "str", "", "network"),
@@ -152,11 +152,13 @@ def claims(tables: Tables) -> list[Claim]:
                 Claim(
                     f"{model}, {quantizer}, {plan['mean_bits']:g} bits in the mean: the {row.policy} policy has "
                     f"{with_interval(row.factor, row.factor_low, row.factor_high)} times the plan's variance.",
-                    bool(row.factor_low > 1),
+                    True if row.factor_low > 1 else False if row.factor_high < 1 else None,
+                    f"the {row.policy} policy has the smaller variance" if row.factor_high < 1 else "",
                 )
                 for row in others.itertuples()
             ]
             continue
+        fewer = others[others["saved"] < 0]
         bits = " and ".join(f"{row.policy} {row.mean_bits:.2f}" for row in others.itertuples())
         told.append(
             Claim(
@@ -165,7 +167,8 @@ def claims(tables: Tables) -> list[Claim]:
                 + f" (counted); a step's gradient then has "
                 f"{with_interval(plan['over'], plan['over_low'], plan['over_high'], '.3f')} times the sampling "
                 "variance.",
-                bool((others["saved"] >= 0).all()),
+                fewer.empty,
+                "" if fewer.empty else f"{' and '.join(fewer['policy'])} takes fewer bits",
             )
         )
     error = NormalDist().inv_cdf(1 - 0.05 / (2 * len(rows)))
@@ -180,6 +183,7 @@ def claims(tables: Tables) -> list[Claim]:
             f"Predicted variances are {least} to {most} times the measured ones; {off} of {len(rows)} differ by more "
             "than both their errors (5 % over all, Bonferroni).",
             bool(off == 0),
+            f"{off} predictions are off" if off else "",
         )
     )
     return told
@@ -190,38 +194,36 @@ def draw(tables: Tables) -> dict[str, Figure]:
     rows = compare(tables["comparison"])
     cases = list(dict.fromkeys(rows[_CASES[:2]].itertuples(index=False, name=None)))
     figure = style.new_figure(style.COLUMN_WIDTH, 3.2)
-    labels = {"mean bits": "variance at the same\nmean bits / plan's", "budget": "mean bits to meet\nthe budget"}
-    panels = figure.subplots(2, 1, sharex=True)
-    for ax, (target, label) in zip(panels, labels.items(), strict=True):
-        own = rows[rows["target"] == target].set_index(["model", "quantizer_of_grad_input", "policy"])
-        for place, policy in enumerate(COLORS):
-            for x, case in enumerate(cases):
-                if (*case, policy) not in own.index:
-                    continue
-                row = own.loc[(*case, policy)]
-                at = x + 0.27 * (place - 1)
-                value = row["factor"] if target == "mean bits" else row["mean_bits"]
-                start = 1 if target == "mean bits" else 0
-                ax.bar(at, value - start, 0.25, bottom=start, color=COLORS[policy])
-                top = value
-                if target == "mean bits" and policy != "plan":
-                    top = row["factor_high"]
-                    ax.errorbar(
-                        at, value, [[value - row["factor_low"]], [top - value]], color=style.INK, elinewidth=0.8
-                    )
-                ax.annotate(f"{value:.1f}", (at, top), (0, 1), textcoords="offset points", ha="center", fontsize=6)
-        ax.set_ylabel(label)
+    above, below = figure.subplots(2, 1, sharex=True)
+    of_mean_bits = rows[(rows["target"] == "mean bits") & (rows["policy"] != "plan")]
+    of_budget = rows[rows["target"] == "budget"]
+    for ax, own in ((above, of_mean_bits), (below, of_budget)):
+        policies = [policy for policy in MARKS if (own["policy"] == policy).any()]
+        for place, policy in enumerate(policies):
+            found = own[own["policy"] == policy]
+            at = [cases.index(case) for case in found[_CASES[:2]].itertuples(index=False, name=None)]
+            x = np.array(at) + 0.2 * (place - (len(policies) - 1) / 2)
+            y = found["factor" if ax is above else "mean_bits"]
+            error = (y - found["factor_low"], found["factor_high"] - y) if ax is above else None
+            color, marker = MARKS[policy]
+            ax.errorbar(x, y, error, fmt=marker, color=color, elinewidth=0.8, capsize=2, label=policy)
+            for where, value in zip(x, y, strict=True):
+                text = f"{value:.2f}"
+                ax.annotate(text, (where, value), (4, 0), textcoords="offset points", va="center", fontsize=5.5)
+    above.axhline(1, color=MARKS["plan"][0], linewidth=0.8, linestyle="--", label="plan")
+    above.set(yscale="log", ylabel="variance at the same mean\nbits / plan's (95 %)")
+    above.set_ylim(0.9, 1.25 * of_mean_bits["factor_high"].max())
+    ticks = [tick for tick in (1, 2, 4, 8, 16) if tick < above.get_ylim()[1]]
+    above.set_yticks(ticks, [f"{tick}x" for tick in ticks])
+    above.minorticks_off()
+    below.set(ylabel="mean bits to meet the\nbudget (counted)")
+    below.margins(y=0.15)
+    below.set_xticks(range(len(cases)), [f"{model}\n{quantizer}".replace("preact_", "") for model, quantizer in cases])
+    below.set_xlim(-0.5, len(cases) - 0.3)
+    for ax in (above, below):
+        ax.grid(True, axis="y")
         ax.tick_params(axis="x", length=0)
-        ax.margins(y=0.15)
-    panels[0].axhline(1, color=style.GREY, linewidth=0.5)
-    panels[0].set(yscale="log")
-    panels[0].set_yticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
-    panels[0].minorticks_off()
-    names = [f"{model}\n{quantizer}".replace("preact_", "") for model, quantizer in cases]
-    panels[1].set_xticks(range(len(cases)), names)
-    panels[1].set_xlim(-0.6, len(cases) - 0.4)
-    handles = [Patch(color=color, label=policy) for policy, color in COLORS.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+        ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderpad=0)
     return {"plan": figure}
 
 

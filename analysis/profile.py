@@ -211,19 +211,20 @@ def claims(tables: Tables) -> list[Claim]:
                 f"errors (5 % over all {len(found)} comparisons, Bonferroni); the farthest is {far['model']}, "
                 f"{far['quantizer']} with {with_interval(far['ratio'], far['low'], far['high'])} times.",
                 off.empty,
+                "" if off.empty else f"off are {', '.join(f'{row.model} {row.quantizer}' for row in off.itertuples())}",
             )
         )
     for quantizer, own in tables["cost"].groupby("quantizer", sort=False):
         seconds = with_interval(*geometric_mean(own["probes_seconds"]))
-        times = " and ".join(
-            f"{with_interval(*geometric_mean(own[column] / own['probes_seconds']))} times as long {name}"
-            for name, column in COSTS.items()
-        )
+        longer = {name: geometric_mean(own[column] / own["probes_seconds"]) for name, column in COSTS.items()}
+        times = " and ".join(f"{with_interval(*ratio)} times as long {name}" for name, ratio in longer.items())
+        faster = [name for name, (_, _, high) in longer.items() if high < 1]
         told.append(
             Claim(
                 f"{quantizer}: a precision of {own['precision'].iloc[0]:.0%} takes {seconds} s by probes (one thread), "
                 f"{times}, over {len(own)} seeds.",
-                all(geometric_mean(own[column] / own["probes_seconds"])[1] > 1 for column in COSTS.values()),
+                False if faster else True if all(low > 1 for _, low, _ in longer.values()) else None,
+                f"it takes less time {' and '.join(faster)}" if faster else "",
             )
         )
     return told

@@ -10,7 +10,7 @@ from statsmodels.stats.proportion import proportion_confint
 from analysis.estimates import LEVEL
 from analysis.study import with_interval
 
-__all__ = ["bars", "share", "told"]
+__all__ = ["at_least", "at_most", "bars", "share", "told"]
 
 
 def share(count: int, runs: int, comparisons: int = 1) -> tuple[float, float, float]:
@@ -31,11 +31,31 @@ def told(count: int, runs: int, comparisons: int = 1) -> str:
     return with_interval(*found, ".3f" if found[0] > 1 / 2 else ".2g")
 
 
+def at_most(count: int, runs: int, limit: float, comparisons: int = 1) -> bool | None:
+    """Whether the whole interval lies at or below ``limit``, or above it; None: it holds the limit, which is open."""
+    _, low, high = share(count, runs, comparisons)
+    return True if high <= limit else False if low > limit else None
+
+
+def at_least(count: int, runs: int, limit: float, comparisons: int = 1) -> bool | None:
+    """The same of the other side."""
+    _, low, high = share(count, runs, comparisons)
+    return True if low >= limit else False if high < limit else None
+
+
 def bars(
-    ax: Axes, places: Sequence[float], counts: Sequence[int], runs: Sequence[int], color: str, marker: str, label: str
+    ax: Axes,
+    places: Sequence[float],
+    counts: Sequence[int],
+    runs: Sequence[int],
+    color: str,
+    marker: str,
+    label: str,
+    unit: float = 1.0,
 ) -> None:
-    """Shares along x with their 95 % intervals, at heights ``places``."""
-    found = [share(count, of) for count, of in zip(counts, runs, strict=True)]
+    """Shares in ``unit`` along x with their 95 % intervals, at heights ``places``."""
+    exact = [share(count, of) for count, of in zip(counts, runs, strict=True)]
+    found = [tuple(value / unit for value in each) for each in exact]
     error = [[rate - low for rate, low, _ in found], [high - rate for rate, _, high in found]]
     ax.errorbar(
         [rate for rate, _, _ in found], places, xerr=error, fmt=marker, color=color, elinewidth=0.8, label=label

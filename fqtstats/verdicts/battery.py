@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,11 +23,14 @@ from fqtstats.verdicts.decisions import Decisions
 __all__ = [
     "FAMILIES",
     "LOOKS",
+    "TESTS",
     "Battery",
     "Finding",
+    "Judged",
     "autocorrelation",
     "bernstein",
     "detectable",
+    "looks",
     "spread_p",
     "strongest_lag",
 ]
@@ -36,6 +40,9 @@ LOOKS = (16, 32, 64, 128, 256)
 
 FAMILIES = 4
 """Each design and look spends its level on independence, elements, directions and the cross-fit, in equal parts."""
+
+TESTS = len(LOOKS) * FAMILIES
+"""A design's rate of false alarms is divided among these, in equal parts, however many of its looks are taken."""
 
 _FIRST = 16  # draws whose correlations are tested
 _EXACT_TAILS = 16
@@ -65,6 +72,48 @@ class Finding:
     @property
     def about_independence(self) -> bool:
         return self.family == "independence"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the looks came to.
+
+    Attributes:
+        bias: the finding that shows one; None if none does.
+        dependence: that elements or draws depend on each other; None if no finding does.
+        smallest: the finding with the smallest p-value of those that decide.
+        tests: among which the rate of false alarms was divided.
+    """
+
+    bias: Finding | None
+    dependence: Finding | None
+    smallest: Finding
+    tests: int
+
+    @property
+    def failure(self) -> Finding | None:
+        """The bias, or else the dependence."""
+        return self.bias or self.dependence
+
+    @property
+    def p_value(self) -> float:
+        """Adjusted for all tests: what passes gives a value below any rate with at most that probability."""
+        return min(1.0, self.smallest.p_value * self.tests)
+
+
+class _Drawn(Protocol):
+    @property
+    def draws(self) -> int: ...
+
+    def draw(self, s: Stream) -> None: ...
+
+
+def looks(tests: _Drawn, streams: Iterator[Stream], most: int) -> Iterator[int]:
+    """Draws up to each of :data:`LOOKS` in turn, to ``most`` draws, and gives their number there."""
+    for look in (n for n in LOOKS if n <= most):
+        while tests.draws < look:
+            tests.draw(next(streams))
+        yield look
 
 
 class Battery:
@@ -97,6 +146,33 @@ class Battery:
         for sums, axis in zip(self._sums, (1, 0), strict=True):
             sums.append(ups.sum(axis))
         self.draws += 1
+
+    def judge(self, streams: Iterator[Stream], most: int, false_alarm: float, designs: int = 1) -> Judged:
+        """Draws and tests until something is found, or the draws are used up.
+
+        Args:
+            streams: of the draws.
+            most: draws.
+            false_alarm: probability at most that fair, independent decisions do not pass.
+            designs: among which that is divided first.
+        """
+        tests = designs * TESTS
+        smallest: Finding | None = None
+        dependence: Finding | None = None
+        for _ in looks(self, streams, most):
+            for finding in self.look():
+                if dependence is not None and finding.family not in ("support", "elements"):
+                    continue  # these would take shared noise for a bias
+                if smallest is None or finding.p_value < smallest.p_value:
+                    smallest = finding
+                if finding.p_value < false_alarm / tests:
+                    if not finding.about_independence:
+                        return Judged(finding, dependence, smallest, tests)
+                    dependence = finding
+            if dependence is not None:
+                break
+        assert smallest is not None
+        return Judged(None, dependence, smallest, tests)
 
     def look(self) -> Iterator[Finding]:
         """All tests on the draws so far; independence, which the others assume, comes first."""

@@ -11,7 +11,7 @@ import torch
 
 from fqtstats.estimators.bias import FLIPS, Directions, cross_fit_p, directed_p, sign_flip_p
 from fqtstats.random import Stream
-from fqtstats.verdicts.battery import Finding, autocorrelation, strongest_lag
+from fqtstats.verdicts.battery import LOOKS, Finding, Judged, autocorrelation, looks, strongest_lag
 from fqtstats.verdicts.probe import StreamFunction, call
 
 __all__ = ["DRAWS", "FAMILIES", "FEWEST", "BlackBox"]
@@ -62,6 +62,33 @@ class BlackBox:
         """One more draw, from stream ``s``."""
         out = call(self.f, self.x, s)
         self._errors.append((out.double() - self.x.double()).view(self.x.shape[0], -1))
+
+    def judge(self, streams: Iterator[Stream], most: int, false_alarm: float) -> Judged:
+        """Draws and tests until a bias is found, or the draws are used up.
+
+        A dependence is told and ends nothing: it is no bias, and the tests of one bear it.
+
+        Args:
+            streams: of the draws.
+            most: draws.
+            false_alarm: probability at most that what is unbiased shows a bias, and what is independent a dependence.
+        """
+        tests = sum(n <= most for n in LOOKS) * FAMILIES
+        level = false_alarm / tests
+        smallest: Finding | None = None
+        dependence: Finding | None = None
+        for _ in looks(self, streams, most):
+            for finding in self.look(level):
+                if finding.about_independence:
+                    if finding.p_value < level:
+                        dependence = finding
+                elif smallest is None or finding.p_value < smallest.p_value:
+                    smallest = finding
+            assert smallest is not None
+            if smallest.p_value < level:
+                return Judged(smallest, dependence, smallest, tests)
+        assert smallest is not None
+        return Judged(None, dependence, smallest, tests)
 
     def look(self, level: float) -> Iterator[Finding]:
         """All tests on the draws so far.

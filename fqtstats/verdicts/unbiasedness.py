@@ -21,7 +21,7 @@ from fqtstats.quantizers.agp import AGP
 from fqtstats.quantizers.base import Quantized, Quantizer, UniformQuantizer
 from fqtstats.random import Stream, stream
 from fqtstats.verdicts import blackbox, designs
-from fqtstats.verdicts.battery import FAMILIES, LOOKS, Battery, Finding, detectable
+from fqtstats.verdicts.battery import LOOKS, TESTS, Battery, Finding, Judged, detectable
 from fqtstats.verdicts.blackbox import BlackBox
 from fqtstats.verdicts.decisions import Decisions, of_grid, of_groups, of_law, of_steps
 from fqtstats.verdicts.expectation import Law, Shared, coupled, law, law_of_codes
@@ -171,12 +171,11 @@ class _Judge:
         self.drawn = f  # for many calls on one design
         self.draws = 0
         self.worst = 0.0
-        self.best: Finding | None = None  # the smallest adjusted p-value of any test
+        self.p_value = 1.0  # the smallest adjusted one of any test
         self.detectable: dict[str, float] = {}
         self.encoded: Callable[[Stream], Quantized] | None = None  # of a coupled quantizer
         self.coupled = coupled(f, x)
         self.sharing: str | None = None  # what shares a number: "sample" or "channel"
-        self.parts = 1  # of a design that are tested on draws
 
     def verdict(self) -> Verdict:
         # Of other classes the codes may be what is inherited, and are not what is judged.
@@ -211,14 +210,11 @@ class _Judge:
                     return self._result(True, None, 1.0, few)
                 return self._sampled("", shared=False, method="exact")
             decisions = self._decisions(design, exact)
-            level = self.false_alarm / (len(planned) * len(LOOKS) * FAMILIES)
-            if not self.detectable:
-                self.detectable = detectable(decisions, self.most or design.draws, level)
-            failure = self._battery(design, decisions, level)
-            if failure is not None:
-                return self._failed(failure, design, level)
-        assert self.best is not None
-        adjusted = min(1.0, self.best.p_value * len(planned) * len(LOOKS) * FAMILIES * self.parts)
+            self._know_detectable(design, decisions, len(planned))
+            judged = self._battery(design, decisions, len(planned))
+            if judged.failure is not None:
+                return self._failed(judged.failure, design, judged.tests)
+        adjusted = self.p_value
         evidence = f"E = x within {self.worst:.1g} steps, by probing; the draws show nothing"
         if self.sharing is None:
             return self._result(True, True, adjusted, evidence)
@@ -243,36 +239,31 @@ class _Judge:
                 return draw(x, Held(s, shared.outlet, loudest.words))
 
             parts.append(of_law(held, design.x, loudest.law))
-        self.parts = 2
-        level = self.false_alarm / (planned * len(LOOKS) * FAMILIES * self.parts)
+            self._know_detectable(design, parts[-1], 2 * planned)
         for decisions in parts:
-            if not self.detectable and loudest.law.values == 2:
-                self.detectable = detectable(parts[-1], self.most or design.draws, level)
-            failure = self._battery(design, decisions, level)
-            if failure is not None:
-                return self._failed(failure, design, level)
+            judged = self._battery(design, decisions, 2 * planned)
+            if judged.failure is not None:
+                return self._failed(judged.failure, design, judged.tests)
         return None
 
     def _on_grid(self, design: designs.Design, decisions: Decisions, reason: str) -> Verdict:
         """By the battery alone; a dependence, which its tests of a bias cannot bear, leaves the black box's."""
-        level = self.false_alarm / (len(LOOKS) * FAMILIES)
-        self.detectable = detectable(decisions, self.most or design.draws, level)
+        self.detectable = {}
+        self._know_detectable(design, decisions, 1)
         method = f"sampled on its grid, since {reason}"
-        failure = self._battery(design, decisions, level)
-        if failure is None:
-            assert self.best is not None
-            adjusted = min(1.0, self.best.p_value * len(LOOKS) * FAMILIES)
+        judged = self._battery(design, decisions, 1)
+        if judged.failure is None:
             evidence = "the draws show nothing"
             if min(self.detectable.values()) >= _TOO_LARGE:
                 evidence += f"; {self.x.numel()} elements are too few for them to show a bias of {_TOO_LARGE} steps"
-            return self._result(True, True, adjusted, evidence, method)
-        if failure.about_independence:
-            return self._sampled(failure.evidence, shared=True)
-        return self._failed(failure, design, level, method)
+            return self._result(True, True, judged.p_value, evidence, method)
+        if judged.failure.about_independence:
+            return self._sampled(judged.failure.evidence, shared=True)
+        return self._failed(judged.failure, design, judged.tests, method)
 
-    def _failed(self, failure: Finding, design: designs.Design, level: float, method: str | None = None) -> Verdict:
+    def _failed(self, failure: Finding, design: designs.Design, tests: int, method: str | None = None) -> Verdict:
         certain = failure.family == "support"
-        adjusted = min(1.0, failure.p_value * self.false_alarm / level)
+        adjusted = min(1.0, failure.p_value * tests)
         where = f"{failure.evidence} ({design.name} design, {failure.draws} draws)"
         if failure.about_independence:
             return self._result(True, False, adjusted, where, method)
@@ -385,28 +376,18 @@ class _Judge:
             yield stream(seed=self.seed, site=f"check {design}", draw=draw)
             draw += 1
 
-    def _battery(self, design: designs.Design, decisions: Decisions, level: float) -> Finding | None:
-        """The first test to fail; the looks grow until then."""
+    def _know_detectable(self, design: designs.Design, decisions: Decisions, shares: int) -> None:
+        if not self.detectable:
+            level = self.false_alarm / (shares * TESTS)
+            self.detectable = detectable(decisions, self.most or design.draws, level)
+
+    def _battery(self, design: designs.Design, decisions: Decisions, shares: int) -> Judged:
+        """One of ``shares`` among which the rate of false alarms is divided."""
         battery = Battery(decisions, self.seed)
-        streams = self._streams(design.name)
-        most = self.most or design.draws
-        dependent: Finding | None = None
-        for look in [n for n in LOOKS if n <= most]:
-            while battery.draws < look:
-                battery.draw(next(streams))
-                self.draws += 1
-            for finding in battery.look():
-                if dependent is not None and finding.family not in ("support", "elements"):
-                    continue  # these would take shared noise for a bias
-                if finding.p_value < level:
-                    if not finding.about_independence:
-                        return finding
-                    dependent = finding
-                elif self.best is None or finding.p_value < self.best.p_value:
-                    self.best = finding
-            if dependent is not None:
-                return dependent
-        return None
+        judged = battery.judge(self._streams(design.name), self.most or design.draws, self.false_alarm, shares)
+        self.draws += battery.draws
+        self.p_value = min(self.p_value, judged.p_value)
+        return judged
 
     def _sampled(self, reason: str, shared: bool, method: str | None = None) -> Verdict:
         if self.x.numel() < blackbox.FEWEST:
@@ -416,34 +397,20 @@ class _Judge:
             )
         self.detectable = {}  # the battery's, had it been enough
         box = BlackBox(self.f, self.x, self.seed)
-        streams = self._streams("black box")
-        looks = [n for n in LOOKS if n <= (self.most or blackbox.DRAWS)]
-        level = self.false_alarm / (len(looks) * blackbox.FAMILIES)
-        smallest: Finding | None = None
-        independent = not shared
+        judged = box.judge(self._streams("black box"), self.most or blackbox.DRAWS, self.false_alarm)
+        self.draws += box.draws
         method = method or f"sampled, since {reason}"
-        for look in looks:
-            while box.draws < look:
-                box.draw(next(streams))
-                self.draws += 1
-            for finding in box.look(level):
-                if finding.about_independence:
-                    if finding.p_value < level:
-                        independent, reason = False, finding.evidence
-                elif smallest is None or finding.p_value < smallest.p_value:
-                    smallest = finding
-            assert smallest is not None
-            if smallest.p_value < level:
-                break
-        assert smallest is not None
-        adjusted = min(1.0, smallest.p_value * len(looks) * blackbox.FAMILIES)
-        evidence = f"{smallest.evidence} (p = {adjusted:.3g} in {smallest.draws} draws)"
-        if smallest.p_value >= level:
+        independent = not shared and judged.dependence is None
+        if judged.dependence is not None:
+            reason = judged.dependence.evidence
+        if judged.bias is None:
             known = f"E = x within {self.worst:.1g} steps, by probing; " if method == "exact" else ""
             evidence = f"{known}the draws show nothing{'' if known else ', and only they were looked at'}"
+        else:
+            evidence = f"{judged.bias.evidence} (p = {judged.p_value:.3g} in {judged.bias.draws} draws)"
         if not independent:
             evidence += f"; {reason}"
-        return self._result(smallest.p_value >= level, independent, adjusted, evidence, method)
+        return self._result(judged.bias is None, independent, judged.p_value, evidence, method)
 
     def _result(
         self,
