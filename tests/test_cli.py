@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 import fqtstats
 from fqtstats import cli, measurement, models, ops, policies, quantizers
+from fqtstats.commands import console
 from fqtstats.data import SOURCES, data
 from fqtstats.errors import InputError
 from fqtstats.ops import products
@@ -53,6 +55,21 @@ def test_one_configuration(run: Run) -> None:
     assert again.out.splitlines()[-1].startswith("saved in runs/measure-bhq@5-2:")
     one, two = (Path("runs") / name / "results.parquet" for name in ("measure-bhq@5", "measure-bhq@5-2"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_no_line_is_wider_than_the_terminal_and_no_path_is_broken(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = "a-folder-whose-name-is-so-long-that-it-needs-a-line-of-its-own-below-what-is-said"[:75]
+    done = run("measure", *FAST, "--quantizer", "psq,bhq", "--bounds", "--out", folder)
+    lines = done.out.splitlines()
+    start = lines.index("saved in")
+    assert lines[start + 1] == f"{folder}:"
+    names = " ".join(lines[start + 2 :]).split()
+    assert " ".join(names).startswith("results.parquet, run.json, figures/")
+    assert "".join(names).count(".png") == len(list(Path(folder, "figures").iterdir())) >= 2
+    assert max(map(len, lines)) <= 80
+
+    console.say_saved(Path("p"), ["a" * 90, "b"], console.out)
+    assert capsys.readouterr().out.splitlines() == ["saved in p:", f"  {'a' * 90},", "  b"]
 
 
 def test_run_document(run: Run) -> None:
@@ -494,6 +511,11 @@ def test_main_reads_the_process_arguments(monkeypatch: pytest.MonkeyPatch, capsy
         cli.main()
     assert caught.value.code == 2
     assert_one_line(capsys.readouterr().err, ["unknown list 'nope'"])
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fqtstats", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, f"fqtstats {fqtstats.__version__}", "")
 
 
 def test_version(run: Run) -> None:

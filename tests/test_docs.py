@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import browser
 import pytest
 from typer.main import get_command
 
@@ -168,3 +172,57 @@ def test_the_job_checks_every_quantizer_and_runs_pytest():
     ((_, job),) = blocks(PAGES["how-to/ci.md"], "yaml")
     runs_of_job = re.findall(r"- run: (.+)", job)
     assert runs_of_job[1:] == ["fqtstats check --quantizer all --junit report.xml", "pytest"]
+
+
+# --- what the build makes --------------------------------------------------------------------------------------------
+
+
+def hook(name: str) -> ModuleType:
+    """A module of docs/build."""
+    spec = importlib.util.spec_from_file_location(f"docs_build_{name}", DOCS / "build" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_default_of_zero_is_shown() -> None:
+    rows = re.findall(r"<tr><td><code>(.*?)</code></td><td>.*?</td><td>(.*?)</td></tr>", hook("generated")._commands())
+    defaults = {option.split()[0]: default for option, default in rows}
+    assert defaults["--seed"] == "0"
+    assert defaults["--resume"] == defaults["--checkpoint"] == ""
+
+
+def test_the_table_of_a_study_has_its_question_as_title(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="of the extra `docs`; the build itself refuses two pages of one title")
+    collected = hook("collected")
+    place = tmp_path / "table.md"
+    place.write_text("| a |\n| --- |\n| 1 |\n")
+    assert collected._titled(place) == place.read_text()
+    (tmp_path / "study.json").write_text(json.dumps({"study": "one_two", "question": "Is it so?"}))
+    lines = collected._titled(place).splitlines()
+    assert "# Is it so?" in lines
+    assert "[What was found](../../README.md#one-two)" in lines
+    assert lines.index("| a |") > lines.index('<div class="study" markdown="1">')
+
+
+@pytest.mark.skipif(browser.executable() is None, reason="NOT TESTED in a browser: no chromium here")
+def test_the_search_has_a_worker_where_pages_are_read_from_the_disk(tmp_path: Path) -> None:
+    settings = (DOCS.parent / "mkdocs.yml").read_text()
+    (polyfill,) = re.findall(r"^  polyfills:.*\n    - (\S+)$", settings, re.MULTILINE)
+    assert "\n  - offline" in settings
+    (tmp_path / "worker.js").write_text("addEventListener('message', (event) => postMessage(2 * event.data));")
+    ask = """new Promise((resolve) => {
+      const worker = new Worker("worker.js");
+      worker.addEventListener("message", (event) => resolve(event.data));
+      worker.postMessage(21);
+      setTimeout(resolve, 3000, "no answer");
+    })"""
+    polyfilled = f"<script>{(DOCS / polyfill).read_text()}</script>"
+    with browser.opened(tmp_path / "profile") as opened:
+        for script, answer in (("", "refused"), (polyfilled, 42)):
+            (tmp_path / "page.html").write_text(f"<!doctype html><title>a page</title>{script}<body></body>")
+            page = opened.page()
+            page.open(tmp_path / "page.html")
+            assert page.evaluate(f"{ask}.catch(() => 'refused')") == answer

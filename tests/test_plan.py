@@ -320,7 +320,8 @@ def test_the_command(run: Run) -> None:
     assert any(line.startswith("4 bits everywhere") for line in lines)
     assert any(re.match(r"the plan has [\d.]+ times less variance than 4 bits everywhere", line) for line in lines)
     files = "policy.py, plan.parquet, comparison.parquet, the same as .csv, run.json, figures/bits.png"
-    assert lines[-1] == f"saved in runs/plan-bhq-4-bits: {files}"
+    assert " ".join(done.out.rpartition("saved in")[2].split()) == f"runs/plan-bhq-4-bits: {files}"
+    assert max(map(len, lines)) <= 80
     found = fqtstats.load_plan("runs/plan-bhq-4-bits")
     assert found.policy.for_layer("3").grad_input.name == "bhq"
     assert found.metadata["arguments"]["mean_bits"] == 4

@@ -60,7 +60,8 @@ def test_a_profile(run: Run) -> None:
     assert any(line.startswith("total over a minibatch's sampling variance: ") for line in lines)
     figures = "figures/matrix.png, figures/parameters.png, figures/sources.png"
     files = f"profile.parquet, sources.parquet, parameters.parquet, the same as .csv, run.json, {figures}"
-    assert lines[-1] == f"saved in runs/profile-bhq@5: {files}"
+    assert " ".join(done.out.rpartition("saved in")[2].split()) == f"runs/profile-bhq@5: {files}"
+    assert max(map(len, lines)) <= 80
     profile = fqtstats.load_profile("runs/profile-bhq@5")
     assert len(profile.sources) == 3
     assert profile.metadata["arguments"] == {

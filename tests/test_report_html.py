@@ -5,8 +5,11 @@ The runs are small measurements whose verdicts are looked up in their own tables
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import io
 import json
+import math
 import re
 import shlex
 from collections import OrderedDict
@@ -14,17 +17,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import browser
+import numpy as np
 import pandas as pd
 import pytest
 import small
 import torch
 from commands import Run, run  # noqa: F401  (a fixture)
+from rich.console import Console
 from torch import nn
 
 import fqtstats
+from fqtstats.estimators import intervals
 from fqtstats.profiles import Profile
+from fqtstats.report import columns, tables
 from fqtstats.report import html as pages
 from fqtstats.report.html import drawing, findings, reading
+from fqtstats.report.html import tables as html_tables
 from fqtstats.results import Configuration, Result, load, merge
 
 EVIL = "<script>alert(1)</script>&\"'$x$"
@@ -159,10 +167,11 @@ def test_tables_hold_every_row_in_full_precision(runs: Path) -> None:
     result = load(runs / "two")
     outline = Outline(rendered(runs / "two"))
     values = [about.get("data-value") for tag, about in outline.elements if tag == "td"]
-    for name in ("variance", "variance_low", "snr", "bias_p", "q_input_variance"):
+    for name in ("variance", "grad_norm_sq", "snr", "bias_p"):
         known = result.table[name].dropna()
-        if name != "q_input_variance":
-            assert {repr(float(value)) for value in known} <= set(values)
+        assert {repr(float(value)) for value in known} <= set(values)
+    low, high = result.table["variance_low"].iloc[0], result.table["variance_high"].iloc[0]
+    assert f"{low:.2e} to {high:.2e}" in [about.get("title") for tag, about in outline.elements if tag == "td"]
     heads = [about for tag, about in outline.elements if tag == "th" and about.get("scope") == "col"]
     assert heads
     assert all(len(about.get("title") or "") > 5 for about in heads)
@@ -180,6 +189,7 @@ def test_tables_hold_every_row_in_full_precision(runs: Path) -> None:
         ({}, "Bias", "good", "no bias found"),
         ({"bias_p": 1e-9}, "Bias", "bad", "biased"),
         ({"own_ratio_p": 1e-12}, "Independence", "bad", "dependent rounding"),
+        ({"own_ratio_p": 0.5}, "Independence", "unknown", "dependence open"),  # 8 draws
         ({"q_input_variance": 2.0, "q_input_bound": 1.0}, "Variance and bounds", "bad", "above a bound"),
         ({"variance_low": 2.0, "bound": 1.0, "bound_ratio": 3.0}, "Variance and bounds", "bad", "above a bound"),
     ],
@@ -195,12 +205,111 @@ def test_verdicts_follow_the_table(
     changed = Result(table, result.metadata)
     found = findings.findings(changed, changed.configurations[0])[question]
     assert (found.state, found.claim) == (state, words)
-    assert found.symbol in "✓✗"
+    assert found.symbol in "✓✗?"
     told = {(one.state, one.claim) for one in findings.overall(changed)}
     assert (state, words) in told
     if "bias_p" in values:
         assert "1.00e-09" in found.detail
         assert "0.01 / 7 = 0.00143" in found.detail
+
+
+def totals(result: Result, **values: float) -> Result:
+    """The result with other numbers of the whole model."""
+    table = result.table.copy()
+    table.loc[table["layer"] == "total", list(values)] = list(values.values())
+    return Result(table, result.metadata)
+
+
+def test_what_was_not_found_is_not_said_to_be_absent(runs: Path) -> None:
+    """A test that does not reject is told with the dependence that it would have found, at what power and level."""
+    result = load(runs / "other")
+    table = result.table.assign(draws=16, own_ratio_p=result.table["own_ratio_p"].where(lambda p: p.isna(), 0.5))
+    sharp = totals(Result(table, result.metadata), own_ratio=1.0, own_ratio_low=0.95, own_ratio_high=1.05)
+    found = findings.findings(sharp, sharp.configurations[0])["Independence"]
+    assert (found.state, found.claim) == ("good", "no dependence found")
+    below, above = findings.detectable_ratio(sharp.total(), 1e-6 / 7)
+    assert 0.5 < below < 0.9
+    assert 1.1 < above < 1.5
+    assert f"With 16 draws and this level, only a ratio of at most {below:.3f} or at least {above:.2f} " in found.detail
+    assert "probability 0.99" in found.detail
+    assert "the level is 1.43e-07" in found.detail
+    blunt = totals(sharp, own_ratio_low=0.5, own_ratio_high=2.0)
+    assert findings.findings(blunt, blunt.configurations[0])["Independence"].claim == "dependence open"
+    without = totals(sharp, own_ratio_low=float("nan"))
+    assert (
+        "no ratio would have been found" in findings.findings(without, without.configurations[0])["Independence"].detail
+    )
+
+
+def test_the_detectable_ratio_is_detected() -> None:
+    """The test that it is about finds it as often as is said, and its root much less often.
+
+    Of 400 runs with a power of 0.98 (the approximation is good to a per cent), fewer than 372 find it with a
+    probability of 1e-8.
+    """
+    generator, level, draws = np.random.default_rng(0), 1e-6 / 7, 16
+
+    def drawn(ratio: float) -> intervals.MeanRatio:
+        return intervals.mean_ratio(ratio * generator.gamma(100, 0.01, draws), np.ones(draws))
+
+    told = [
+        findings.detectable_ratio(
+            pd.Series({"draws": draws, "own_ratio": found.value, "own_ratio_low": found.low}), level
+        )
+        for found in (drawn(1.0) for _ in range(200))
+    ]
+    for end in np.median(told, axis=0):
+        assert sum(drawn(end).p_value < level for _ in range(400)) >= 372
+        assert sum(drawn(end**0.5).p_value < level for _ in range(400)) < 200
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "state", "claim"),
+    [
+        (0.2, 0.3, "good", "gradient above its noise"),
+        (0.2, 0.5, "unknown", "signal against noise open"),
+        (0.4, 0.5, "caution", "noise dominates"),
+        (math.nan, math.nan, "unknown", "signal against noise open"),
+    ],
+)
+def test_the_signal_is_judged_by_its_interval(runs: Path, low: float, high: float, state: str, claim: str) -> None:
+    values = {"grad_norm_sq": 1.0, "variance": 0.3, "variance_low": low, "variance_high": high}
+    result = totals(load(runs / "other"), **values, snr=1 / 0.3, sqrt3_margin=(1 / 0.9) ** 0.5)
+    found = findings.findings(result, result.configurations[0])["Signal"]
+    assert (found.state, found.claim) == (state, claim)
+    assert ("95 %" in found.detail) == math.isfinite(low)
+    assert "have none" in found.detail or f"95 %: {1 / high:.2f} to {1 / low:.2f}" in found.detail
+
+
+def test_a_layer_is_called_a_layer(runs: Path) -> None:
+    """Layers of nn.Sequential are called by numbers."""
+    detail = findings.findings(load(runs / "other"), Configuration("psq", 4))["Variance and bounds"].detail
+    assert re.search(r"\(Q[12] of layer \d\)", detail)
+    blamed = findings.of_profile(pages.read([runs / "noise"])[0].content)[0]
+    assert re.search(r"Q[12] of layer \d", blamed.detail)
+
+
+def test_tables_of_pages_and_of_terminals_are_of_one_list(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column has one title, and one format."""
+    key = "snr"
+    changed = dataclasses.replace(columns.QUANTITIES[key], title="another", text=lambda row: "as always")
+    monkeypatch.setitem(columns.QUANTITIES, key, changed)
+    result = load(runs / "two")
+    item = result.configurations[0]
+    for table in (html_tables.layers(result, item, "t"), html_tables.summary(result, "t")):
+        place = [head.title for head in table.heads].index("another")
+        assert {row[place].text for row in table.rows} == {"as always"}
+    console = Console(width=250, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(tables.layer_table(result, item), tables.comparison_table(result))
+    assert capture.get().count("as always") == len(result.select(item)) + len(result.configurations)
+    titles = {head.title for head in html_tables.layers(result, item, "t").heads}
+    for place in columns.LAYERS:
+        shown = columns.QUANTITIES[place.key].title in capture.get()
+        assert shown == (columns.QUANTITIES[place.key].title in titles) or place.key in (
+            "weight_bound",
+            "sampling_ratio",
+        )
 
 
 @pytest.mark.parametrize(("fine", "told"), [(True, ("good", "backends agree")), (False, ("bad", "backends disagree"))])
@@ -398,7 +507,7 @@ needs_browser = pytest.mark.skipif(
 
 COLUMN = """(name) => {
   const table = document.querySelector("table.sortable[id*=layers]");
-  const index = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.trim() === name);
+  const index = [...table.tHead.rows[0].cells].findIndex((cell) => cell.firstElementChild.textContent === name);
   return [...table.tBodies[0].rows].map((row) => index === 0 || !row.cells[index].dataset.value
     ? row.cells[index].textContent : Number(row.cells[index].dataset.value));
 }"""
@@ -456,20 +565,20 @@ def test_a_click_sorts_by_number_and_back(page: browser.Page) -> None:
     network, variances = column("parameter"), column("variance")
     assert sorted(variances) != variances
     assert sorted(map(str, variances)) != sorted(variances, key=float)
-    page.click(HEAD.format(3))
+    page.click(HEAD.format(5))
     assert column("variance") == sorted(variances)
-    assert state(3) == "ascending"
-    page.click(HEAD.format(3))
+    assert state(5) == "ascending"
+    page.click(HEAD.format(5))
     assert column("variance") == sorted(variances, reverse=True)
-    assert state(3) == "descending"
-    page.click(HEAD.format(3))
+    assert state(5) == "descending"
+    page.click(HEAD.format(5))
     assert column("parameter") == network
-    assert state(3) is None
+    assert state(5) is None
     # With the keyboard, and in another column: what has no number stays last.
     page.evaluate(f"document.querySelector('{HEAD.format(2)}').focus()")
     page.press("Enter", 13)
-    assert column("elements") == sorted(column("elements"))
-    assert (state(2), state(3)) == ("ascending", None)
+    assert column("numel") == sorted(column("numel"))
+    assert (state(2), state(5)) == ("ascending", None)
     page.press(" ", 32)
     assert state(2) == "descending"
     page.click(HEAD.format(1))
@@ -488,6 +597,34 @@ def test_a_phone_scrolls_tables_in_their_own_box(page: browser.Page) -> None:
     )
     assert wide[0] > box[0]
     assert wide[1] == pytest.approx(box[1], abs=1.5)  # the first column stays
+
+
+@needs_browser
+def test_flags_come_second_and_all_columns_fit_a_common_screen(
+    opened_browser: browser.Browser, runs: Path, tmp_path: Path, undrawn: None
+) -> None:
+    """With every column there is, long names, numbers with exponents, and every flag."""
+    result = load(runs / "other")
+    table = result.table.copy()
+    numbers = ["bias_p", "snr", "q_input_bound", "q_weight_bound", "sampling_variance", "own_ratio", "bound_ratio"]
+    table.loc[:, numbers] = 1.23e-5
+    table.loc[:, ["bound", "own_ratio_p", "sqrt3_margin"]] = 1e-20
+    rows = table["layer"] != "total"
+    table.loc[rows, "layer"] = "stages.2.0.shortcut." + table.loc[rows, "layer"]
+    changed = Result(table, result.metadata)
+    place = tmp_path / "flagged.html"
+    place.write_bytes(pages.render([reading.Run("flagged", changed, {"arguments": {}, "finished": True})]))
+    found = opened_browser.page()
+    found.resize(1280, 900)
+    found.open(place)
+    heads = "[...table.tHead.rows[0].cells].map((cell) => cell.firstElementChild.textContent)"
+    every = "[...document.querySelectorAll('table.sortable')]"
+    for titles in found.evaluate(f"{every}.map((table) => {heads})"):
+        assert titles[1] == "flags"
+        assert len(titles) >= 12
+    words = found.evaluate(f"{every}.map((table) => table.tBodies[0].rows[0].cells[1].textContent)")
+    assert all({"BIASED", "DEPENDENT", "NOISY"} <= set(text.split(", ")) for text in words)
+    assert all(found.evaluate(f"{every}.map((table) => table.scrollWidth <= table.parentElement.clientWidth)"))
 
 
 @needs_browser

@@ -8,6 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
@@ -70,6 +71,18 @@ def on_page_markdown(markdown, /, page, files, **_):
         return f"![{match[3]}]({match[1]}){{ width={match[2]} }}" if there else ""
 
     return IMAGE.sub(shown, markdown)
+
+
+def on_env(env, /, files, **_):
+    """Pages of studies are told apart by their titles: in tabs, in bookmarks, and in what a search finds."""
+    pages = {}
+    for file in files.documentation_pages():
+        if file.src_uri.startswith("studies/"):
+            pages.setdefault(file.page.title, []).append(file.src_uri)
+    for title, same in pages.items():
+        if len(same) > 1:
+            raise PluginError(f"{', '.join(same)} have one title: {title}")
+    return env
 
 
 # --- notebooks --------------------------------------------------------------------------------------------------------
@@ -153,5 +166,16 @@ def _with_links(index):
             shown = os.path.relpath(name_of(found), Path(name_of(path)).parent)
             return f"{image}[{text}]({shown}{place or ''})"
 
-        pages[name_of(path)] = LINK.sub(link, path.read_text())
+        pages[name_of(path)] = LINK.sub(link, _titled(path))
     return pages, pictures
+
+
+def _titled(path):
+    """The page at ``path``; the table of a study, which has no heading, under its question in a box that scrolls."""
+    text, about = path.read_text(), path.with_name("study.json")
+    if path.name != "table.md" or not about.exists():
+        return text
+    study = json.loads(about.read_text())
+    found = f"[What was found](../../{STUDIES.name}#{study['study'].replace('_', '-')})"
+    hidden = "---\nhide:\n  - navigation\n  - toc\n---\n\n"
+    return f'{hidden}# {study["question"]}\n\n{found}\n\n<div class="study" markdown="1">\n\n{text}\n</div>\n'

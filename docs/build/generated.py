@@ -71,7 +71,9 @@ def _command(name, command):
 def _default(parameter):
     if isinstance(parameter.show_default, str):
         return parameter.show_default
-    return "" if parameter.default in (None, False, ...) else str(parameter.default)
+    # By identity: 0 is equal to False, and a default worth showing.
+    unset = any(parameter.default is nothing for nothing in (None, False, ...))
+    return "" if unset else str(parameter.default)
 
 
 # --- registries and output -------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fqtstats.errors import InputError
 
-__all__ = ["check_counts", "check_writable", "err", "out", "progress", "separated"]
+__all__ = ["check_counts", "check_writable", "err", "out", "progress", "say_saved", "separated"]
 
 out = Console()
 err = Console(stderr=True)
@@ -24,6 +25,29 @@ def progress() -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not err.is_terminal) as bars:
         yield bars
+
+
+def say_saved(path: Path, names: Sequence[str], console: Console) -> None:
+    """Say where something was saved, in lines no wider than the console; only the path is never broken.
+
+    Args:
+        path: the file or the folder.
+        names: of what is in a folder.
+        console: where to say it.
+    """
+    place = f"{path}:" if names else str(path)
+    room = console.width
+    lines = [f"saved in {place}"] if len(place) + len("saved in ") <= room else ["saved in", place]
+    listed = ", ".join(names)
+    if len(lines) == 1 and len(lines[0]) + 1 + len(listed) <= room:
+        lines = [f"{lines[0]} {listed}".rstrip()]
+    else:
+        indent = "  "
+        lines += textwrap.wrap(
+            listed, room, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def separated(text: str, option: str) -> list[str]:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from fqtstats.commands.console import check_counts, err, separated
+from fqtstats.commands.console import check_counts, err, say_saved, separated
 from fqtstats.errors import InputError
 
 if TYPE_CHECKING:
@@ -286,5 +286,4 @@ def folder(output: str | None, command: str, labels: Sequence[str]) -> Path:
 def say_where(path: Path, files: Sequence[str], console: Console) -> None:
     """Name the files of a run."""
     figures = sorted(f"figures/{figure.name}" for figure in (path / "figures").glob("*.png"))
-    told = f"saved in {path}: {', '.join([*files, *figures])}"
-    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    say_saved(path, [*files, *figures], console)

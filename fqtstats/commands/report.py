@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fqtstats.commands.console import check_writable, out
+from fqtstats.commands.console import check_writable, out, say_saved
 from fqtstats.errors import InputError
 
 __all__ = ["report"]
@@ -41,7 +41,7 @@ def report(
     check_writable(path)
     _check_replaceable(path, pages.is_report)
     _write(path, pages.render(found))
-    out.print(f"saved in {path}", highlight=False, markup=False, soft_wrap=True)
+    say_saved(path, (), out)
 
 
 def _check_replaceable(path: Path, is_report: Callable[[bytes], bool]) -> None:

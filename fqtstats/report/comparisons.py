@@ -18,8 +18,8 @@ from fqtstats.comparison import CONFIDENCE, METRICS, Comparison
 from fqtstats.errors import InputError
 from fqtstats.report import style
 from fqtstats.report.figures import root
-from fqtstats.report.fitted import FittedColumn, FittedTable, plain
-from fqtstats.report.trainings import plain_rows
+from fqtstats.report.fitted import FittedColumn, FittedTable
+from fqtstats.report.numbers import plain, plain_rows
 from fqtstats.schema import Json
 
 __all__ = ["plot_curves", "render_all", "summary", "to_dict"]

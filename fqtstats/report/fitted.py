@@ -1,36 +1,24 @@
-"""What terminal tables share: numbers as text, and tables that drop columns until they fit."""
+"""What terminal tables share: they drop columns until they fit."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["FittedColumn", "FittedTable", "plain", "scientific", "unquantized"]
+from fqtstats.report.columns import QUANTITIES, Place
+
+__all__ = ["FittedColumn", "FittedTable", "fitted", "unquantized"]
 
 _NAMED = 3
 """So many unquantized layers of one kind are named; the names of more are in the result's metadata."""
-
-
-def scientific(value: float) -> str:
-    """Three significant digits, always eight characters wide for a positive number within 1e±99."""
-    return "" if math.isnan(value) else f"{value:.2e}"
-
-
-def plain(value: float) -> str:
-    """Three significant digits for a ratio of order one; the exponent only where it is needed."""
-    if math.isnan(value):
-        return ""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:#.3g}".removesuffix(".")
-    return f"{value:.2e}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +97,15 @@ class FittedTable:
         if dropped:
             hidden = ", ".join(column.header for column in self.columns if column in dropped)
             yield Text(f"no room for: {hidden} (widen the terminal, or use --json)", style="dim")
+
+
+def fitted(places: Sequence[Place], rows: Sequence[pd.Series]) -> list[FittedColumn]:
+    """The columns of those places that terminals have, one cell per row."""
+    return [
+        FittedColumn(known.title, [Text(known.text(row)) for row in rows], place.priority, meaning=known.brief)
+        for place, known in ((place, QUANTITIES[place.key]) for place in places)
+        if place.priority is not None
+    ]
 
 
 def unquantized(metadata: Mapping[str, Any]) -> list[Text]:

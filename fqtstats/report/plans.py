@@ -15,14 +15,16 @@ from rich.text import Text
 
 from fqtstats.plans import Plan
 from fqtstats.report import style
+from fqtstats.report.columns import SITES
 from fqtstats.report.figures import root
-from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
-from fqtstats.schema import Json, json_dict
+from fqtstats.report.fitted import FittedColumn, FittedTable, unquantized
+from fqtstats.report.numbers import percent, plain, plain_rows, ratio, relative_interval, scientific
+from fqtstats.schema import Json
 
 __all__ = ["layer_table", "plot_bits", "render_all", "summary", "to_dict", "total_table"]
 
-_SITES = {"grad_weight": ("Q1", "#E69F00"), "grad_input": ("Q2", "#0072B2")}
-"""Name and colour of the two quantizers of a layer."""
+_COLORS = {"grad_weight": "#E69F00", "grad_input": "#0072B2"}
+"""Of the two quantizers of a layer."""
 
 _MEANING_FIXED = " (* not the plan's to choose)"
 
@@ -50,7 +52,7 @@ def plot_bits(plan: Plan, ax: Axes | None = None, *, width: float | None = None)
             figure = root(ax)
             width = ax.get_window_extent().width / figure.dpi
         mean = ax.axhline(plan.mean_bits, color=style.INK, linewidth=0.6, linestyle="--", zorder=3)
-        for offset, (site, (_, color)) in zip((-0.21, 0.21), _SITES.items(), strict=True):
+        for offset, (site, color) in zip((-0.21, 0.21), _COLORS.items(), strict=True):
             rows = plan.table[(plan.table["site"] == site) & plan.table["bits"].notna()]
             x = np.array([layers.index(layer) for layer in rows["layer"]], dtype=np.float64) + offset
             ax.bar(x, rows["bits"].to_numpy(dtype=np.float64), 0.38, color=color)
@@ -64,8 +66,8 @@ def plot_bits(plan: Plan, ax: Axes | None = None, *, width: float | None = None)
         ax.grid(axis="y")
         ax.set_ylabel("bits")
         handles = [
-            Patch(color=_SITES["grad_weight"][1], label="weight gradient (Q1)"),
-            Patch(color=_SITES["grad_input"][1], label="input gradient (Q2)"),
+            Patch(color=_COLORS["grad_weight"], label="weight gradient (Q1)"),
+            Patch(color=_COLORS["grad_input"], label="input gradient (Q2)"),
         ]
         mean.set_label(f"mean {plan.mean_bits:.3g}")
         figure.legend(handles=[*handles, mean], loc="outside upper center", ncols=3)
@@ -91,16 +93,16 @@ def layer_table(plan: Plan) -> RenderableType:
         "Q1": f"bits of the weight-gradient quantizer{_MEANING_FIXED if plan.table['fixed'].any() else ''}",
         "Q2": "of the input-gradient quantizer",
     }
-    for site, (name, color) in _SITES.items():
+    for site, name in SITES.items():
         rows = plan.table[plan.table["site"] == site].set_index("layer").reindex(layers)
         found = [rows.loc[layer] for layer in layers]
         known = rows["bits"].dropna()
         mean = Text(f"{known.mean():.2f}" if len(known) else "")
-        share = Text(_percent(float(rows["share"].sum())))
+        share = Text(percent(float(rows["share"].sum())))
         columns += [
             FittedColumn(name, [*(Text(_bits(row)) for row in found), mean], 95, meaning=meanings[name]),
-            FittedColumn("bar", [*(Text(_bar(row), color) for row in found), Text("")], 50, names=True),
-            FittedColumn("share", [*(Text(_percent(float(row["share"]))) for row in found), share], 80),
+            FittedColumn("bar", [*(Text(_bar(row), _COLORS[site]) for row in found), Text("")], 50, names=True),
+            FittedColumn("share", [*(Text(percent(float(row["share"]))) for row in found), share], 80),
         ]
     columns[-1] = replace(columns[-1], meaning="of the predicted variance")
     return FittedTable(_title(plan), columns, total=True)
@@ -109,18 +111,19 @@ def layer_table(plan: Plan) -> RenderableType:
 def total_table(plan: Plan) -> RenderableType:
     """The plan and the simpler policies: predicted against measured variance."""
     rows = [plan.comparison.iloc[index] for index in range(len(plan.comparison))]
-    ratios = [_ratio(float(row["predicted"]), float(row["measured"])) for row in rows]
-    sampled = [1 + _ratio(_found(row), float(row["sampling_variance"])) for row in rows]
+    ratios = [ratio(float(row["predicted"]), float(row["measured"])) for row in rows]
+    errors = [ratio(float(row["predicted_error"]), float(row["predicted"])) for row in rows]
+    sampled = [1 + ratio(_found(row), float(row["sampling_variance"])) for row in rows]
     columns = [
         FittedColumn("policy", [Text(_policy(row)) for row in rows], 100, names=True),
         FittedColumn("bits", [Text(f"{row['mean_bits']:.2f}") for row in rows], 95),
         FittedColumn("predicted", [Text(scientific(float(row["predicted"]))) for row in rows], 90),
-        FittedColumn("±", [Text(_percent(_ratio(row["predicted_error"], row["predicted"]))) for row in rows], 70),
+        FittedColumn("±", [Text(percent(error)) for error in errors], 70),
         FittedColumn("measured", [Text(scientific(float(row["measured"]))) for row in rows], 90),
         FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75),
-        FittedColumn("ratio", [Text(plain(ratio)) for ratio in ratios], 85, meaning="predicted / measured"),
+        FittedColumn("ratio", [Text(plain(one)) for one in ratios], 85, meaning="predicted / measured"),
         FittedColumn(
-            "/ sampling", [Text("" if math.isnan(ratio) else f"{ratio:.4g}") for ratio in sampled], 80,
+            "/ sampling", [Text("" if math.isnan(one) else f"{one:.4g}") for one in sampled], 80,
             meaning="noise and sampling variance together, over the sampling variance",
         ),
     ]  # fmt: skip
@@ -130,16 +133,11 @@ def total_table(plan: Plan) -> RenderableType:
 def to_dict(plan: Plan) -> dict[str, Json]:
     """The plan as plain data for ``--json``: strict JSON, with null where a table has NaN."""
     return {
-        "table": _plain_rows(plan.table),
-        "comparison": _plain_rows(plan.comparison),
+        "table": plain_rows(plan.table),
+        "comparison": plain_rows(plan.comparison),
         "policy": plan.code,
         "metadata": plan.metadata,
     }
-
-
-def _plain_rows(table: pd.DataFrame) -> list[Json]:
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [json_dict({str(name): value for name, value in row.items()}, "row") for row in rows]
 
 
 def _title(plan: Plan) -> str:
@@ -155,7 +153,7 @@ def _conclusions(plan: Plan) -> list[Text]:
     if "budget" in plan.metadata.get("target", {}):
         gains = [f"{float(other['mean_bits']) - plan.mean_bits:.2f} bits per quantizer fewer than" for other in others]
     else:
-        gains = [f"{plain(_ratio(_found(other), _found(plan.total)))} times less variance than" for other in others]
+        gains = [f"{plain(ratio(_found(other), _found(plan.total)))} times less variance than" for other in others]
     told = [f"{gain} {_policy(other)}" for gain, other in zip(gains, others, strict=True)]
     return [Text(f"the plan has {', '.join(told)}", "bold")] if told else []
 
@@ -173,12 +171,7 @@ def _found(row: pd.Series) -> float:
 
 def _interval(row: pd.Series) -> str:
     """The ends relative to the measured variance."""
-    low, high = (_ratio(float(row[name]), float(row["measured"])) for name in ("measured_low", "measured_high"))
-    return "" if math.isnan(low) else f"{100 * (low - 1):+.0f}/{100 * (high - 1):+.0f}%"
-
-
-def _ratio(value: float, whole: float) -> float:
-    return value / whole if whole > 0 else math.nan
+    return relative_interval(*(float(row[name]) for name in ("measured", "measured_low", "measured_high")))
 
 
 def _bits(row: pd.Series) -> str:
@@ -189,7 +182,3 @@ def _bits(row: pd.Series) -> str:
 
 def _bar(row: pd.Series) -> str:
     return "" if pd.isna(row["bits"]) else "█" * int(row["bits"])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if math.isfinite(share) else ""

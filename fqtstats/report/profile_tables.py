@@ -10,13 +10,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fqtstats.profiles import Profile
-from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
-from fqtstats.results import Configuration
-from fqtstats.schema import Json, json_dict
+from fqtstats.report.columns import PROFILES, QUANTITIES, SITES, SOURCES, configuration, layer_name
+from fqtstats.report.fitted import FittedColumn, FittedTable, fitted, unquantized
+from fqtstats.report.numbers import percent, plain_rows
+from fqtstats.schema import Json
 
-__all__ = ["comparison_table", "source_table", "summary", "to_dict"]
+__all__ = ["blame", "comparison_table", "source_table", "summary", "to_dict"]
 
-_SITES = {"grad_weight": "Q1", "grad_input": "Q2"}
 _BAR = 10
 """Characters of the longest bar."""
 
@@ -26,25 +26,21 @@ _BLAMED = 5
 _MEANING_SITE = (
     "Q1 quantizes the gradient for the layer's own weight and bias, Q2 the one that goes on to the layers before"
 )
-_MEANING_ERROR = "standard error relative to the variance"
-_MEANING_RATIO = "over a minibatch's variance"
 _MEANING_WEIGHT = "share of the weight-gradient quantizers"
-_MEANING_SHARE = "of the total variance"
 
 
 def source_table(profile: Profile) -> RenderableType:
     """One row per source and the total; below it what most of the variance comes from."""
-    sources, total = profile.sources, profile.total
+    sources = profile.sources
+    total = pd.concat([profile.total, pd.Series({"share": math.nan})])
     rows = [*(sources.iloc[index] for index in range(len(sources))), total]
     shares = [float(value) for value in sources["share"]]
     longest = max((share for share in shares if math.isfinite(share)), default=0.0)
     columns = [
-        FittedColumn("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
-        FittedColumn("site", [*(Text(_SITES[site]) for site in sources["site"]), Text("")], 99, meaning=_MEANING_SITE),
-        FittedColumn("quantizer", [*(Text(_quantizer(row)) for row in rows[:-1]), Text("")], 80),
-        FittedColumn("variance", [Text(scientific(float(row["variance"]))) for row in rows], 90),
-        FittedColumn("±", [Text(_relative(row)) for row in rows], 70, meaning=_MEANING_ERROR),
-        FittedColumn("share", [*(Text(_percent(share)) for share in shares), Text("")], 95, meaning=_MEANING_SHARE),
+        FittedColumn("layer", [Text(layer_name(row)) for row in rows], 100, names=True),
+        FittedColumn("site", [*(Text(SITES[site]) for site in sources["site"]), Text("")], 99, meaning=_MEANING_SITE),
+        FittedColumn("quantizer", [*(Text(configuration(row)) for row in rows[:-1]), Text("")], 80),
+        *fitted(SOURCES, rows),
         FittedColumn("", [*(Text(_bar(share, longest), "blue") for share in shares), Text("")], 60, names=True),
     ]
     count = profile.metadata.get("probes")
@@ -55,15 +51,12 @@ def source_table(profile: Profile) -> RenderableType:
 def comparison_table(profiles: Sequence[Profile]) -> RenderableType:
     """One row per profile: the whole model's variance and what puts most into it."""
     totals = [profile.total for profile in profiles]
-    ratios = [_over_sampling(total) for total in totals]
     weights = [_weight_share(profile) for profile in profiles]
     columns = [
         FittedColumn("quantizer", [Text(profile.label) for profile in profiles], 100, names=True),
-        FittedColumn("variance", [Text(scientific(float(total["variance"]))) for total in totals], 95),
-        FittedColumn("±", [Text(_relative(total)) for total in totals], 80, meaning=_MEANING_ERROR),
-        FittedColumn("/ sampling", [Text(plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
-        FittedColumn("Q1", [Text(_percent(share)) for share in weights], 70, meaning=_MEANING_WEIGHT),
-        FittedColumn("most from", [Text(next(iter(_blame(profile)[0]), "")) for profile in profiles], 90),
+        *fitted(PROFILES, totals),
+        FittedColumn("Q1", [Text(percent(share)) for share in weights], 70, meaning=_MEANING_WEIGHT),
+        FittedColumn("most from", [Text(next(iter(blame(profile)[0]), "")) for profile in profiles], 90),
     ]
     return FittedTable("gradient variance of the whole model", columns, total=False)
 
@@ -78,9 +71,9 @@ def to_dict(profiles: Sequence[Profile]) -> dict[str, Json]:
     found: list[Json] = [
         {
             "label": profile.label,
-            "sources": _plain_rows(profile.sources),
-            "parameters": _plain_rows(profile.parameters),
-            "table": _plain_rows(profile.table),
+            "sources": plain_rows(profile.sources),
+            "parameters": plain_rows(profile.parameters),
+            "table": plain_rows(profile.table),
             "metadata": profile.metadata,
         }
         for profile in profiles
@@ -88,18 +81,13 @@ def to_dict(profiles: Sequence[Profile]) -> dict[str, Json]:
     return {"profiles": found}
 
 
-def _plain_rows(table: pd.DataFrame) -> list[Json]:
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [json_dict({str(name): value for name, value in row.items()}, "row") for row in rows]
-
-
 def _notes(profile: Profile) -> list[Text]:
     total = profile.total
     told = []
-    ratio = _over_sampling(total)
-    if math.isfinite(ratio):
-        told.append(Text(f"total over a minibatch's sampling variance: {plain(ratio)}"))
-    names, part = _blame(profile)
+    sampled = QUANTITIES["sampling_ratio"].text(total)
+    if sampled:
+        told.append(Text(f"total over a minibatch's sampling variance: {sampled}"))
+    names, part = blame(profile)
     if names:
         count = f"{len(names)} of {len(profile.sources)} quantizers"
         told.append(Text(f"to blame for {100 * part:.0f} % of the variance, {count}: {', '.join(names)}", "bold"))
@@ -110,30 +98,16 @@ def _notes(profile: Profile) -> list[Text]:
     return [*told, *unquantized(profile.metadata)]
 
 
-def _blame(profile: Profile) -> tuple[list[str], float]:
+def blame(profile: Profile) -> tuple[list[str], float]:
     """The sources that make half of the variance, the largest first (some of them, if they are many); their part."""
     names: list[str] = []
     part = 0.0
     for _, row in profile.sources.sort_values("share", ascending=False, kind="stable").iterrows():
         if len(names) == _BLAMED or part >= 0.5 or not row["share"] > 0:
             break
-        names.append(f"{_SITES[row['site']]} of layer {row['layer'] or '(model)'} ({100 * row['share']:.1f} %)")
+        names.append(f"{SITES[row['site']]} of layer {layer_name(row)} ({100 * row['share']:.1f} %)")
         part += row["share"]
     return names, part
-
-
-def _quantizer(row: pd.Series) -> str:
-    return str(Configuration(row["quantizer"], None if pd.isna(row["bits"]) else int(row["bits"])))
-
-
-def _relative(row: pd.Series) -> str:
-    """The standard error in percent of the variance."""
-    variance, error = float(row["variance"]), float(row["standard_error"])
-    return _percent(error / variance) if variance > 0 and math.isfinite(error) else ""
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if math.isfinite(share) else ""
 
 
 def _bar(share: float, longest: float) -> str:
@@ -146,8 +120,3 @@ def _bar(share: float, longest: float) -> str:
 
 def _weight_share(profile: Profile) -> float:
     return float(profile.sources["share"][profile.sources["site"] == "grad_weight"].sum())
-
-
-def _over_sampling(total: pd.Series) -> float:
-    variance, sampling = float(total["variance"]), float(total["sampling_variance"])
-    return variance / sampling if sampling > 0 else math.nan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fqtstats.report.bounds import notes as bound_notes
-from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
+from fqtstats.report.columns import LAYERS, QUANTITIES, TOTALS, Place, layer_name
+from fqtstats.report.fitted import FittedColumn, FittedTable, fitted, unquantized
+from fqtstats.report.numbers import plain, ratio
 from fqtstats.results import NORM_TOLERANCE, Configuration, Result
 from fqtstats.schema import Json
 
@@ -32,6 +34,7 @@ __all__ = [
     "sound",
     "summary",
     "to_dict",
+    "worst_flags",
 ]
 
 FALSE_ALARM = 0.01
@@ -60,18 +63,6 @@ class Flag:
 
 
 # For the legend below a table.
-_MEANING_95 = "interval relative to the variance"
-_MEANING_SHARES = "% of the variance from the weight-gradient and the input-gradient quantizers"
-_MEANING_BOUND = "the input-gradient quantizer's own variance over its bound"
-_MEANING_WEIGHT_BOUND = "the same of the weight-gradient quantizer"
-_MEANING_END = "variance over its end-to-end bound"
-_MEANING_OWN = "exact variance from the layer's own weight-gradient quantizer"
-_MEANING_OWN_TOTAL = "exact variance from the layers' own weight-gradient quantizers"
-_MEANING_OWN_RATIO = "squared error from that quantizer in the draws, over its exact mean there"
-_MEANING_SAMPLING = "a minibatch's variance"
-_MEANING_SNR = "‖g‖² / variance"
-_MEANING_MARGIN = "‖g‖ / √(3 variance)"
-_MEANING_RATIO = "over a minibatch's variance"
 _MEANING_ERROR = "largest difference over its bound"
 _MEANING_ULPS = "largest difference in ulps of the largest element"
 _MEANING_MEDIAN = "median over layers of the input-gradient quantizer's own variance"
@@ -97,10 +88,6 @@ def bias_level(rows: pd.DataFrame) -> float:
     return FALSE_ALARM / max(1, int(rows["bias_p"].notna().sum()))
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else math.nan
-
-
 def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
     """The flags of one row of the table; ``level`` is :func:`bias_level`. A value that is NaN raises none."""
     found = []
@@ -121,42 +108,8 @@ def flags(row: pd.Series, level: float) -> tuple[Flag, ...]:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def _interval(row: pd.Series) -> str:
-    """The interval's ends relative to the variance, in percent."""
-    value, low, high = row["variance"], row["variance_low"], row["variance_high"]
-    if not (value > 0 and math.isfinite(low) and math.isfinite(high)):
-        return ""
-    if high - low <= _ROUNDING * value:
-        return "exact"
-    return f"{(low / value - 1) * 100:+.0f}/{(high / value - 1) * 100:+.0f}%"
-
-
-def _shares(row: pd.Series) -> str:
-    weight, passed = row["variance_weight"], row["variance_input"]
-    if not weight + passed > 0:
-        return ""
-    share = 100 * (weight / (weight + passed))
-    return f"{share:.0f}/{100 - share:.0f}"
-
-
-def _numbers(rows: Sequence[pd.Series], column: str) -> list[Text]:
-    return [Text(scientific(float(row[column]))) for row in rows]
-
-
-def _bound_ratios(rows: Sequence[pd.Series]) -> list[Text]:
-    return [Text(plain(float(row["bound_ratio"]))) for row in rows]
-
-
 def _flag_cells(found: Sequence[tuple[Flag, ...]]) -> list[Text]:
     return [Text(" ").join(Text(flag.word, style=flag.style) for flag in items) for items in found]
-
-
-def _p_cells(rows: Sequence[pd.Series], levels: Sequence[float]) -> list[Text]:
-    """The p-values, in the flag's colour where they are below the level of their configuration."""
-    return [
-        Text(plain(float(row["bias_p"])), style=BIASED.style if row["bias_p"] < level else "")
-        for row, level in zip(rows, levels, strict=True)
-    ]
 
 
 def _legend(found: Iterable[tuple[Flag, ...]]) -> list[Text]:
@@ -230,6 +183,25 @@ def _number(value: float | None) -> float:
     return math.inf if value is None else float(value)  # JSON has no infinity
 
 
+def _shown(frame: pd.DataFrame) -> Sequence[Place]:
+    """The columns of a table of layers: Q1 over its bound stands beside end-to-end bounds only, else flags tell."""
+    unbounded = bool(frame["bound"].isna().all())
+    return [place for place in LAYERS if not (unbounded and place.key == "weight_bound")]
+
+
+def _fitted(places: Sequence[Place], rows: Sequence[pd.Series], levels: Sequence[float]) -> list[FittedColumn]:
+    """The columns, with p-values in the flag's colour where they are below the level of their configuration."""
+    columns = fitted(places, rows)
+    styles = [BIASED.style if row["bias_p"] < level else "" for row, level in zip(rows, levels, strict=True)]
+    title = QUANTITIES["bias_p"].title
+    return [
+        replace(column, cells=[Text(cell.plain, own) for cell, own in zip(column.cells, styles, strict=True)])
+        if column.header == title
+        else column
+        for column in columns
+    ]
+
+
 def layer_table(result: Result, configuration: Configuration | None = None) -> RenderableType:
     """One row per parameter and the total, of one configuration (the first by default).
 
@@ -247,28 +219,10 @@ def layer_table(result: Result, configuration: Configuration | None = None) -> R
     level = bias_level(result.select(chosen))
     rows = [*(frame.iloc[index] for index in range(len(frame))), total]
     found = [flags(row, level) for row in rows]
-    ratios = [_ratio(float(row["q_input_variance"]), float(row["q_input_bound"])) for row in rows]
-    # Beside end-to-end bounds; otherwise a flag tells what is wrong.
-    bounded = [_ratio(float(row["q_weight_variance"]), float(row["q_weight_bound"])) for row in rows]
-    if frame["bound"].isna().all():
-        bounded = [math.nan] * len(rows)
     columns = [
-        FittedColumn("layer", [Text(str(row["layer"]) or "(model)") for row in rows], 100, names=True),
+        FittedColumn("layer", [Text(layer_name(row)) for row in rows], 100, names=True),
         FittedColumn("param", [Text(str(row["parameter"])) for row in rows], 90, names=True),
-        FittedColumn("numel", [Text(str(row["numel"])) for row in rows], 20),
-        FittedColumn("‖g‖²", _numbers(rows, "grad_norm_sq"), 50),
-        FittedColumn("bias p", _p_cells(rows, [level] * len(rows)), 80),
-        FittedColumn("variance", _numbers(rows, "variance"), 95),
-        FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
-        FittedColumn("own Q1", _numbers(rows, "variance_exact_own"), 43, meaning=_MEANING_OWN),
-        FittedColumn("drawn", [Text(plain(float(row["own_ratio"]))) for row in rows], 25, meaning=_MEANING_OWN_RATIO),
-        FittedColumn("Q1/Q2", [Text(_shares(row)) for row in rows], 45, meaning=_MEANING_SHARES),
-        FittedColumn("Q2/bound", [Text(plain(ratio)) for ratio in ratios], 40, meaning=_MEANING_BOUND),
-        FittedColumn("Q1/bound", [Text(plain(ratio)) for ratio in bounded], 38, meaning=_MEANING_WEIGHT_BOUND),
-        FittedColumn("var/bound", _bound_ratios(rows), 77, meaning=_MEANING_END),
-        FittedColumn("sampling", _numbers(rows, "sampling_variance"), 72, meaning=_MEANING_SAMPLING),
-        FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
-        FittedColumn("margin", [Text(plain(float(row["sqrt3_margin"]))) for row in rows], 30, meaning=_MEANING_MARGIN),
+        *_fitted(_shown(frame), rows, [level] * len(rows)),
         FittedColumn("", _flag_cells(found), 99),
     ]
     title = f"{chosen}: gradient bias and variance per layer, {total['draws']} draws"
@@ -296,28 +250,19 @@ def comparison_table(result: Result) -> RenderableType:
     median over layers of the input-gradient quantizer's exact variance relative to that configuration.
     """
     rows = [result.total(item) for item in result.configurations]
-    found = [_worst_flags(result, item) for item in result.configurations]
+    found = [worst_flags(result, item) for item in result.configurations]
     levels = [bias_level(result.select(item)) for item in result.configurations]
-    ratios = [_ratio(float(row["variance"]), float(row["sampling_variance"])) for row in rows]
-    medians = [_median_input_ratio(result, item) for item in result.configurations]
+    medians = [Text(plain(_median_input_ratio(result, item))) for item in result.configurations]
     columns = [
         FittedColumn("quantizer", [Text(item.quantizer) for item in result.configurations], 100, names=True),
         FittedColumn(
             "bits", [Text("" if item.bits is None else str(item.bits)) for item in result.configurations], 100
         ),
-        FittedColumn("variance", _numbers(rows, "variance"), 95),
-        FittedColumn("95 %", [Text(_interval(row)) for row in rows], 75, meaning=_MEANING_95),
-        FittedColumn("own Q1", _numbers(rows, "variance_exact_own"), 50, meaning=_MEANING_OWN_TOTAL),
-        FittedColumn("drawn", [Text(plain(float(row["own_ratio"]))) for row in rows], 45, meaning=_MEANING_OWN_RATIO),
-        FittedColumn("/ sampling", [Text(plain(ratio)) for ratio in ratios], 60, meaning=_MEANING_RATIO),
-        FittedColumn(
-            f"Q2 var / {result.reference}", [Text(plain(ratio)) for ratio in medians], 65, meaning=_MEANING_MEDIAN
-        ),
-        FittedColumn("var/bound", _bound_ratios(rows), 67, meaning=_MEANING_END),
-        FittedColumn("SNR", [Text(plain(float(row["snr"]))) for row in rows], 70, meaning=_MEANING_SNR),
-        FittedColumn("bias p", _p_cells(rows, levels), 80),
+        *_fitted(TOTALS, rows, levels),
         FittedColumn("", _flag_cells(found), 99),
     ]
+    place = 1 + next(index for index, column in enumerate(columns) if column.header == "/ sampling")
+    columns.insert(place, FittedColumn(f"Q2 var / {result.reference}", medians, 65, meaning=_MEANING_MEDIAN))
     notes = [Text("flags hold for any row of the configuration")] if any(found) else []
     table = FittedTable("gradient variance of the whole model", columns, total=False)
     return Group(table, *_legend(found), *notes, *unquantized(result.metadata), *_native(result))
@@ -334,7 +279,7 @@ def summary(result: Result) -> RenderableType:
 def sound(result: Result) -> bool:
     """Whether no variance exceeds its bound, a quantizer's own or a gradient's, and no rounding is dependent."""
     broken = {ABOVE_BOUND, ABOVE_END, DEPENDENT}
-    return not any(broken & set(_worst_flags(result, item)) for item in result.configurations)
+    return not any(broken & set(worst_flags(result, item)) for item in result.configurations)
 
 
 def _median_input_ratio(result: Result, configuration: Configuration) -> float:
@@ -342,7 +287,7 @@ def _median_input_ratio(result: Result, configuration: Configuration) -> float:
     return float(np.median(ratios)) if len(ratios) else math.nan
 
 
-def _worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ...]:
+def worst_flags(result: Result, configuration: Configuration) -> tuple[Flag, ...]:
     """Bias, bound and dependence flags of any row; noise as the total has it (single layers are often noisy)."""
     total = result.total(configuration)
     frame = result.select(configuration)
@@ -369,7 +314,7 @@ def to_dict(result: Result) -> dict[str, Json]:
         frame, total = result.rows(item), result.total(item)
         level = bias_level(result.select(item))
         median = _median_input_ratio(result, item)
-        sampling = _ratio(float(total["variance"]), float(total["sampling_variance"]))
+        sampling = ratio(float(total["variance"]), float(total["sampling_variance"]))
         configurations.append(
             {
                 "quantizer": item.quantizer,
@@ -377,7 +322,7 @@ def to_dict(result: Result) -> dict[str, Json]:
                 "bias_level": level,
                 "variance_over_sampling": None if math.isnan(sampling) else sampling,
                 "input_variance_over_reference": None if math.isnan(median) else median,
-                "flags": [flag.word for flag in _worst_flags(result, item)],
+                "flags": [flag.word for flag in worst_flags(result, item)],
                 "total": _plain_row(total, level),
                 "rows": [_plain_row(frame.iloc[index], level) for index in range(len(frame))],
             }

@@ -15,14 +15,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fqtstats.report import style
+from fqtstats.report.columns import QUANTITIES
 from fqtstats.report.figures import decades, root
-from fqtstats.report.fitted import FittedColumn, FittedTable, plain, scientific, unquantized
-from fqtstats.schema import Json, json_dict
+from fqtstats.report.fitted import FittedColumn, FittedTable, unquantized
+from fqtstats.report.numbers import percent, plain, plain_rows, scientific
+from fqtstats.schema import Json
 from fqtstats.trainings import MODEL, Training
 
 __all__ = [
     "epoch_line",
-    "plain_rows",
     "plot_accuracy",
     "plot_loss",
     "plot_variance",
@@ -111,9 +112,9 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
     """One line for an epoch's row, while the training goes on."""
     told = [f"epoch {row['epoch']}/{epochs}"]
     told += [] if row["network"] == MODEL else [str(row["network"])]
-    told += [f"loss {plain(row['loss'])}", f"accuracy {_percent(row['accuracy'])}"]
+    told += [f"loss {plain(row['loss'])}", f"accuracy {percent(row['accuracy'])}"]
     if not math.isnan(row["test_loss"]):
-        told += [f"test loss {plain(row['test_loss'])}", f"test accuracy {_percent(row['test_accuracy'])}"]
+        told += [f"test loss {plain(row['test_loss'])}", f"test accuracy {percent(row['test_accuracy'])}"]
     return ", ".join(told)
 
 
@@ -124,12 +125,6 @@ def to_dict(training: Training) -> dict[str, Json]:
         "variance": plain_rows(training.variance),
         "metadata": training.metadata,
     }
-
-
-def plain_rows(table: pd.DataFrame) -> list[Json]:
-    """A table as JSON, one dictionary per row."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [json_dict({str(name): value for name, value in row.items()}, "row") for row in rows]
 
 
 def _place(ax: Axes | None, width: float | None) -> tuple[Figure, Axes]:
@@ -195,13 +190,13 @@ def _table(training: Training, network: str) -> RenderableType:
         FittedColumn("epoch", [Text(str(row["epoch"])) for row in rows], 100),
         FittedColumn("stage", [Text(str(row["stage"]) if stages else "") for row in rows], 60, names=True),
         column("loss", "loss", plain, 99, "mean cross entropy of the minibatches as trained on"),
-        column("accuracy", "acc.", _percent, 90),
+        column("accuracy", "acc.", percent, 90),
         column("test_loss", "test loss", plain, 95),
-        column("test_accuracy", "test acc.", _percent, 92),
+        column("test_accuracy", "test acc.", percent, 92),
         column("lr", "lr", plain, 50),
         column("variance", "variance", scientific, 80, "of the quantized gradient"),
-        column("snr", "SNR", plain, 75, "‖g‖² / variance"),
-        column("overhead", "overhead", lambda v: _percent(v) if v > 0 else "", 70, "of measuring the variance"),
+        column("snr", "SNR", plain, 75, QUANTITIES["snr"].brief),
+        column("overhead", "overhead", lambda v: percent(v) if v > 0 else "", 70, "of measuring the variance"),
         column(
             "kept_bytes",
             "kept",
@@ -229,10 +224,6 @@ def _diagnosis(found: Mapping[str, Any]) -> Text:
     told += f"\nlargest magnitudes: {largest}"
     told += f"\nthe weights that are kept are those after {found['last_good_step']} steps"
     return Text(told, style="bold red")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%" if math.isfinite(share) else ""
 
 
 def _bytes(count: int) -> str:

@@ -8,18 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from fqtstats.profiles import Profile
 from fqtstats.report import tables
-from fqtstats.report.fitted import plain
-from fqtstats.results import TOTAL, Configuration, Result
+from fqtstats.report.columns import layer_name, row_name
+from fqtstats.report.numbers import plain, ratio
+from fqtstats.report.profile_tables import blame
+from fqtstats.results import Configuration, Result
 
-__all__ = ["RULES", "Finding", "findings", "of_profile", "overall"]
+__all__ = ["RULES", "Finding", "detectable_ratio", "findings", "of_profile", "overall"]
 
 _SYMBOLS = {"good": "✓", "bad": "✗", "caution": "!", "unknown": "?", "fact": "→"}
 _WORST_FIRST = ("bad", "caution", "unknown", "good")
-_BLAMED = 5
-"""At most so many sources are named."""
+_POWER = 0.99
+"""Probability with which a test finds what is called detectable."""
+
+_TELLING = 2.0
+"""A test that may miss a ratio of this size tells nothing."""
 
 _NAMED = 4
 """At most so many configurations are named."""
@@ -28,7 +34,8 @@ RULES = (
     f"A configuration is called biased if any of its p-values is below {tables.FALSE_ALARM:g} divided by their number; "
     f"by chance, that happens to at most {100 * tables.FALSE_ALARM:g} % of unbiased ones. A bias that is too small for "
     f"the number of draws may be missed. Rounding is called dependent below {tables.DEPENDENT_ALARM:g} divided by the "
-    "same number, and a variance above its end-to-end bound if its whole 95 % interval is."
+    "same number, and a variance above its end-to-end bound if its whole 95 % interval is. Noise dominates where the "
+    "whole 95 % interval of ‖g‖ / √(3 variance) is below 1; the gradient is above its noise where none of it is."
 )
 """How it is decided, with the rates of false alarms."""
 
@@ -56,7 +63,7 @@ class Finding:
 
 
 def findings(result: Result, configuration: Configuration) -> dict[str, Finding]:
-    """Is the gradient unbiased, are variances within their bounds, are roundings independent, and is it noisy?"""
+    """Is the gradient unbiased, are variances within their bounds, are roundings dependent, and is it noisy?"""
     frame, total = result.select(configuration), result.total(configuration)
     level = tables.bias_level(frame)
     words = {flag for index in range(len(frame)) for flag in tables.flags(frame.iloc[index], level)}
@@ -102,9 +109,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _name(row: pd.Series) -> str:
-    if (row["layer"], row["parameter"]) == (TOTAL, ""):
-        return "the whole model"
-    return f"{row['layer']}.{row['parameter']}".strip(".")
+    return row_name(row, "the whole model")
 
 
 def _bias(frame: pd.DataFrame, level: float) -> Finding:
@@ -138,11 +143,10 @@ def _bounds(rows: pd.DataFrame, total: pd.Series, words: set[tables.Flag]) -> Fi
     own = own[own["ratio"].map(math.isfinite)]
     if len(own):
         worst = own.loc[own["ratio"] == own["ratio"].max()].iloc[0]
-        layer = worst["layer"] or "(model)"
         short = f"{plain(float(worst['ratio']))} × bound"
         parts.append(
             f"A quantizer's exact variance is at most {plain(float(worst['ratio']))} of its bound "
-            f"({worst['site']} of {layer})."
+            f"({worst['site']} of layer {layer_name(worst)})."
         )
     ends = rows[rows["bound_ratio"].notna()]
     if len(ends):
@@ -167,8 +171,9 @@ def _independence(frame: pd.DataFrame, total: pd.Series, level: float) -> Findin
     tested = frame[frame["own_ratio_p"].notna()]
     if tested.empty:
         told = "No layer has both draws and an exact variance of its own weight-gradient quantizer (--method both)."
-        return Finding("unknown", "independence not tested", told)
+        return Finding("unknown", "dependence not tested", told)
     level = level * tables.DEPENDENT_ALARM / tables.FALSE_ALARM
+    draws = int(total["draws"])
     least = tested.iloc[int(np.argmin(tested["own_ratio_p"]))]
     smallest = f"p = {plain(float(least['own_ratio_p']))}"
     parts = [f"The smallest of {len(tested)} p-values is {smallest} ({_name(least)}); the level is {plain(level)}."]
@@ -178,29 +183,70 @@ def _independence(frame: pd.DataFrame, total: pd.Series, level: float) -> Findin
         parts.insert(0, f"Squared error from the layers' own Q1, drawn over exact: {plain(value)}{interval}.")
     if least["own_ratio_p"] < level:
         return Finding("bad", "dependent rounding", " ".join(parts), smallest)
-    return Finding("good", "independent rounding", " ".join(parts), smallest)
+    below, above = detectable_ratio(total, level)
+    under = f"at most {plain(below)} or " if below > 0 else ""
+    found = f"only a ratio of {under}at least {plain(above)} would" if above < math.inf else "no ratio would"
+    parts.append(
+        f"With {draws} draws and this level, {found} have been found for the whole model (probability {_POWER:g})."
+    )
+    if not above <= _TELLING:
+        parts.append("That is too little to tell.")
+        return Finding("unknown", "dependence open", " ".join(parts), smallest)
+    parts.append("Less may be missed, and so may dependence that keeps the variance.")
+    return Finding("good", "no dependence found", " ".join(parts), f"ratio below {plain(above)}")
+
+
+def detectable_ratio(row: pd.Series, level: float) -> tuple[float, float]:
+    """The ratios nearest to one of a drawn over an exact variance that a row's test would have found.
+
+    The test is Student's t of the cube root of ``own_ratio`` (:func:`fqtstats.estimators.intervals.mean_ratio`); its
+    standard error is read off the interval.
+
+    Args:
+        row: of the table; where it has no interval, the ratios are 0 and infinity.
+        level: of its p-value.
+
+    Returns:
+        The largest below one and the smallest above one that have a p-value below ``level`` with probability 0.99.
+    """
+    freedom = int(row["draws"]) - 1
+    value, low = float(row["own_ratio"]), float(row["own_ratio_low"])
+    if freedom < 1 or not low > 0:
+        return 0.0, math.inf
+    # Relative to the root, whose estimate scatters by that much; so does, less, the standard error that divides it.
+    error = ((value / low) ** (1 / 3) - 1) / float(stats.t.ppf(0.975, freedom))
+    critical = float(stats.t.isf(level / 2, freedom))
+    spread = float(stats.norm.ppf(_POWER)) * math.sqrt(1 + critical**2 / (2 * freedom))
+    above = (1 + error * critical) / (1 - error * spread) if error * spread < 1 else math.inf
+    return max(0.0, 1 - error * (critical + spread)) ** 3, above**3
 
 
 def _signal(total: pd.Series) -> Finding:
     margin, snr = float(total["sqrt3_margin"]), float(total["snr"])
     if math.isnan(margin):
         return Finding("unknown", "signal not known", "Nothing was drawn.")
-    told = f"‖g‖² is {plain(snr)} times the variance (SNR); ‖g‖ / √(3 variance) is {plain(margin)}"
-    if margin < 1:
-        return Finding("caution", "noise dominates", f"{told}, below 1.", f"SNR {plain(snr)}")
-    return Finding("good", "gradient above its noise", f"{told}, not below 1.", f"SNR {plain(snr)}")
+    ends = [float(total["variance_high"]), float(total["variance_low"])]
+    told = f"‖g‖² is {plain(snr)} times the variance (SNR)"
+    margins = f"‖g‖ / √(3 variance) is {plain(margin)}"
+    if not all(map(math.isfinite, ends)):
+        few = f"{told}; {margins}. Without an interval of the variance ({int(total['draws'])} draws) these have none."
+        return Finding("unknown", "signal against noise open", few, f"SNR {plain(snr)}")
+    # The norm of the gradient is computed, not estimated: the only interval is the variance's.
+    norm_sq = float(total["grad_norm_sq"])
+    low, high = (math.inf if end == 0 else ratio(norm_sq, end) for end in ends)
+    least, most = math.sqrt(low / 3), math.sqrt(high / 3)
+    told = f"{told}, 95 %: {plain(low)} to {plain(high)}; {margins}, 95 %: {plain(least)} to {plain(most)}"
+    short = f"SNR {plain(low)} to {plain(high)}"
+    if most < 1:
+        return Finding("caution", "noise dominates", f"{told}, all below 1.", short)
+    if least < 1:
+        return Finding("unknown", "signal against noise open", f"{told}, on both sides of 1.", short)
+    return Finding("good", "gradient above its noise", f"{told}, none below 1.", short)
 
 
 def of_profile(profile: Profile) -> list[Finding]:
     """Where half of the variance comes from, and whether the precision that was asked for was reached."""
-    named: list[str] = []
-    part = 0.0
-    for _, row in profile.sources.sort_values("share", ascending=False, kind="stable").iterrows():
-        if len(named) == _BLAMED or part >= 0.5 or not row["share"] > 0:
-            break
-        site = "Q1" if row["site"] == "grad_weight" else "Q2"
-        named.append(f"{site} of {row['layer'] or '(model)'} ({100 * row['share']:.1f} %)")
-        part += float(row["share"])
+    named, part = blame(profile)
     told = []
     if named:
         count = f"{len(named)} of {len(profile.sources)} quantizers make {100 * part:.0f} % of the variance"

@@ -15,12 +15,12 @@ from markupsafe import Markup
 import fqtstats
 from fqtstats.report import fitted
 from fqtstats.report.bounds import notes
-from fqtstats.report.fitted import plain
 from fqtstats.report.html import drawing, tables
 from fqtstats.report.html.drawing import Drawing
 from fqtstats.report.html.findings import RULES, Finding, findings, of_profile, overall
 from fqtstats.report.html.reading import Run, Subject, command, subjects
 from fqtstats.report.html.tables import Table
+from fqtstats.report.numbers import plain
 from fqtstats.results import Result
 
 __all__ = ["is_report", "render"]
@@ -90,6 +90,7 @@ def render(runs: Sequence[Run]) -> bytes:
         keep_trailing_newline=True,
     )
     environment.filters["breakable"] = _breakable
+    environment.filters["folded"] = _folded
     script = _part("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     groups = subjects(runs)
@@ -110,6 +111,11 @@ def render(runs: Sequence[Run]) -> bytes:
 def _breakable(name: str) -> Markup:
     """A qualified name that a line may end in after each dot."""
     return Markup(".<wbr>").join(name.split("."))
+
+
+def _folded(unit: str) -> Markup:
+    """A unit with a line per factor, so that it is hardly wider than its numbers."""
+    return Markup("/<br>").join(unit.split("/"))
 
 
 def _part(name: str) -> str:

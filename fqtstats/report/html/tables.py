@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from fqtstats.profiles import SOURCES, Profile
+from fqtstats import profiles
+from fqtstats.profiles import Profile
 from fqtstats.report import tables
-from fqtstats.report.fitted import plain, scientific
-from fqtstats.results import COLUMNS, TOTAL, Configuration, Result
+from fqtstats.report.columns import (
+    LAYERS,
+    QUANTITIES,
+    SITES,
+    SOURCES,
+    TOTALS,
+    Place,
+    Quantity,
+    configuration,
+    layer_name,
+    row_name,
+)
+from fqtstats.report.numbers import scientific
+from fqtstats.results import COLUMNS, Configuration, Result
 
 __all__ = ["Cell", "Head", "Table", "layers", "sources", "summary"]
 
@@ -41,11 +54,13 @@ class Cell:
         text: what is shown.
         value: the number in full precision; "" where there is none.
         state: as of a finding, for its colour; "" for none.
+        hint: what is told of the cell where a pointer rests on it; "" for nothing.
     """
 
     text: str
     value: str = ""
     state: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,201 +82,101 @@ class Table:
     total: Sequence[Cell] = ()
 
 
-_About = tuple[Head, Callable[[pd.Series], Cell]]
+_Column = tuple[Head, Sequence[Cell]]
 
 
-def _units(text: str) -> str:
-    return "" if text == "1" else text.replace("^2", "²")
+def _named(title: str, meaning: str, names: Sequence[str]) -> _Column:
+    return Head(title, meaning, number=False), [Cell(name) for name in names]
 
 
-_SCHEMA = {column.name: column for column in COLUMNS}
+def _cell(known: Quantity, row: pd.Series) -> Cell:
+    value = known.value(row)
+    return Cell(known.text(row), repr(value)) if math.isfinite(value) else Cell("")
 
 
-def _head(name: str, title: str) -> Head:
-    """A column of the result's table under a shorter title, with the same words where others name it by its key."""
-    column = _SCHEMA[name]
-    meaning = {"snr": "‖g‖² / variance", "sqrt3_margin": "‖g‖ / √(3 variance); below 1 the noise dominates"}
-    return Head(title, meaning.get(name, column.meaning), _units(column.unit))
+def _columns(places: Sequence[Place], rows: Sequence[pd.Series]) -> dict[str, _Column]:
+    """The columns of those places that pages have, by their keys."""
+    chosen = {place.key: QUANTITIES[place.key] for place in places if place.page}
+    found: dict[str, _Column] = {
+        key: (Head(known.title, known.meaning, known.unit), [_cell(known, row) for row in rows])
+        for key, known in chosen.items()
+    }
+    if "interval" in found:
+        head, cells = found["interval"]
+        found["interval"] = head, [replace(cell, hint=_ends(row)) for cell, row in zip(cells, rows, strict=True)]
+    return found
 
 
-def _number(value: float, show: Callable[[float], str]) -> Cell:
-    return Cell(show(value), repr(float(value))) if math.isfinite(value) else Cell("")
+def _ends(row: pd.Series) -> str:
+    low, high = (scientific(float(row[name])) for name in ("variance_low", "variance_high"))
+    return f"{low} to {high}" if low and high else ""
 
 
-def _column(name: str, title: str, show: Callable[[float], str] = scientific) -> _About:
-    return _head(name, title), lambda row: _number(float(row[name]), show)
+def _flags(found: Sequence[tuple[tables.Flag, ...]], about: str) -> _Column:
+    meaning = about + "; ".join(f"{flag.word}: {flag.meaning}" for flag in tables.FLAGS)
+    cells = [
+        Cell(
+            ", ".join(flag.word for flag in items),
+            state="" if not items else "caution" if items == (tables.NOISY,) else "bad",
+        )
+        for items in found
+    ]
+    return Head("flags", meaning, number=False), cells
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator > 0 else math.nan
-
-
-def _over(head: Head, numerator: str, denominator: str, show: Callable[[float], str] = plain) -> _About:
-    return head, lambda row: _number(_ratio(float(row[numerator]), float(row[denominator])), show)
-
-
-def _percent(value: float) -> str:
-    return plain(100 * value)
-
-
-def _share(title: str, own: str, meaning: str) -> _About:
-    def cell(row: pd.Series) -> Cell:
-        return _number(_ratio(float(row[own]), float(row["variance_weight"] + row["variance_input"])), _percent)
-
-    return Head(title, meaning, "%"), cell
-
-
-def _p(level: float) -> _About:
-    def cell(row: pd.Series) -> Cell:
-        found = _number(float(row["bias_p"]), plain)
-        return Cell(found.text, found.value, "bad") if row["bias_p"] < level else found
-
-    return _head("bias_p", "bias p"), cell
-
-
-def _flags(level: float) -> _About:
-    def cell(row: pd.Series) -> Cell:
-        found = tables.flags(row, level)
-        state = "" if not found else "caution" if found == (tables.NOISY,) else "bad"
-        return Cell(", ".join(flag.word for flag in found), state=state)
-
-    meaning = "; ".join(f"{flag.word}: {flag.meaning}" for flag in tables.FLAGS)
-    return Head("flags", meaning, number=False), cell
-
-
-_Q1 = _share("Q1", "variance_weight", "share of the variance from the weight-gradient quantizers (Q1)")
-_Q2 = _share("Q2", "variance_input", "share of the variance from the input-gradient quantizers (Q2)")
-_SAMPLING = _over(
-    Head("/ sampling", "variance over the sampling variance of one minibatch"), "variance", "sampling_variance"
-)
-
-
-def _table(
-    name: str, caption: str, names: Sequence[_About], about: Sequence[_About], rows: pd.DataFrame, total: bool
-) -> Table:
-    """Columns without a single value are left out."""
-    series = [rows.iloc[index] for index in range(len(rows))]
-    columns = [(head, [cell(row) for row in series]) for head, cell in (*names, *about)]
+def _table(name: str, caption: str, columns: Sequence[_Column], *, total: bool = False) -> Table:
+    """Columns without a single value are left out, but for the first."""
     kept = [(head, cells) for k, (head, cells) in enumerate(columns) if k == 0 or any(cell.text for cell in cells)]
     lines = [list(line) for line in zip(*(cells for _, cells in kept), strict=True)]
     heads = [head for head, _ in kept]
     return Table(name, caption, heads, lines[:-1] if total else lines, lines[-1] if total else ())
 
 
-def _name(row: pd.Series) -> str:
-    if (row["layer"], row["parameter"]) == (TOTAL, ""):
-        return "total"
-    return f"{row['layer']}.{row['parameter']}".strip(".")
-
-
 def layers(result: Result, configuration: Configuration, name: str) -> Table:
     """One row per parameter in network order, and the total."""
-    rows = pd.concat([result.rows(configuration), result.total(configuration).to_frame().T])
+    frame, total = result.rows(configuration), result.total(configuration)
+    rows = [*(frame.iloc[index] for index in range(len(frame))), total]
     level = tables.bias_level(result.select(configuration))
-    draws = int(result.total(configuration)["draws"])
-    names: list[_About] = [
-        (
-            Head("parameter", "its qualified name, in network order", number=False),
-            lambda row: Cell(_name(row)),
-        )
+    found = _columns(LAYERS, rows)
+    head, cells = found["bias_p"]
+    found["bias_p"] = (
+        head,
+        [replace(cell, state="bad") if row["bias_p"] < level else cell for cell, row in zip(cells, rows, strict=True)],
+    )
+    columns = [
+        _named("parameter", "its qualified name, in network order", [row_name(row) for row in rows]),
+        _flags([tables.flags(row, level) for row in rows], "what a reader must see; "),
+        *found.values(),
     ]
-    about = [
-        _column("numel", "elements", lambda value: f"{value:.0f}"),
-        _column("variance", "variance"),
-        _column("variance_low", "95 % low"),
-        _column("variance_high", "95 % high"),
-        _p(level),
-        _column("grad_norm_sq", "‖g‖²"),
-        _column("snr", "SNR", plain),
-        _column("sqrt3_margin", "√3 margin", plain),
-        _Q1,
-        _Q2,
-        _column("sampling_variance", "sampling"),
-        _SAMPLING,
-        _column("variance_exact_own", "own Q1"),
-        _column("own_ratio", "drawn / exact", plain),
-        _over(
-            Head("Q1 / bound", "exact variance of the layer's weight-gradient quantizer over its bound"),
-            "q_weight_variance",
-            "q_weight_bound",
-        ),
-        _over(
-            Head("Q2 / bound", "exact variance of the layer's input-gradient quantizer over its bound"),
-            "q_input_variance",
-            "q_input_bound",
-        ),
-        (
-            Head("end-to-end / bound", "variance over its end-to-end upper bound (Theorem 2 of arXiv 2010.14298)"),
-            lambda row: _number(float(row["bound_ratio"]), plain),
-        ),
-        _flags(level),
-    ]
+    draws = int(total["draws"])
     told = f"{draws} draws" if draws else "exact variances, no draws"
-    return _table(name, f"{configuration}: {told}", names, about, rows, total=True)
+    return _table(name, f"{configuration}: {told}", columns, total=True)
 
 
 def summary(result: Result, name: str) -> Table:
     """One row per configuration: the whole model."""
-    lines = [result.total(item) for item in result.configurations]
-    frames = [result.select(item) for item in result.configurations]
-    rows = pd.DataFrame(lines).reset_index(drop=True)
-    rows["least_p"] = [float(frame["bias_p"].min()) for frame in frames]
-    names: list[_About] = [
-        (
-            Head("configuration", "input-gradient quantizer @ its bits", number=False),
-            lambda row: Cell(str(Configuration(row["quantizer"], None if pd.isna(row["bits"]) else int(row["bits"])))),
-        )
+    every = result.configurations
+    least = [float(result.select(item)["bias_p"].min()) for item in every]
+    rows = [pd.concat([result.total(item), pd.Series({"least_p": p})]) for item, p in zip(every, least, strict=True)]
+    (bits,) = (column for column in COLUMNS if column.name == "bits")
+    widths = ["" if item.bits is None else str(item.bits) for item in every]
+    columns = [
+        _named("configuration", "input-gradient quantizer @ its bits", [str(item) for item in every]),
+        _flags([tables.worst_flags(result, item) for item in every], "of any row of the configuration; "),
+        (Head("bits", bits.meaning), [Cell(width, width) for width in widths]),
+        *_columns(TOTALS, rows).values(),
     ]
-    about = [
-        (
-            _head("bits", "bits"),
-            lambda row: Cell("") if pd.isna(row["bits"]) else Cell(str(row["bits"]), str(row["bits"])),
-        ),
-        _column("variance", "variance"),
-        _column("variance_low", "95 % low"),
-        _column("variance_high", "95 % high"),
-        _column("sampling_variance", "sampling"),
-        _SAMPLING,
-        _column("snr", "SNR", plain),
-        _column("sqrt3_margin", "√3 margin", plain),
-        _Q1,
-        _Q2,
-        (
-            Head("smallest bias p", "smallest p-value of no bias among all rows of the configuration"),
-            lambda row: _number(float(row["least_p"]), plain),
-        ),
-        _column("own_ratio", "drawn / exact", plain),
-        (
-            Head("end-to-end / bound", "variance over its end-to-end upper bound (Theorem 2 of arXiv 2010.14298)"),
-            lambda row: _number(float(row["bound_ratio"]), plain),
-        ),
-        _column("draws", "draws", lambda value: f"{value:.0f}"),
-    ]
-    return _table(name, "Gradient of the whole model", names, about, rows, total=False)
+    return _table(name, "Gradient of the whole model", columns)
 
 
 def sources(profile: Profile, name: str) -> Table:
     """One row per gradient quantizer of a profile."""
-    schema = {column.name: column for column in SOURCES}
-    sites = {"grad_weight": "Q1", "grad_input": "Q2"}
-
-    def head(key: str, title: str, number: bool = True) -> Head:
-        return Head(title, schema[key].meaning, _units(schema[key].unit), number)
-
-    names: list[_About] = [
-        (head("layer", "layer", number=False), lambda row: Cell(str(row["layer"]) or "(model)")),
-        (head("site", "site", number=False), lambda row: Cell(sites[row["site"]])),
-        (
-            head("quantizer", "quantizer", number=False),
-            lambda row: Cell(str(Configuration(row["quantizer"], None if pd.isna(row["bits"]) else int(row["bits"])))),
-        ),
+    meanings = {column.name: column.meaning for column in profiles.SOURCES}
+    rows = [profile.sources.iloc[index] for index in range(len(profile.sources))]
+    columns = [
+        _named("layer", meanings["layer"], [layer_name(row) for row in rows]),
+        _named("site", meanings["site"], [SITES[row["site"]] for row in rows]),
+        _named("quantizer", meanings["quantizer"], [configuration(row) for row in rows]),
+        *_columns(SOURCES, rows).values(),
     ]
-    about: list[_About] = [
-        (head("variance", "variance"), lambda row: _number(float(row["variance"]), scientific)),
-        (head("standard_error", "standard error"), lambda row: _number(float(row["standard_error"]), scientific)),
-        (
-            Head("share", "its share of the total variance", "%"),
-            lambda row: _number(float(row["share"]), _percent),
-        ),
-    ]
-    return _table(name, f"{profile.label}: sources of the variance", names, about, profile.sources, total=False)
+    return _table(name, f"{profile.label}: sources of the variance", columns)
