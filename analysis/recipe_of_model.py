@@ -202,9 +202,8 @@ def claims(tables: Tables) -> list[Claim]:
                 verdict = f"lower than that of {'the other' if len(others) == 1 else f'all {len(others)} others'}"
             else:
                 verdict = f"the lowest of {len(group)}, not told from {', '.join(alike['recipe'])}"
-            told.append(
-                Claim(f"{where}: {first}; {verdict} (next: {second['recipe']}, ratio {second['ratio']:.3g}{p}).")
-            )
+            following = f"next: {second['recipe']}, ratio {second['ratio']:.3g}{p}"
+            told.append(Claim(f"{where}: {first}; {verdict} ({following})."))
     if runs["model"].nunique() > 1:
         told.append(_alike(runs, table))
     return told
@@ -234,7 +233,7 @@ def _alike(runs: pd.DataFrame, table: pd.DataFrame) -> Claim:
         ranks.append(float(scipy.stats.spearmanr(pair[:, 0], pair[:, 1]).statistic))
     correlation = (float(np.tanh(value)) for value in mean_interval(np.arctanh(ranks)))
     return Claim(
-        f"Over the {len(shared)} recipes that on both models were trained for as many epochs in all as {REFERENCE}, the "
+        f"Over the {len(shared)} recipes that both models were trained with for as many epochs as {REFERENCE}, the "
         f"rank correlation of the losses is {with_interval(*correlation, '.2f')} (mean over {len(ranks)} seeds, by "
         "Fisher's transform)."
     )
@@ -298,7 +297,8 @@ def draw(tables: Tables) -> dict[str, Figure]:
     figure.legend(handles=_legend(marks), loc="outside upper center", ncols=3)
     figure.supxlabel(
         f"Numbers: epochs in all ({', '.join(map(_kind, models))}). Loss: geometric mean\nover seeds, 95 % interval. "
-        "Factor: bytes that float32 would keep\nfor the backward pass over those kept, in quantized layers.", fontsize=6,
+        "Factor: bytes that float32 would keep\nfor the backward pass over those kept, in quantized layers.",
+        fontsize=6,
     )  # fmt: skip
     return {"recipe_of_model": figure}
 

@@ -232,6 +232,29 @@ def test_the_table_is_for_reading(study: ModuleType) -> None:
     assert max(map(len, wide.to_string(index=False).splitlines())) <= 100
 
 
+def test_only_recipes_of_as_many_epochs_are_compared(analysis) -> None:
+    """Of four 4-bit recipes the best was trained longer, and keeps more memory than float32."""
+    of_model, noise = analysis("recipe_of_model"), np.array([0.01, -0.02, 0.015])
+    known = {"lsq@4": (20, 0.5, 0.8), "luq": (10, 2.0, 4.0), "luq-smp": (10, 2.01, 4.0), "int4-sr": (10, 6.0, 4.0)}
+    rows = [
+        {"data": "digits", "model": "preact_resnet20", "recipe": recipe, "forward": 4, "epochs": epochs, "seed": seed,
+         "backend": "native", "relative": relative * np.exp(noise[(seed + index) % 3]), "memory": memory}
+        for index, (recipe, (epochs, relative, memory)) in enumerate(known.items())
+        for seed in range(3)
+    ]  # fmt: skip
+    tables = {"runs": pd.DataFrame(rows)}
+    table = of_model.compared(tables["runs"]).set_index("recipe")
+    assert table["of"].to_dict() == {"lsq@4": 1, "luq": 3, "luq-smp": 3, "int4-sr": 3}
+    assert math.isnan(table.loc["lsq@4", "p"])
+    assert table.loc["luq", "ratio"] == 1
+    assert table.loc["int4-sr", "p"] < 0.01 < table.loc["luq-smp", "p"]
+    shorter, longer = (claim.text for claim in of_model.claims(tables))
+    assert "10 epochs in all: luq has 2 [" in shorter
+    assert "the lowest of 3, not told from luq-smp (next: luq-smp, ratio 1" in shorter
+    assert longer.endswith("keeps 1.25 times the memory of float32; no other recipe to compare it with.")
+    assert list(of_model.draw(tables)) == ["recipe_of_model"]
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
