@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import networks
-from analysis.estimates import geometric_mean, mean_interval
+from analysis.estimates import geometric_mean, mean_interval, mean_share
 from analysis.gradients import incoming
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.quantizers import Quantized, quantizer
@@ -149,7 +149,10 @@ def _steps(found: Quantized) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spreads(steps: pd.DataFrame) -> pd.DataFrame:
-    """Largest over smallest step, the largest and the median, per seed, layer and quantizer; rounded and decoded."""
+    """Largest over smallest step, the largest and the median, per seed, layer and quantizer; rounded and decoded.
+
+    The latter two also over those of PSQ: the largest step, and the median of both kinds.
+    """
     found = []
     for keys, own in steps.groupby(["seed", "layer", "quantizer"], sort=False):
         row = dict(zip(("seed", "layer", "quantizer"), keys, strict=True))
@@ -157,7 +160,13 @@ def spreads(steps: pd.DataFrame) -> pd.DataFrame:
             row[f"{kind}_spread"] = own[kind].max() / own[kind].min()
             row[f"{kind}_largest"], row[f"{kind}_median"] = own[kind].max(), own[kind].median()
         found.append(row)
-    return pd.DataFrame(found)
+    table = pd.DataFrame(found)
+    psq = table[table["quantizer"] == "psq"].set_index(["seed", "layer"])
+    beside = psq.reindex(pd.MultiIndex.from_frame(table[["seed", "layer"]]))
+    for kind in ("step", "decoded"):
+        for which in ("largest", "median"):
+            table[f"{kind}_{which}_of_psq"] = table[f"{kind}_{which}"] / beside[f"step_{which}"].to_numpy()
+    return table
 
 
 def read(tables: Tables) -> pd.DataFrame:
@@ -168,11 +177,20 @@ def read(tables: Tables) -> pd.DataFrame:
         row = {"layer": layer, "quantizer": name, "bits": str(bits)}
         row["entropy"] = with_interval(*mean_interval(own["entropy"]), ".2f")
         for column in ("ends", "zero", "unused"):
-            row[f"{column} %"] = with_interval(*mean_interval(100 * own[column]), ".3g")
+            row[f"{column} %"] = _percent(own[column], ".3g")
         for kind, told in (("step", "step"), ("decoded", "decoded step")):
             row[f"{told}, max / min"] = "" if name == "ptq" else with_interval(*geometric_mean(sizes[f"{kind}_spread"]))
+        for which in ("largest", "median"):
+            other = name not in ("ptq", "psq")
+            value = with_interval(*geometric_mean(sizes[f"decoded_{which}_of_psq"]), ".2g") if other else ""
+            row[f"{which} decoded / PSQ's"] = value
         shown.append(row)
     return pd.DataFrame(shown)
+
+
+def _percent(shares: pd.Series, form: str) -> str:
+    mean, low, high = (100 * value for value in mean_share(shares))
+    return with_interval(mean, low, high, form)
 
 
 def claims(tables: Tables) -> list[Claim]:
@@ -186,8 +204,8 @@ def claims(tables: Tables) -> list[Claim]:
             own = mean.loc[name, bits]
             parts.append(
                 f"{name.upper()} {with_interval(*mean_interval(own['entropy']), '.2f')} bits, "
-                f"{with_interval(*mean_interval(100 * own['zero']), '.2g')} % of the codes at zero and "
-                f"{with_interval(*mean_interval(100 * own['ends']), '.2g')} % at the ends"
+                f"{_percent(own['zero'], '.2g')} % of the codes at zero and {_percent(own['ends'], '.2g')} % at the "
+                "ends"
             )
         told.append(Claim(f"Entropy of {bits}-bit codes, mean over the layers: {'; '.join(parts)}."))
         for name in names[1:]:
@@ -204,33 +222,35 @@ def claims(tables: Tables) -> list[Claim]:
 
 
 def _of_steps(steps: pd.DataFrame) -> list[Claim]:
-    told = []
-    found = spreads(steps).set_index(["quantizer", "layer", "seed"]).sort_index()
-    for layer in dict.fromkeys(steps["layer"]):
-        psq, bhq = found.loc["psq", layer], found.loc["bhq", layer]
-        spread = with_interval(*geometric_mean(psq["step_spread"]), ".3g")
-        after = with_interval(*geometric_mean(bhq["step_spread"]), ".2g")
-        decoded = with_interval(*geometric_mean(bhq["decoded_spread"]), ".2g")
-        told.append(
-            Claim(
-                f"{layer}: PSQ's largest step is {spread} times its smallest; BHQ's {after} times after the transform, "
-                f"and {decoded} times decoded."
-            )
-        )
-        for kind, where in (("step", "after the transform"), ("decoded", "decoded")):
-            ratio, low, high = geometric_mean(bhq[f"{kind}_largest"] / psq["step_largest"])
-            told.append(
-                Claim(
-                    f"{layer}: BHQ's largest step, {where}, is {with_interval(ratio, low, high, '.2g')} of PSQ's: "
-                    "the large rows are spread over others.",
-                    bool(high < 1),
-                )
-            )
-        ratio, low, high = geometric_mean(bhq["decoded_median"] / psq["step_median"])
-        told.append(
-            Claim(f"{layer}: BHQ's median decoded step is {with_interval(ratio, low, high, '.2g')} times PSQ's.")
-        )
-    return told
+    """How far the steps of the rows are apart, what BHQ makes of the largest one, and at what price."""
+    found = spreads(steps)
+
+    def over_layers(name: str, column: str) -> tuple[float, float, float]:
+        logs = np.log(found[found["quantizer"] == name].pivot(index="seed", columns="layer", values=column))
+        return geometric_mean(np.exp(logs.mean(axis=1)))
+
+    def of_psq(which: str) -> str:
+        own = found[found["quantizer"] == "bhq"].groupby("layer")[which]
+        layers = own.apply(lambda values: geometric_mean(values)[0])
+        span = f", {layers.min():.2g} to {layers.max():.2g} by layer" if len(layers) > 1 else ""
+        return f"{with_interval(*over_layers('bhq', which), '.2g')} times PSQ's{span}"
+
+    rounded, decoded = "step_largest_of_psq", "decoded_largest_of_psq"
+    below = [over_layers("bhq", column)[2] < 1 for column in (rounded, decoded)]
+    return [
+        Claim(
+            f"PSQ's largest step is {with_interval(*over_layers('psq', 'step_spread'))} times its smallest, BHQ's "
+            f"{with_interval(*over_layers('bhq', 'step_spread'), '.2g')} times after the transform and "
+            f"{with_interval(*over_layers('bhq', 'decoded_spread'), '.2g')} times decoded (geometric means over the "
+            "layers; the table has each)."
+        ),
+        Claim(
+            "BHQ's largest step is smaller, as large rows are spread over others: after the transform "
+            f"{of_psq(rounded)}; decoded {of_psq(decoded)}.",
+            True if all(below) else None,
+        ),
+        Claim(f"The others pay for it: BHQ's median decoded step is {of_psq('decoded_median_of_psq')}."),
+    ]
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
@@ -252,9 +272,9 @@ def _histograms(codes: pd.DataFrame) -> Figure:
             counts = own.pivot(index="code", columns="seed", values="count").to_numpy()
             if name == "ptq":
                 counts = np.array([_centred(each) for each in counts.T]).T
-            together = max(1, 2**bits // 64)  # codes in a bar: as many as can be seen
-            shares = 100 * counts.reshape(-1, together, counts.shape[1]).mean(axis=1) / counts.sum(axis=0)
-            mean, low, high = np.array([mean_interval(row) for row in shares]).T
+            together = _together(bits)
+            shares = counts.reshape(-1, together, counts.shape[1]).sum(axis=1) / counts.sum(axis=0)
+            mean, low, high = 100 * np.array([mean_share(row) for row in shares]).T
             edges = np.arange(0, 2**bits + 1, together) - 0.5
             color = marks[name].color
             ax.stairs(mean, edges, color=color, linewidth=0.7)
@@ -266,14 +286,22 @@ def _histograms(codes: pd.DataFrame) -> Figure:
             ax.set(yscale="log", ylim=(floor, 100))
             ax.grid(axis="y")
             if bits == widths[0]:
-                ax.set_ylabel(f"{name}\ncodes (%)")
+                ax.set_ylabel(f"{name}\nshare (%)")
     for bits, top, ax in zip(widths, panels[0], panels[-1], strict=True):
-        top.set_title(f"{bits} bits")
+        top.set_title(f"{bits} bits" + (f", {_together(bits)} codes a bar" if _together(bits) > 1 else ""))
         ax.set_xlabel("code")
         ax.set_xticks(np.linspace(0, 2**bits - 1, 4 if bits % 4 == 0 else 2).round())
     figure.align_ylabels(panels[:, 0])
-    figure.suptitle(f"{codes['layer'].iloc[0]}, mean and 95 %; ptq's zero is in the middle", fontsize=7)
+    figure.suptitle(
+        f"{codes['layer'].iloc[0]}: share of the codes in a bar, mean over seeds\nand 95 % interval (band); ptq's zero "
+        "is in the middle", fontsize=7,
+    )  # fmt: skip
     return figure
+
+
+def _together(bits: int) -> int:
+    """Codes in a bar: as few as can be seen."""
+    return max(1, 2**bits // 64)
 
 
 def _centred(counts: np.ndarray) -> np.ndarray:
@@ -322,8 +350,9 @@ STUDY = Study(
     read=read,
     claims=claims,
     legend="Entropy of the codes in bits; ends: share of the codes 0 and 2^b - 1, zero: of the grid point nearest to "
-    "zero, unused: of codes that do not occur; step: bin size per row. Means over the seeds (of ratios: geometric), "
-    "95 % intervals (Student t).",
+    "zero, unused: of codes that do not occur; step: bin size per row, of the smaller number of bits; decoded: of the "
+    "rows after BHQ's transform is undone. Means over the seeds (of ratios: geometric), 95 % intervals (Student "
+    "t; of shares on the scale of their logits).",
 )
 
 if __name__ == "__main__":

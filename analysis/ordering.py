@@ -25,8 +25,10 @@ come to 0. A run that diverged counts with the loss of guessing, the entropy of 
 
 A claim is tested on the differences of the logarithms of the two losses over the seeds by one-sided paired t tests in
 both directions. P-values of each direction are adjusted over all claims of the study by Holm's method, and each
-direction is held to 2.5 %: the probability of any false statement is at most 5 %. Intervals are those of single claims,
-at 95 %. Of the text a part is taken, in small batches (:mod:`analysis.tasks`).
+direction is held to 2.5 %: the probability of any false statement is at most 5 %. Every claim has two intervals: the
+95 % interval of this claim alone, and the one that all claims have together at 95 %, whose ends are the bounds that
+belong to Holm's method (:func:`analysis.estimates.holm_bounds`): it has 1 inside just where no ordering is shown, and
+ends at 1 where one is. Of the text a part is taken, in small batches (:mod:`analysis.tasks`).
 """
 
 from __future__ import annotations
@@ -43,14 +45,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.special
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from analysis.axes import ratio_axis
-from analysis.estimates import mean_interval
-from analysis.study import Claim, Parts, Row, Study, Tables, main, with_interval
+from analysis.estimates import holm, holm_bounds, mean_interval, p_greater
+from analysis.study import Claim, Parts, Row, Study, Tables, interval, main, with_interval
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models
 from fqtstats.data.base import InMemory
@@ -344,30 +345,13 @@ def losses(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(loss=rows["loss"].fillna(rows["guessing"])).pivot(index="seed", columns="variant", values="loss")
 
 
-def p_greater(differences: npt.NDArray[np.float64]) -> float:
-    """One-sided p-value of a mean of at most zero against a greater one; NaN for less than two differences."""
-    if len(differences) < 2:
-        return math.nan
-    if np.ptp(differences) == 0:  # no spread to compare them with
-        return 0.0 if differences[0] > 0 else 1.0
-    n = len(differences)
-    t = differences.mean() / (differences.std(ddof=1) / math.sqrt(n))
-    return float(scipy.special.stdtr(n - 1, -t))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """P-values adjusted by Holm's method; those that are NaN count for nothing and stay."""
-    adjusted = np.array(p, dtype=np.float64)
-    known = np.flatnonzero(~np.isnan(adjusted))
-    order = known[np.argsort(adjusted[known])]
-    steps = adjusted[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return [float(value) for value in adjusted]
-
-
 def compare(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
-    """A row per claim; differences are those of the variant claimed to be worse from the better one."""
-    found = []
+    """A row per claim; differences are those of the variant claimed to be worse from the better one.
+
+    ``log`` is the mean logarithm of the ratio of their losses, ``log_low`` and ``log_high`` are its 95 % interval
+    alone, ``log_least`` and ``log_most`` that of all claims together.
+    """
+    found, samples = [], []
     for family in families:
         own = rows[rows["family"] == family.name]
         table = losses(own)
@@ -387,7 +371,10 @@ def compare(rows: pd.DataFrame, families: Sequence[Family]) -> pd.DataFrame:
             for name, values in of.items():
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval(values), strict=True))
             found.append({**row, "p": p_greater(ratio), "p_other": p_greater(-ratio)})
+            samples.append(ratio)
     table = pd.DataFrame(found)
+    table["log_least"] = holm_bounds(samples, LEVEL)
+    table["log_most"] = [-bound for bound in holm_bounds([-ratio for ratio in samples], LEVEL)]
     for name in ("p", "p_other"):
         table[f"{name}_holm"] = holm(list(table[name]))
     table["verdict"] = [verdict(row) for row in table.to_dict("records")]
@@ -402,7 +389,7 @@ def verdict(row: dict[str, float]) -> str:
         return "ordered"
     if row["p_other_holm"] < LEVEL:
         return "ordered the other way"
-    low, high = (100 * math.expm1(row[f"log_{end}"]) for end in ("low", "high"))
+    low, high = (100 * math.expm1(row[f"log_{end}"]) for end in ("least", "most"))
     return f"no ordering shown (difference within {low:+.3g} % to {high:+.3g} %)"
 
 
@@ -439,8 +426,10 @@ def read(tables: Tables) -> pd.DataFrame:
             "seeds": f"{row['seeds']}",
             "diverged": f"{row['diverged_better']}, {row['diverged_worse']}",
             "difference [nats]": ranged(row, "difference"),
-            "log ratio": ranged(row, "log"),
-            "p (Holm)": "" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}",
+            "ratio, alone": _ratio(row, "low", "high"),
+            "ratio, together": _ratio(row, "least", "most"),
+            "p": "" if math.isnan(row["p_holm"]) else f"{row['p_holm']:.2g}",
+            "p, other way": "" if math.isnan(row["p_holm"]) else f"{row['p_other_holm']:.2g}",
             "verdict": row["verdict"],
         }
         for row in compare(rows, families_of(rows)).to_dict("records")
@@ -454,8 +443,16 @@ def ranged(row: dict[str, float], name: str) -> str:
     )
 
 
+def _ratio(row: dict[str, float], low: str, high: str) -> str:
+    """The ratio of the losses with one of its intervals; "" for none."""
+    if math.isnan(row["log"]):
+        return ""
+    ratio, *ends = (math.exp(row[name]) for name in ("log", f"log_{low}", f"log_{high}"))
+    return with_interval(ratio, *ends, ".3f" if 0.5 < ends[0] < ends[1] < 2 else ".3g")
+
+
 def claims(tables: Tables) -> list[Claim]:
-    """One per claim of the papers; what is not shown counts as not as expected."""
+    """One per claim of the papers: shown, shown the other way round, or open."""
     rows = tables["runs"]
     table = compare(rows, families_of(rows))
     counts = table["verdict"].value_counts()
@@ -472,22 +469,38 @@ def claims(tables: Tables) -> list[Claim]:
         if math.isnan(row["p"]):
             told.append(Claim(f"{row['family']}, {row['better']} < {row['worse']}: not tested, less than two seeds."))
             continue
-        ratio, low, high = (math.exp(row[name]) for name in ("log", "log_low", "log_high"))
-        form = ".3f" if 0.5 < low < high < 2 else ".3g"
         lost = row["diverged_better"] + row["diverged_worse"]
         told.append(
             Claim(
-                f"{row['family']}, {row['better']} < {row['worse']}: the second's loss is "
-                f"{with_interval(ratio, low, high, form)} times the first's over {row['seeds']} seeds"
-                + (f", {lost} runs diverged" if lost else "")
-                + f" (p = {row['p_holm']:.2g}, Holm): {row['verdict'].partition(' (')[0]}.",
-                row["verdict"] == "ordered",
+                f"{row['family']}, {row['better']} < {row['worse']}: the second's loss is {_ratio(row, 'low', 'high')} "
+                f"times the first's over {row['seeds']} seeds (95 % interval of this claim alone; of all "
+                f"{len(table) - untested} together {_together(row)}"
+                + (f"; {lost} runs diverged" if lost else "")
+                + f"; p = {row['p_holm']:.2g} as claimed, {row['p_other_holm']:.2g} the other way round, Holm): "
+                f"{row['verdict'].partition(' (')[0]}.",
+                *_VERDICTS[row["verdict"].partition(" (")[0]],
             )
         )
     return told
 
 
-_COLORS = {"ordered": "#009E73", "ordered the other way": "#D55E00"}
+def _together(row: dict[str, float]) -> str:
+    """The interval of all claims together, whose end at 1 does not belong to it."""
+    low, high = math.exp(row["log_least"]), math.exp(row["log_most"])
+    form = ".3f" if 0.5 < low < high < 2 else ".3g"
+    if low == 1:
+        return f"above 1, to {high:{form}}"
+    return f"below 1, from {low:{form}}" if high == 1 else interval(low, high, form)
+
+
+_VERDICTS: dict[str, tuple[bool | None, str]] = {
+    "ordered": (True, ""),
+    "ordered the other way": (False, "not examined"),
+    "no ordering shown": (None, ""),
+}
+"""Whether what was expected is so, and the reason where it is not."""
+
+_COLORS = {"ordered": style.GREEN, "ordered the other way": style.VERMILION}
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
@@ -495,13 +508,24 @@ def draw(tables: Tables) -> dict[str, Figure]:
     rows = tables["runs"]
     families = families_of(rows)
     return {
-        "claims": _panels(families, lambda family: _claims_of(rows, family, compare(rows, families))),
-        "variants": _panels(families, lambda family: _variants_of(rows, family, means(rows, families))),
+        "claims": _panels(families, lambda family: _claims_of(rows, family, compare(rows, families)), _CLAIMS),
+        "variants": _panels(families, lambda family: _variants_of(rows, family, means(rows, families)), _VARIANTS),
     }
 
 
-Line = tuple[str, npt.NDArray[np.float64], tuple[float, float, float], str]
-"""What is drawn in one line of a panel: its name, a log ratio per seed, their mean with its interval, a colour."""
+_CLAIMS = (
+    "ratio of the final training losses: points are seeds, diamonds geometric means; thick lines are 95 % intervals of "
+    "one claim alone,\nthin ones of all claims together, which end at 1 where an ordering is shown "
+    "(green: as claimed, orange: the other way, black: none)"
+)
+_VARIANTS = (
+    "ratio of the final training loss to that without gradient noise: points are seeds, diamonds geometric means,\n"
+    "lines their 95 % intervals, each alone"
+)
+
+Line = tuple[str, npt.NDArray[np.float64], tuple[float, ...], str]
+"""What is drawn in one line of a panel: its name, a log ratio per seed, their mean and the ends of its intervals, from
+the one alone to that of all, and a colour."""
 
 
 def _claims_of(rows: pd.DataFrame, family: Family, table: pd.DataFrame) -> list[Line]:
@@ -510,7 +534,7 @@ def _claims_of(rows: pd.DataFrame, family: Family, table: pd.DataFrame) -> list[
     for row in table[table["family"] == family.name].to_dict("records"):
         both = final.reindex(columns=[row["better"], row["worse"]]).dropna()
         values = (both[row["worse"]] - both[row["better"]]).to_numpy()
-        mean = (row["log"], row["log_low"], row["log_high"])
+        mean = tuple(row[name] for name in ("log", "log_low", "log_high", "log_least", "log_most"))
         lines.append((f"{row['worse']} / {row['better']}", values, mean, _COLORS.get(row["verdict"], style.INK)))
     return lines
 
@@ -527,8 +551,8 @@ def _variants_of(rows: pd.DataFrame, family: Family, table: pd.DataFrame) -> lis
     return lines
 
 
-def _panels(families: Sequence[Family], lines_of: Callable[[Family], list[Line]]) -> Figure:
-    """A panel per family: ratios on a log axis, a point per seed, and the geometric mean with its 95 % interval."""
+def _panels(families: Sequence[Family], lines_of: Callable[[Family], list[Line]], legend: str) -> Figure:
+    """A panel per family: ratios on a log axis, a point per seed, and the geometric mean with its intervals."""
     drawn = sorted(((family.name, lines_of(family)) for family in families), key=lambda item: -len(item[1]))
     heights = [0.5 + 0.17 * len(lines) for _, lines in drawn[::2]]
     figure = style.new_figure(2 * style.COLUMN_WIDTH, 0.3 + sum(heights))
@@ -537,7 +561,8 @@ def _panels(families: Sequence[Family], lines_of: Callable[[Family], list[Line]]
         for place, (_, values, mean, color) in enumerate(lines):
             ax.plot(np.exp(values), [place + 0.2] * len(values), ".", color=style.GREY)
             center, *ends = np.exp(mean)
-            ax.plot(ends, [place - 0.12] * 2, color=color)
+            for index, width in zip(range(0, len(ends), 2), (1.3, 0.5), strict=False):
+                ax.plot(ends[index : index + 2], [place - 0.12] * 2, color=color, linewidth=width)
             ax.plot([center], [place - 0.12], "D", color=color, markersize=2.5)
         ax.axvline(1, color=style.GREY, linewidth=0.5)
         ax.set(title=name, yticks=range(len(lines)), ylim=(len(lines) - 0.4, -0.6))
@@ -545,11 +570,7 @@ def _panels(families: Sequence[Family], lines_of: Callable[[Family], list[Line]]
         ratio_axis(ax)
     for ax in panels[len(drawn) :]:
         ax.remove()
-    figure.supxlabel(
-        "ratio of the final training losses: points are seeds, lines 95 % intervals of the geometric mean\n"
-        "(green: ordered as claimed, orange: the other way, black: no ordering shown, or not a claim)",
-        fontsize=6.5,
-    )
+    figure.supxlabel(legend, fontsize=6.5)
     return figure
 
 
@@ -563,9 +584,11 @@ STUDY = Study(
     draw=draw,
     read=read,
     claims=claims,
-    legend="Claims: the first variant ends with the lower training loss. Differences and logarithms of ratios are "
-    "those of the second to the first, means over the seeds with 95 % intervals (paired t); p is one-sided, of the "
-    "logarithms. Diverged: runs of the first and of the second, which count with the loss of guessing.",
+    legend="Claims: the first variant ends with the lower training loss. Difference, with its 95 % interval (paired "
+    "t), and ratio are those of the second's loss to the first's, means over the seeds (of ratios: geometric). Ratio, "
+    "alone: 95 % interval of this claim; together: of all claims, by the bounds that belong to Holm's method, which "
+    "end at 1 where an ordering is shown. P: one-sided, of the logarithms, adjusted by Holm's method, and that of the "
+    "other direction. Diverged: runs of the first and of the second, which count with the loss of guessing.",
     keeps_cases=True,
 )
 

@@ -7,29 +7,33 @@ recipes as they are given, not numbers of bits. Nor do all train equally long: s
 
 A run's loss is its final training loss relative to that of ``exact`` (full precision) with the same seed and backend;
 one that diverged counts with the loss of guessing. Of a seed the logarithm is averaged over both backends; intervals
-are of the mean over the seeds. Memory is how many times less the quantized layers keep for the backward pass than in
-float32, on the native backend.
+are of the mean over the seeds. Memory is how many times the bytes that the quantized layers keep for the backward pass
+on the native backend would be in float32: below 1 they keep more than float32 does. Bytes are counted, so it has no
+interval.
 
-Recipes are classed by the bits of the weights in their last stage. The best recipe of a class is the one with the
-lowest mean; it is called better than the runner-up where Tukey's range test says so, which allows for the choice of the
-best among all: an analysis of variance of the class with the seeds as blocks, so that its recipes share one variance.
-These p-values are corrected over all classes and models by Holm's method.
+Recipes are classed by the bits of the weights in their last stage, and compared with those of their class that were
+trained for as many epochs in all; others are told without a verdict. Of those that are compared the one with the lowest
+mean is told from another where Tukey's range test says so, which allows for the choice of the lowest among all: an
+analysis of variance with the seeds as blocks, so that the recipes share one variance. P-values are multiplied by the
+number of such groups (Bonferroni).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 from matplotlib.figure import Figure
-from statsmodels.stats.multitest import multipletests
+from matplotlib.lines import Line2D
 
 from analysis import recipes
-from analysis.estimates import geometric_mean, mean_interval
+from analysis.axes import beside
+from analysis.estimates import geometric_mean, mean_interval, range_tests
 from analysis.study import RESULTS, Claim, Parts, Study, Tables, load, main, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
@@ -136,35 +140,23 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def best(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per model and class: the best recipe, the runner-up, the ratio of their losses and p, corrected."""
-    found = []
-    logs = of_seeds(runs)
-    for (model, forward), own in logs.groupby(level=["model", "forward"], sort=False):
-        block = own.droplevel(["model", "forward"]).dropna(axis="columns")
-        first, *others = block.mean(axis=1).sort_values().index
-        row = {"model": model, "forward": forward, "best": first, "of": len(block), "seeds": block.shape[1]}
-        if others:
-            row["second"] = others[0]
-            row["ratio"] = math.exp(block.loc[others[0]].mean() - block.loc[first].mean())
-            row["p"] = range_test(block.to_numpy(dtype=np.float64))
-        found.append(row)
-    table = pd.DataFrame(found)
-    if "p" in table and (known := table["p"].notna()).any():
-        table.loc[known, "p"] = multipletests(table.loc[known, "p"], method="holm")[1]
-    return table
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
+    """:func:`summary` with what comparisons say, the groups of one model, class and number of epochs together.
 
-
-def range_test(block: np.ndarray) -> float:
-    """P-value of the lowest mean against the next, ``[recipes, seeds]``, by Tukey's studentized range."""
-    recipes, seeds = block.shape
-    if seeds < 2:
-        return math.nan
-    residual = block - block.mean(axis=1, keepdims=True) - block.mean(axis=0, keepdims=True) + block.mean()
-    df = (recipes - 1) * (seeds - 1)
-    error = math.sqrt(float(np.square(residual).sum()) / df / seeds)
-    low, next_ = np.sort(block.mean(axis=1))[:2]
-    return float(scipy.stats.studentized_range.sf((next_ - low) / error, recipes, df)) if error > 0 else 0.0
+    ``of`` is the number of recipes in the group, ``ratio`` that of the loss to the lowest, and ``p`` that of their
+    difference, times the number of groups; NaN in a group of one.
+    """
+    logs, rows = of_seeds(runs), summary(runs)
+    groups = []
+    for _, own in rows.groupby(["model", "forward", "epochs"], sort=False):
+        block = logs.loc[[*own[["model", "forward", "recipe"]].itertuples(index=False, name=None)]]
+        values = block.dropna(axis="columns").to_numpy(dtype=np.float64)
+        means = values.mean(axis=1)
+        found = own.assign(of=len(own), ratio=np.exp(means - means.min()), p=range_tests(values))
+        groups.append(found.iloc[np.argsort(means)])
+    table = pd.concat(groups, ignore_index=True)
+    tested = table.loc[table["p"].notna(), ["model", "forward", "epochs"]].drop_duplicates()
+    return table.assign(p=(table["p"] * len(tested)).clip(upper=1))
 
 
 def read(tables: Tables) -> pd.DataFrame:
@@ -178,7 +170,7 @@ def read(tables: Tables) -> pd.DataFrame:
         for model, values in known.iterrows():
             row[_kind(model)] = _told(*values[["mean", "low", "high"]])
         row["epochs"] = ", ".join("-" if math.isnan(value) else f"{value:.0f}" for value in known["epochs"])
-        row["memory"] = ", ".join("-" if math.isnan(value) else f"{value:.1f}x" for value in known["memory"])
+        row["memory"] = ", ".join("-" if math.isnan(value) else f"{value:.2g}x" for value in known["memory"])
         shown.append(row)
     return pd.DataFrame(shown)
 
@@ -192,80 +184,106 @@ def _kind(model: str) -> str:
 
 
 def claims(tables: Tables) -> list[Claim]:
-    """The best recipe of each class and model, and how alike the models are."""
+    """The lowest loss of each class and model among those trained equally long, and how alike the models are."""
     runs = tables["runs"]
-    rows = summary(runs).set_index(["model", "recipe"])
-    chosen, told = best(runs), []
-    for row in chosen.sort_values("forward", kind="stable").itertuples():
-        own = rows.loc[row.model, row.best]
-        text = (
-            f"{_kind(row.model)}, {row.forward}-bit forward: {row.best} has "
-            f"{with_interval(own['mean'], own['low'], own['high'])} times the loss of {REFERENCE} after "
-            f"{own['epochs']:.0f} epochs"
-            + (f" and keeps {own['memory']:.1f} times less memory" if own["memory"] > 1 else "")
-        )
-        if row.of == 1:
-            text += "; there is no other."
-        else:
-            other = f"{row.second} after {rows.loc[(row.model, row.second), 'epochs']:.0f} (ratio {row.ratio:.3g}"
-            other += ")" if math.isnan(row.p) else f", p {row.p:.2g}, Holm)"
-            better = f"the best of {row.of}, better than" if row.p < LEVEL else f"the lowest of {row.of}, not told from"
-            text += f"; {better} {other}."
-        told.append(Claim(text))
+    table = compared(runs)
+    told = []
+    for (forward, model), own in table.groupby(["forward", "model"], sort=True):
+        for epochs, group in own.groupby("epochs", sort=True):
+            where = f"{_kind(str(model))}, {forward}-bit forward, {epochs:.0f} epochs in all"
+            first, others = _described(group.iloc[0]), group.iloc[1:]
+            if others.empty:
+                told.append(Claim(f"{where}: {first}; no other recipe to compare it with."))
+                continue
+            alike = others[others["p"] >= LEVEL] if not group["p"].isna().any() else others
+            second = others.iloc[0]
+            p = "" if math.isnan(second["p"]) else f", p {second['p']:.2g}, Tukey and Bonferroni"
+            if alike.empty:
+                verdict = f"lower than that of {'the other' if len(others) == 1 else f'all {len(others)} others'}"
+            else:
+                verdict = f"the lowest of {len(group)}, not told from {', '.join(alike['recipe'])}"
+            following = f"next: {second['recipe']}, ratio {second['ratio']:.3g}{p}"
+            told.append(Claim(f"{where}: {first}; {verdict} ({following})."))
     if runs["model"].nunique() > 1:
-        told.append(_alike(runs, chosen))
+        told.append(_alike(runs, table))
     return told
 
 
-def _alike(runs: pd.DataFrame, chosen: pd.DataFrame) -> Claim:
-    """Whether the two models rank recipes alike."""
+def _described(row: pd.Series) -> str:
+    """A recipe's loss, and what it keeps: more than float32 does, too."""
+    told = f"{row['recipe']} has {_told(*row[['mean', 'low', 'high']])} times the loss of {REFERENCE}"
+    memory = row["memory"]
+    if math.isnan(memory):
+        return told
+    less = f"keeps {memory:.2g} times less memory than float32"
+    return f"{told} and {less if memory >= 1 else f'keeps {1 / memory:.3g} times the memory of float32'}"
+
+
+def _alike(runs: pd.DataFrame, table: pd.DataFrame) -> Claim:
+    """Whether the two models rank recipes alike, of those trained as long as the reference was."""
     logs = of_seeds(runs).droplevel("forward")
-    first, second = (logs.xs(model, level="model") for model in dict.fromkeys(runs["model"]))
-    shared = [recipe for recipe in first.index if recipe in second.index]
+    base = runs[runs["recipe"] == REFERENCE].groupby("model")["epochs"].max()
+    models = list(dict.fromkeys(runs["model"]))
+    kept = [set(table.loc[(table["model"] == model) & (table["epochs"] == base[model]), "recipe"]) for model in models]
+    first, second = (logs.xs(model, level="model") for model in models)
+    shared = [recipe for recipe in first.index if all(recipe in own for own in kept)]
     ranks = []
     for seed in first.columns.intersection(second.columns):
         pair = pd.concat([first.loc[shared, seed], second.loc[shared, seed]], axis=1).dropna().to_numpy()
         ranks.append(float(scipy.stats.spearmanr(pair[:, 0], pair[:, 1]).statistic))
-    same = chosen.groupby("forward")["best"].agg(["nunique", "size"])
-    same = same[same["size"] > 1]
+    correlation = (float(np.tanh(value)) for value in mean_interval(np.arctanh(ranks)))
     return Claim(
-        f"The lowest loss is that of the same recipe on both models in {(same['nunique'] == 1).sum()} of {len(same)} "
-        f"classes; over the {len(shared)} recipes that both were trained with, the rank correlation of the losses is "
-        f"{with_interval(*mean_interval(ranks), '.2f')} (mean over {len(ranks)} seeds)."
+        f"Over the {len(shared)} recipes that both models were trained with for as many epochs as {REFERENCE}, the "
+        f"rank correlation of the losses is {with_interval(*correlation, '.2f')} (mean over {len(ranks)} seeds, by "
+        "Fisher's transform)."
     )
+
+
+_FACES = ("lowest at its bits, epochs", "not told from it", "higher", "alone")
+"""What the face of a mark tells, from the fullest."""
+
+
+def _face(row: Any, color: str) -> tuple[float, float, float]:
+    """Full for the lowest, pale for those not told from it, and white."""
+    if row.of == 1:
+        return style.tint(style.GREY, 0.4)
+    if row.ratio == 1:
+        return style.tint(color, 1)
+    return style.tint(color, 0 if row.p < LEVEL else 0.4)
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Losses and memory of all recipes, the models side by side."""
-    rows = summary(tables["runs"]).sort_values("forward", kind="stable")
+    rows = compared(tables["runs"]).sort_values("forward", kind="stable")
     models = list(dict.fromkeys(tables["runs"]["model"]))
-    recipes = rows.drop_duplicates("recipe")
+    recipes = summary(tables["runs"]).sort_values("forward", kind="stable").drop_duplicates("recipe")
     places = _places(recipes["forward"].to_list())
     place = dict(zip(recipes["recipe"], places, strict=True))
-    figure = style.new_figure(style.COLUMN_WIDTH, 0.115 * max(places) + 0.9)
-    panels = figure.subplots(1, len(models) + 1, sharey=True, width_ratios=[*[1.0] * len(models), 0.6])
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.115 * max(places) + 1.5)
+    panels = figure.subplots(1, len(models) + 1, sharey=True, width_ratios=[*[1.0] * len(models), 0.7])
     *losses, memory = panels
-    chosen = set(best(tables["runs"])[["model", "best"]].itertuples(index=False, name=None))
-    for ax, model, mark in zip(losses, models, style.marks(["psq", "ptq"]).values(), strict=False):
+    marks = dict(zip(models, style.marks(["psq", "ptq"]).values(), strict=False))
+    for index, (ax, model) in enumerate(zip(losses, models, strict=True)):
+        mark = marks[model]
         for row in rows[rows["model"] == model].itertuples():
-            lowest = (model, row.recipe) in chosen
             ax.errorbar(
                 row.mean, place[row.recipe], xerr=[[row.mean - row.low], [row.high - row.mean]], fmt=mark.marker,
-                color=mark.color, markerfacecolor=mark.color if lowest else "white", markersize=3, elinewidth=0.7,
+                color=mark.color, markerfacecolor=_face(row, mark.color), markersize=3, elinewidth=0.7,
                 markeredgewidth=0.7,
             )  # fmt: skip
             if not math.isnan(row.memory):
-                memory.plot(row.memory, place[row.recipe], mark.marker, color=mark.color, markersize=2.4)
+                at = place[row.recipe] + beside(index, len(models), 0.3)
+                memory.plot(row.memory, at, mark.marker, color=mark.color, markersize=2.2)
         ax.axvline(1, color=style.GREY, linewidth=0.8)
-        ax.set(xscale="log", title=f"{_kind(model)}\nloss / {REFERENCE}")
+        ax.set(xscale="log", title=f"{_kind(model)}:\nloss / {REFERENCE}'s")
         low, high = ax.get_xlim()
-        ax.set_xticks([at for at in ((1, 10, 100, 1000) if high > 10 * low else (0.9, 1, 1.2)) if low < at < high])
+        ax.set_xticks([at for at in ((1, 10, 100) if high > 10 * low else (0.9, 1, 1.2)) if low < at < high])
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.xaxis.set_minor_formatter(lambda value, _: "")
     memory.axvline(1, color=style.GREY, linewidth=0.8)
-    memory.set(xscale="log", xlim=(0.6, 24), title="memory\nfactor", xticks=[1, 4, 16], xticklabels=["1", "4", "16"])
+    memory.set(xscale="log", xlim=(0.6, 24), title="memory:\nfactor", xticks=[1, 4, 16], xticklabels=["1", "4", "16"])
     memory.minorticks_off()
-    losses[0].set_yticks(list(place.values()), list(place))
+    losses[0].set_yticks(list(place.values()), [_with_epochs(rows, recipe, models) for recipe in place])
     losses[0].set_ylim(max(places) + 0.8, -1.6)
     for ax in panels:
         ax.grid(axis="x")
@@ -276,7 +294,34 @@ def draw(tables: Tables) -> dict[str, Figure]:
             f"{forward}-bit forward", (-0.03, top - 0.95), xycoords=("axes fraction", "data"), fontsize=6,
             fontweight="bold", ha="right", va="center", annotation_clip=False,
         )  # fmt: skip
+    figure.legend(handles=_legend(marks), loc="outside upper center", ncols=3)
+    figure.supxlabel(
+        f"Numbers: epochs in all ({', '.join(map(_kind, models))}). Loss: geometric mean\nover seeds, 95 % interval. "
+        "Factor: bytes that float32 would keep\nfor the backward pass over those kept, in quantized layers.",
+        fontsize=6,
+    )  # fmt: skip
     return {"recipe_of_model": figure}
+
+
+def _with_epochs(rows: pd.DataFrame, recipe: str, models: Sequence[str]) -> str:
+    """The name of a recipe, and its epochs by model."""
+    own = rows[rows["recipe"] == recipe].set_index("model")["epochs"]
+    return f"{recipe}  {', '.join(f'{own[model]:.0f}' if model in own else '-' for model in models)}"
+
+
+def _legend(marks: Mapping[str, style.Mark]) -> list[Line2D]:
+    """The marks of the models, and their faces."""
+    shapes = [
+        Line2D([], [], linestyle="", marker=mark.marker, color=mark.color, markersize=3, label=_kind(model))
+        for model, mark in marks.items()
+    ]
+    tints = (style.INK, style.tint(style.INK, 0.4), "white", style.tint(style.GREY, 0.4))
+    faces = [
+        Line2D([], [], linestyle="", marker="o", color=edge, markerfacecolor=face, markersize=3, markeredgewidth=0.7,
+               label=label)
+        for face, edge, label in zip(tints, (*[style.INK] * 3, style.GREY), _FACES, strict=True)
+    ]  # fmt: skip
+    return [*shapes, *faces]
 
 
 def _places(forward: Sequence[int]) -> list[float]:
@@ -297,8 +342,9 @@ STUDY = Study(
     claims=claims,
     legend="Forward: bits of the weights in the last stage. CNN, transformer: final training loss as a multiple of "
     "that in full precision with the same seed and backend; geometric means over the seeds, 95 % intervals (t). "
-    "Epochs, of both models: with those of the trained network that a recipe starts from. Memory, likewise: how many "
-    "times less the quantized layers keep for the backward pass than in float32.",
+    "Epochs, of both models: with those of the trained network that a recipe starts from; only recipes of one class "
+    "and as many epochs are compared. Memory, likewise: how many times what the quantized layers keep for the backward "
+    "pass would be in float32; below 1x they keep more than float32 does.",
 )
 
 if __name__ == "__main__":

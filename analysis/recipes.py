@@ -59,8 +59,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.optimize
-import scipy.special
 import scipy.stats
 import torch
 from matplotlib.axes import Axes
@@ -68,6 +66,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.axes import ratio_axis
+from analysis.estimates import moderated, typical
 from analysis.study import Claim, Parts, Row, Study, Tables, main
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models
@@ -346,43 +345,6 @@ def variances(deviations: Sequence[float]) -> Vector:
     return np.maximum(np.array(deviations, dtype=np.float64), RESOLUTION) ** 2
 
 
-def log_variances(variances: Vector, df: Vector) -> Vector:
-    """Unbiased estimates of the logarithms of the true variances, from estimates with ``df`` degrees of freedom."""
-    # One that is almost 0 by chance would outweigh all others.
-    logs = np.log(np.maximum(variances, 1e-5 * np.median(variances)))
-    return logs + np.log(df / 2) - scipy.special.digamma(df / 2)
-
-
-def typical(variances: Vector, df: Vector) -> float:
-    """Lower confidence limit of the geometric mean of the standard deviations; of one alone there is none but 0."""
-    k = len(variances)
-    if k < 2:
-        return 0.0
-    logs = log_variances(variances, df)
-    half = scipy.stats.t.ppf(1 - LEVEL, k - 1) * logs.std(ddof=1) / math.sqrt(k)
-    return math.exp((logs.mean() - half) / 2)
-
-
-def moderated(variances: Vector, df: Vector) -> tuple[Vector, Vector]:
-    """Variances shrunk towards each other, and their degrees of freedom (Smyth 2004, section 6.2).
-
-    The true variances are taken to follow a scaled inverse chi-square distribution, whose mean and degrees of freedom
-    are found by the moments of the logarithms; where those spread no more than equal variances do, all are pooled.
-    """
-    if len(variances) < 2:
-        return variances, df
-    logs = log_variances(variances, df)
-    spread = float(logs.var(ddof=1) - scipy.special.polygamma(1, df / 2).mean())
-    if spread <= 0:
-        pooled = float((df * variances).sum() / df.sum())
-        return np.full_like(variances, pooled), np.full_like(df, df.sum())
-    half = scipy.optimize.brentq(lambda x: float(scipy.special.polygamma(1, x)) - spread, 1e-6, 1e9)
-    prior = math.exp(logs.mean() + scipy.special.digamma(half) - math.log(half))
-    total = 2 * half + df
-    # No more degrees of freedom than all the data have.
-    return (2 * half * prior + df * variances) / total, np.minimum(total, df.sum())
-
-
 def overall(rows: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
     """Of all recipes whose losses differ: what the backends do on average, and as a share of what seeds do.
 
@@ -488,12 +450,14 @@ def claims(tables: Tables) -> list[Claim]:
                 f"{limit:.3g} nats ({TASKS[data].trained:g} times that of guessing) in each of their runs"
                 + (f"; not: {', '.join(failing)}." if failing else "."),
                 not failing,
+                "not examined" if failing else "",
             )
         )
         if not (found := overall(rows, table)):
             told.append(Claim(f"{data}: backends are not compared; it takes two recipes with both, and two seeds."))
             continue
-        told += [Claim(in_words(data, found), found["verdict"] == "equal"), _verdicts(data, table)]
+        below = {"equal": True, "differs": False, "open": None}[found["verdict"]]
+        told += [Claim(in_words(data, found), below, "not examined" if below is False else ""), _verdicts(data, table)]
     return told
 
 
@@ -523,10 +487,11 @@ def _verdicts(data: str, table: pd.DataFrame) -> Claim:
         + (f" ({which})" if which else "")
         + f"{same}. Open is not to be told from these runs.",
         shifted.empty,
+        "" if shifted.empty else "not examined; more seeds would tell whether it is the backend that shifts it",
     )
 
 
-_COLORS = {"equal": "#009E73", "identical": style.GREY, "open": style.INK, "differs": "#CC79A7"}
+_COLORS = {"equal": style.GREEN, "identical": style.GREY, "open": style.INK, "differs": style.PURPLE}
 """By verdict."""
 
 
@@ -552,7 +517,7 @@ def _figure(rows: pd.DataFrame, table: pd.DataFrame) -> Figure:
 
 def _losses(ax: Axes, rows: pd.DataFrame, order: list[str]) -> None:
     """A point per run; runs that diverged stand at the right edge."""
-    for offset, backend, color in zip((0.15, -0.15), BACKENDS, ("#D55E00", "#0072B2"), strict=True):
+    for offset, backend, color in zip((0.15, -0.15), BACKENDS, (style.VERMILION, style.BLUE), strict=True):
         own = rows[rows["backend"] == backend]
         places = np.array([order.index(recipe) + offset for recipe in own["recipe"]])
         ax.plot(own["loss"], places, ".", color=color, label=backend)
@@ -587,7 +552,7 @@ def _ratios(ax: Axes, table: pd.DataFrame) -> None:
             own["ratio"], own.index, xerr=around, fmt="D", markersize=2, elinewidth=0.8, color=color, label=verdict
         )
     ax.set(xlabel="native / simulated\n(95 %; band: margin)")
-    ratio_axis(ax)
+    ratio_axis(ax, most=4)  # as it is short
 
 
 STUDY = Study(

@@ -180,6 +180,7 @@ def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study:
         f"digits: {RECIPES - 3} of {RECIPES} recipes train, with a final training loss below 2.5 nats (0.25 times "
         "that of guessing) in each of their runs; not: r1, r2, r3.",
         False,
+        "not examined",
     )
     assert f"all {RECIPES - 3} recipes whose losses differ, over {SEEDS} seeds" in pooled.text
     assert pooled.holds
@@ -231,18 +232,27 @@ def test_the_table_is_for_reading(study: ModuleType) -> None:
     assert max(map(len, wide.to_string(index=False).splitlines())) <= 100
 
 
-def test_moderated_variances(study: ModuleType) -> None:
-    """Equal variances are pooled; unequal ones have about the prior they are drawn from."""
-    generator = np.random.default_rng(0)
-    df = np.full(2000, 2.0)
-    pooled, more = study.moderated(np.linspace(1.9, 2.1, 5), df[:5])
-    assert np.allclose(pooled, 2.0)
-    assert np.allclose(more, 10)
-    true = 0.5 * 8 / generator.chisquare(8, 2000)
-    found, total = study.moderated(true * generator.chisquare(2, 2000) / 2, df)
-    # Smyth's example: 8 degrees of freedom and the scale 0.5. 15 % are 5 standard errors of this fixed draw.
-    assert total[0] == pytest.approx(10, rel=0.15)
-    assert np.corrcoef(np.log(found), np.log(true))[0, 1] > 0.3
+def test_only_recipes_of_as_many_epochs_are_compared(analysis) -> None:
+    """Of four 4-bit recipes the best was trained longer, and keeps more memory than float32."""
+    of_model, noise = analysis("recipe_of_model"), np.array([0.01, -0.02, 0.015])
+    known = {"lsq@4": (20, 0.5, 0.8), "luq": (10, 2.0, 4.0), "luq-smp": (10, 2.01, 4.0), "int4-sr": (10, 6.0, 4.0)}
+    rows = [
+        {"data": "digits", "model": "preact_resnet20", "recipe": recipe, "forward": 4, "epochs": epochs, "seed": seed,
+         "backend": "native", "relative": relative * np.exp(noise[(seed + index) % 3]), "memory": memory}
+        for index, (recipe, (epochs, relative, memory)) in enumerate(known.items())
+        for seed in range(3)
+    ]  # fmt: skip
+    tables = {"runs": pd.DataFrame(rows)}
+    table = of_model.compared(tables["runs"]).set_index("recipe")
+    assert table["of"].to_dict() == {"lsq@4": 1, "luq": 3, "luq-smp": 3, "int4-sr": 3}
+    assert math.isnan(table.loc["lsq@4", "p"])
+    assert table.loc["luq", "ratio"] == 1
+    assert table.loc["int4-sr", "p"] < 0.01 < table.loc["luq-smp", "p"]
+    shorter, longer = (claim.text for claim in of_model.claims(tables))
+    assert "10 epochs in all: luq has 2 [" in shorter
+    assert "the lowest of 3, not told from luq-smp (next: luq-smp, ratio 1" in shorter
+    assert longer.endswith("keeps 1.25 times the memory of float32; no other recipe to compare it with.")
+    assert list(of_model.draw(tables)) == ["recipe_of_model"]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -262,22 +262,6 @@ def test_the_index_is_made_of_the_saved_results(analysis):
     assert (ROOT / "analysis" / "README.md").read_text() == analysis("__main__").index()
 
 
-def test_bits_of_equal_variance_are_interpolated(analysis):
-    crossing = analysis("estimates").crossing
-    bits = np.arange(2, 9)
-    falling = 4.0 ** -bits.astype(float)
-    assert crossing(bits, falling, 4.0**-5.25) == pytest.approx(5.25)
-    assert np.isnan(crossing(bits, falling, 1.0))  # below it everywhere
-    assert np.isnan(crossing(bits, falling, 1e-9))  # above it everywhere
-
-
-def test_intervals_of_a_mean_cover_it(analysis):
-    """Student t intervals of 5 normal numbers cover 95 %; with 4000 of them a share outside .93 to .97 has p < 1e-7."""
-    numbers = np.random.default_rng(0).normal(3, 2, (4000, 5))
-    ends = np.array([analysis("estimates").mean_interval(row) for row in numbers])
-    assert 0.93 < np.mean((ends[:, 1] <= 3) & (ends[:, 2] >= 3)) < 0.97
-
-
 def test_intervals_of_shares_are_those_of_clopper_and_pearson(analysis):
     """3 of 10 as in the tables of the Pearson family; none and all in closed form, for several together, too."""
     share, told = analysis("shares").share, analysis("shares").told
@@ -306,7 +290,11 @@ def test_what_is_not_as_expected_is_told_with_its_reason(analysis):
     assert told(claim("A.", False, "It is so.")) == "**Not as expected.** A. Why: It is so."
 
 
-@pytest.mark.parametrize("ends", [(0.97, 1.04), (0.8, 1.3), (0.4, 1.5), (0.9, 25), (0.05, 300), (1e-5, 1e4)])
+ENDS = [(0.97, 1.04), (0.8, 1.3), (0.4, 1.5), (0.9, 25), (0.05, 300), (1e-5, 1e4)]
+SHORT = [(0.99, 1.025), (0.998, 1.19), (0.9985, 1.0012), (1.0501, 1.0622), (0.62, 0.85)]
+
+
+@pytest.mark.parametrize("ends", [*ENDS, *SHORT])
 def test_axes_of_ratios_have_a_few_numbers_over_half_of_them(analysis, ends):
     ax = Figure().subplots()
     ax.set_xlim(*ends)
@@ -316,3 +304,21 @@ def test_axes_of_ratios_have_a_few_numbers_over_half_of_them(analysis, ends):
     assert 2 <= len(ticks) <= 7
     assert np.log(ticks[-1] / ticks[0]) >= np.log(ends[1] / ends[0]) / 2
     assert [float(label.get_text()) for label in ax.get_xticklabels()] == pytest.approx(ticks)
+
+
+def test_no_axis_of_ratios_is_without_a_scale(analysis):
+    generator = np.random.default_rng(0)
+    for middle, width in zip(generator.uniform(-1, 1, 100), generator.uniform(-6, 2, 100), strict=True):
+        ax = Figure().subplots()
+        ax.set_xlim(np.exp(middle - np.exp(width)), np.exp(middle + np.exp(width)))
+        analysis("axes").ratio_axis(ax)
+        ticks = ax.get_xticks()
+        assert 2 <= len(ticks) <= 7
+        assert np.log(ticks[-1] / ticks[0]) >= np.exp(width) / 2
+
+
+def test_series_stand_beside_each_other_about_their_place(analysis):
+    beside = analysis("axes").beside
+    assert [beside(index, 3, 0.2) for index in range(3)] == pytest.approx([-0.2, 0, 0.2])
+    assert beside(0, 1, 0.2) == 0
+    assert sum(beside(index, 8, 0.1) for index in range(8)) == pytest.approx(0)

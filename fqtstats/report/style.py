@@ -17,13 +17,44 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-__all__ = ["GREY", "INK", "Mark", "applied", "literal", "marks", "new_figure", "pdf", "png", "tint"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "INK",
+    "OLIVE",
+    "ORANGE",
+    "PALE",
+    "PURPLE",
+    "SKY",
+    "VERMILION",
+    "WINE",
+    "Mark",
+    "applied",
+    "literal",
+    "marks",
+    "new_figure",
+    "pdf",
+    "png",
+    "tint",
+]
 
 COLUMN_WIDTH = 3.3
 """Width in inches of one column in a two-column paper."""
 
 INK = "#222222"
 GREY = "#8a8a8a"
+PALE = "#ececec"
+"""Of areas where there is nothing."""
+
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREEN = "#009E73"
+ORANGE = "#E69F00"
+PURPLE = "#CC79A7"
+SKY = "#56B4E9"
+WINE = "#882255"
+OLIVE = "#999933"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +66,14 @@ class Mark:
 
 
 _FIXED: dict[str, Mark] = {
-    "ptq": Mark("#D55E00", "s"),
-    "pcq": Mark("#E69F00", "^"),
-    "psq": Mark("#0072B2", "o"),
-    "bhq": Mark("#009E73", "D"),
-    "luq": Mark("#CC79A7", "v"),
-    "custom": Mark("#222222", "X"),
+    "ptq": Mark(VERMILION, "s"),
+    "pcq": Mark(ORANGE, "^"),
+    "psq": Mark(BLUE, "o"),
+    "bhq": Mark(GREEN, "D"),
+    "luq": Mark(PURPLE, "v"),
+    "custom": Mark(INK, "X"),
 }
-_SPARE = (Mark("#56B4E9", "p"), Mark("#882255", "<"), Mark("#999933", ">"), Mark("#555555", "h"), Mark("#B8A200", "*"))
+_SPARE = (Mark(SKY, "p"), Mark(WINE, "<"), Mark(OLIVE, ">"), Mark("#555555", "h"), Mark("#B8A200", "*"))
 
 
 def marks(names: Iterable[str]) -> dict[str, Mark]:
