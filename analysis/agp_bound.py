@@ -27,6 +27,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib.figure import Figure
 
+from analysis.known import Known
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
@@ -56,14 +57,17 @@ def _normal(random: np.random.Generator) -> Array:
     return random.standard_normal((N, D))
 
 
-ROWS: dict[str, Callable[[np.random.Generator], Array]] = {
-    "equal": _normal,
-    "log-normal 1": lambda random: _normal(random) * np.exp(random.standard_normal((N, 1))),
-    "log-normal 2": lambda random: _normal(random) * np.exp(2 * random.standard_normal((N, 1))),
-    "log-normal 3": lambda random: _normal(random) * np.exp(3 * random.standard_normal((N, 1))),
-    "power law": lambda random: _normal(random) * np.arange(1, N + 1)[:, None] ** -1.0,
-    "rectified": lambda random: np.maximum(_normal(random), 0) * np.exp(2 * random.standard_normal((N, 1))),
-}
+ROWS: Known[Callable[[np.random.Generator], Array]] = Known(
+    "rows",
+    {
+        "equal": _normal,
+        "log-normal 1": lambda random: _normal(random) * np.exp(random.standard_normal((N, 1))),
+        "log-normal 2": lambda random: _normal(random) * np.exp(2 * random.standard_normal((N, 1))),
+        "log-normal 3": lambda random: _normal(random) * np.exp(3 * random.standard_normal((N, 1))),
+        "power law": lambda random: _normal(random) * np.arange(1, N + 1)[:, None] ** -1.0,
+        "rectified": lambda random: np.maximum(_normal(random), 0) * np.exp(2 * random.standard_normal((N, 1))),
+    },
+)
 """Rows of Gaussian elements with these ranges, except for the last."""
 
 

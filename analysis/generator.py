@@ -28,6 +28,7 @@ import pandas as pd
 import scipy.stats
 from matplotlib.figure import Figure
 
+from analysis.known import Known
 from analysis.study import Claim, Parts, Study, Tables, main
 from fqtstats.random import Stream, key_words, stream
 from fqtstats.report import style
@@ -239,6 +240,9 @@ TESTS: dict[str, Callable[[Words], float]] = {
 }
 
 
+EVERY = Known("family", {**FAMILIES, **CONTROLS})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Of the study; the controls are always among the words."""
@@ -252,7 +256,7 @@ def measure(settings: Settings, parts: Parts) -> Tables:
     """One row per family and test."""
 
     def of_family(family: str) -> Iterator[dict[str, object]]:
-        blocks = (FAMILIES | CONTROLS)[family]((settings.blocks, settings.words))
+        blocks = EVERY[family]((settings.blocks, settings.words))
         for test, f in TESTS.items():
             found = np.array([f(block) for block in blocks])
             yield {

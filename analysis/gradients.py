@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 import fqtstats
+from analysis.known import Known
 from fqtstats.capture import Session
 from fqtstats.determinism import single_thread
 from fqtstats.experiment import Experiment
@@ -32,7 +33,7 @@ def incoming(network: Experiment) -> dict[str, torch.Tensor]:
     with session(network) as opened:
         opened.qat(observe)
     # A backward pass meets the last layer first.
-    return dict(reversed(found.items()))
+    return Known("layer", dict(reversed(found.items())))
 
 
 def weight_products(network: Experiment) -> dict[str, WeightGradient]:

@@ -7,7 +7,7 @@ from typing import NoReturn, TypeVar
 
 from fqtstats.errors import InputError
 
-__all__ = ["Known"]
+__all__ = ["Known", "with_bits"]
 
 Thing = TypeVar("Thing")
 
@@ -26,3 +26,15 @@ class Known(dict[str, Thing]):
 
     def __missing__(self, name: str) -> NoReturn:
         raise InputError(f"unknown {self.kind} {name!r}; known: {', '.join(self)}")
+
+
+def with_bits(text: str) -> tuple[str, int | None]:
+    """``"name@bits"`` or ``"name"``.
+
+    Raises:
+        InputError: what follows ``@`` is no number.
+    """
+    name, at, bits = text.partition("@")
+    if at and not bits.isdecimal():
+        raise InputError(f"expected NAME or NAME@BITS, got {text!r}")
+    return name, int(bits) if at else None

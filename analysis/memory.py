@@ -24,6 +24,7 @@ from torch import nn
 
 import fqtstats
 from analysis.axes import ratio_axis
+from analysis.known import Known
 from analysis.study import Claim, Parts, Row, Study, Tables, main
 from fqtstats.benchmarks.step import MODELS as STEPS
 from fqtstats.determinism import seeded
@@ -35,7 +36,7 @@ from fqtstats.report import style
 from fqtstats.schema import Column
 from fqtstats.training import recipes
 
-MODELS: dict[str, Callable[[], nn.Module]] = {**STEPS, "preact_resnet20": lambda: PreActResNet(3, 10, 3)}
+MODELS: Known[Callable[[], nn.Module]] = Known("network", {**STEPS, "preact_resnet20": lambda: PreActResNet(3, 10, 3)})
 BACKENDS = ("simulated", "native", "native, fused")
 MIB = 2**20
 

@@ -67,6 +67,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.axes import ratio_axis
 from analysis.estimates import moderated, typical
+from analysis.known import with_bits
 from analysis.study import Claim, Parts, Row, Study, Tables, main
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models
@@ -149,19 +150,13 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 def chosen(source: str, recipes: Sequence[str]) -> list[tuple[str, int | None]]:
     """Recipes and bits that are trained on some data."""
     if "all" not in recipes:
-        return [split(text) for text in recipes]
+        return [with_bits(text) for text in recipes]
     low = ("statquant-ptq", "statquant-psq", "statquant-bhq") if source == "digits" else ()
     return [
         (name, bits)
         for name, definition in RECIPES.items()
         for bits in ((*LOW, definition.default) if name in low else (None,))
     ]
-
-
-def split(text: str) -> tuple[str, int | None]:
-    """``"name@bits"`` or ``"name"``."""
-    name, _, bits = text.partition("@")
-    return name, int(bits) if bits else None
 
 
 def label(name: str, bits: int | None) -> str:
@@ -213,7 +208,7 @@ class Trainer:
 
     def run(self, data: str, recipe: str, backend: str, seed: int, model: str, epochs: int, trained_sha256: str) -> Row:
         """The row of one run."""
-        name, bits = split(recipe)
+        name, bits = with_bits(recipe)
         of = (data, backend, seed)
         weights = None
         if runs.run(f"{name}/{data}", bits).recipe.starts_from == "full-precision":

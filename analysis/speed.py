@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from analysis.study import Claim, Parts, Row, Study, Tables, main
 from fqtstats import benchmarks
 from fqtstats.benchmarks import machine, pairs
+from fqtstats.errors import InputError
 from fqtstats.report import style
 from fqtstats.schema import Column
 
@@ -88,6 +89,12 @@ def measure(settings: Settings, parts: Parts) -> Tables:
         row = pairs.run(listed[benchmark, index], settings.rounds, lambda: None, allocator).as_dict()
         return {"shares": {}, **row}
 
+    if not listed:
+        raise InputError(
+            f"no benchmark of {', '.join(settings.benchmarks)} has a shape of {', '.join(settings.shapes)}"
+        )
+    if other := sorted(set(settings.allocators) - set(machine.ALLOCATORS)):
+        raise InputError(f"unknown allocator {other[0]!r}; known: {', '.join(machine.ALLOCATORS)}")
     # There is no way back from the tuned allocator: it comes last.
     order = sorted(settings.allocators, key=machine.ALLOCATORS.index)
     cases = [{"benchmark": name, "index": index, "allocator": each} for each in order for name, index in listed]

@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import fqtstats
 from analysis import networks
 from analysis.estimates import crossing, geometric_mean, mean_interval
+from analysis.known import with_bits
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
@@ -67,8 +68,8 @@ class Settings:
 
 def measure(settings: Settings, parts: Parts) -> Tables:
     """One row per network, seed, quantizer and bits."""
-    pairs = [(name, bits) for name in settings.quantizers for bits in settings.bits]
-    pairs += [(name, int(bits)) for name, _, bits in (item.partition("@") for item in settings.others)]
+    pairs: list[tuple[str, int | None]] = [(name, bits) for name in settings.quantizers for bits in settings.bits]
+    pairs += list(map(with_bits, settings.others))
 
     def of_network(model: str, seed: int) -> Iterator[dict[str, object]]:
         size = SEQUENCES if networks.DATA[model] == "text" else networks.BATCH

@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 
 import fqtstats
+from analysis.known import Known
 from analysis.nulls import BITS, FALSE_ALARM
 from analysis.shares import at_least, at_most, bars, share, told
 from analysis.study import Claim, Parts, Study, Tables, main
@@ -51,7 +52,7 @@ COLUMNS = (
 )
 
 SOUND = "none"
-SUBJECTS = {SOUND: controls.unbroken(), **controls.DEFECTS}
+SUBJECTS = Known("defect", {SOUND: controls.unbroken(), **controls.DEFECTS})
 SHAPE = (32, 256)
 PROBING, GRID, ALONE = "by probing", "named grid", "draws alone"
 WAYS = (PROBING, GRID, ALONE)

@@ -379,6 +379,6 @@ def test_the_committed_runs_are_of_the_recipes_as_they_are(study: ModuleType, an
     """Of digits: the text takes long to be read."""
     rows = analysis("study").load(study.STUDY, analysis("study").RESULTS / "recipes").tables["runs"]
     own, trainer = rows[rows["data"] == "digits"], study.Trainer("", 0)
-    wanted = [trainer.case("digits", *study.split(recipe), "native", 0) for recipe in dict.fromkeys(own["recipe"])]
+    wanted = [trainer.case("digits", *study.with_bits(recipe), "native", 0) for recipe in dict.fromkeys(own["recipe"])]
     stored = own[["recipe", "model", "epochs", "trained_sha256"]].drop_duplicates()
     assert stored.to_dict("records") == [{name: case[name] for name in stored} for case in wanted]

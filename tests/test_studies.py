@@ -54,6 +54,19 @@ def test_the_quick_form_measures_draws_and_tells(name, analysis, tmp_path, monke
     assert {path.name: path.read_bytes() for path in saved.folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", registered())
+def test_names_that_a_setting_does_not_know_are_told(name, analysis, tmp_path, monkeypatch):
+    study, shared = analysis(name).STUDY, analysis("study")
+    monkeypatch.chdir(tmp_path)
+    for field in dataclasses.fields(study.full):
+        value = getattr(study.full, field.name)
+        if isinstance(value[0] if isinstance(value, tuple) else value, str):
+            with pytest.raises(InputError) as error:
+                shared.command(study, ["--quick", f"--{field.name.replace('_', '-')}", "nosuch"])
+            assert "nosuch" in str(error.value)
+            assert "\n" not in str(error.value)
+
+
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
