@@ -415,7 +415,7 @@ STUDY = Study(
     name="battery",
     question="Does the battery hold its size, does it find what it should, and do the usual tests not?",
     full=Settings(),
-    quick=Settings(("ptq",), nulls=20, defects=("round to nearest", "2 random bits"), seeds=1),
+    quick=Settings(("ptq",), nulls=20, defects=("round to nearest", "2 random bits"), seeds=2),
     columns={"size": SIZE, "sums": SUMS, "power": POWER},
     measure=measure,
     draw=draw,

@@ -415,7 +415,7 @@ STUDY = Study(
     name="blackbox",
     question="Do tests of callables of unknown grid, and of whole gradients, hold their size, and what do they find?",
     full=Settings(),
-    quick=Settings(("psq",), nulls=20, defects=("none", "rows pruned without 1/p"), seeds=1, blocks=2),
+    quick=Settings(("psq",), nulls=20, defects=("none", "rows pruned without 1/p"), seeds=2, blocks=2),
     columns={"size": SIZE, "power": POWER},
     measure=measure,
     draw=draw,
