@@ -32,6 +32,7 @@ from scipy import stats
 
 import fqtstats
 from analysis.estimates import mean_interval
+from analysis.known import Known
 from analysis.nulls import BITS, FALSE_ALARM, LEVELS, QUANTIZERS, RATES, SHAPE, each_size, pooled_sizes, streams
 from analysis.shares import at_least, at_most, bars, share, told
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
@@ -74,30 +75,33 @@ SPREADS = 8
 """Runs of which the spread of sums is told."""
 
 
-DEFECTS: dict[str, Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor]] = {
-    "round to nearest": lambda p, s: p > 0.5,
-    **{
-        f"{r} random bits": lambda p, s, r=r: s.bits(p.shape, r, dtype=torch.int32) < torch.floor(p * 2**r)  # type: ignore[misc]
-        for r in (2, 4, 8, 12)
+DEFECTS: Known[Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor]] = Known(
+    "defect",
+    {
+        "round to nearest": lambda p, s: p > 0.5,
+        **{
+            f"{r} random bits": lambda p, s, r=r: s.bits(p.shape, r, dtype=torch.int32) < torch.floor(p * 2**r)  # type: ignore[misc]
+            for r in (2, 4, 8, 12)
+        },
+        "P(up) off by 1/256": lambda p, s: s.uniform(p.shape) < p + 1 / 256,
+        "one row off by .1 step": lambda p, s: s.uniform(p.shape) < _plus(p, 3, slice(None)),
+        "one element off by .1 step": lambda p, s: s.uniform(p.shape) < _plus(p, 3, 5),
+        "one column scaled by 1.01": lambda p, s: s.uniform(p.shape) < _scaled(p),
+        "noise shared by rows": lambda p, s: s.uniform((p.shape[0], 1)) < p,
+        "noise shared by columns": lambda p, s: s.uniform((1, p.shape[1])) < p,
+        "noise shared by blocks": lambda p, s: (
+            s.uniform(p.shape)[::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1) < p
+        ),
+        **{
+            f"{percent} % of the numbers shared by {kind}": lambda p, s, share=percent / 100, axis=axis: (  # type: ignore[misc]
+                _partly_shared(p, s, share, axis) < p
+            )
+            for percent, kind, axis in ((2, "rows", 1), (2, "columns", 0), (5, "columns", 0))
+        },
+        "half of the numbers shared by pairs in a row": lambda p, s: _paired(p, s) < p,
+        "mirrored numbers in pairs in a row": lambda p, s: _paired(p, s, mirrored=True) < p,
     },
-    "P(up) off by 1/256": lambda p, s: s.uniform(p.shape) < p + 1 / 256,
-    "one row off by .1 step": lambda p, s: s.uniform(p.shape) < _plus(p, 3, slice(None)),
-    "one element off by .1 step": lambda p, s: s.uniform(p.shape) < _plus(p, 3, 5),
-    "one column scaled by 1.01": lambda p, s: s.uniform(p.shape) < _scaled(p),
-    "noise shared by rows": lambda p, s: s.uniform((p.shape[0], 1)) < p,
-    "noise shared by columns": lambda p, s: s.uniform((1, p.shape[1])) < p,
-    "noise shared by blocks": lambda p, s: (
-        s.uniform(p.shape)[::8, ::8].repeat_interleave(8, 0).repeat_interleave(8, 1) < p
-    ),
-    **{
-        f"{percent} % of the numbers shared by {kind}": lambda p, s, share=percent / 100, axis=axis: (  # type: ignore[misc]
-            _partly_shared(p, s, share, axis) < p
-        )
-        for percent, kind, axis in ((2, "rows", 1), (2, "columns", 0), (5, "columns", 0))
-    },
-    "half of the numbers shared by pairs in a row": lambda p, s: _paired(p, s) < p,
-    "mirrored numbers in pairs in a row": lambda p, s: _paired(p, s, mirrored=True) < p,
-}
+)
 """Wrong decisions, given the right probabilities."""
 
 

@@ -30,6 +30,7 @@ from torch import nn
 
 import fqtstats
 from analysis.estimates import mean_interval
+from analysis.known import Known
 from analysis.nulls import BITS, FALSE_ALARM, LEVELS, QUANTIZERS, RATES, SHAPE, each_size, pooled, pooled_sizes, streams
 from analysis.shares import at_least, at_most, bars, told
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
@@ -110,14 +111,19 @@ def both(q: object) -> fqtstats.Policy:
     return fqtstats.Policy(grad_input=q, grad_weight=q)  # type: ignore[arg-type]
 
 
-SUBJECTS: dict[str, Callable[[], AbstractContextManager[tuple[StreamFunction, torch.Tensor]]]] = {
-    **{name: lambda name=name: opaque(name, SHAPE) for name in QUANTIZERS},
-    "psq, one row": lambda: opaque("psq", (1, 64)),
-    **{
-        f"gradient, {name}": lambda name=name, seed=seed: gradient(both(fqtstats.quantizer(name, bits=BITS)), seed=seed)
-        for seed, name in enumerate(("psq", "bhq"))
+SUBJECTS: Known[Callable[[], AbstractContextManager[tuple[StreamFunction, torch.Tensor]]]] = Known(
+    "quantizer",
+    {
+        **{name: lambda name=name: opaque(name, SHAPE) for name in QUANTIZERS},
+        "psq, one row": lambda: opaque("psq", (1, 64)),
+        **{
+            f"gradient, {name}": lambda name=name, seed=seed: gradient(
+                both(fqtstats.quantizer(name, bits=BITS)), seed=seed
+            )
+            for seed, name in enumerate(("psq", "bhq"))
+        },
     },
-}
+)
 
 
 def _grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,16 +173,19 @@ def _one_layer(q: Callable[[torch.Tensor, fqtstats.Stream], torch.Tensor]) -> fq
     return fqtstats.Policy(grad_input=_right, grad_weight=_right, overrides={"2": both(q)})
 
 
-DEFECTS: dict[str, tuple[fqtstats.Policy, bool]] = {
-    "none": (both(_right), False),
-    "none, heavy-tailed": (both(_right), True),
-    "rows pruned without 1/p": (both(_rows_pruned), False),
-    "zero point rounded": (both(_zero_point_rounded), False),
-    **{f"{r} random bits": (both(fqtstats.quantizer("psq", bits=BITS, random_bits=r)), False) for r in (2, 4, 8)},
-    "largest .1 % clipped, heavy-tailed": (both(_clipped), True),
-    "a channel of one layer scaled by 1.1": (_one_layer(_channel_scaled), False),
-    "one layer rounds to nearest": (_one_layer(_nearest), False),
-}
+DEFECTS: Known[tuple[fqtstats.Policy, bool]] = Known(
+    "defect",
+    {
+        "none": (both(_right), False),
+        "none, heavy-tailed": (both(_right), True),
+        "rows pruned without 1/p": (both(_rows_pruned), False),
+        "zero point rounded": (both(_zero_point_rounded), False),
+        **{f"{r} random bits": (both(fqtstats.quantizer("psq", bits=BITS, random_bits=r)), False) for r in (2, 4, 8)},
+        "largest .1 % clipped, heavy-tailed": (both(_clipped), True),
+        "a channel of one layer scaled by 1.1": (_one_layer(_channel_scaled), False),
+        "one layer rounds to nearest": (_one_layer(_nearest), False),
+    },
+)
 """Policies of the backward pass, and whether the loss is heavy-tailed."""
 
 
