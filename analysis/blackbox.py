@@ -198,7 +198,7 @@ class Settings:
     gradient_nulls: int = 150
     defects: tuple[str, ...] = tuple(DEFECTS)
     seeds: int = 20
-    blocks: int = 20
+    blocks: int = 12
 
 
 def measure(settings: Settings, parts: Parts) -> Tables:
