@@ -239,16 +239,77 @@ def test_what_falls_short_is_told(analysis: Any) -> None:
     ]  # fmt: skip
     tables = speed.as_tables(rows)
     short, share = speed.claims(tables)
-    assert not short.holds
-    assert "2.00 [1.00, 3.00] to 8.00 [7.00, 9.00] times as fast" in short.text
+    assert short.holds is False
+    assert (
+        "2.00 [1.00, 3.00] (1 thread, default memory) to 8.00 [7.00, 9.00] (1 thread, default memory) times as fast"
+        in short.text
+    )
     assert "2 fall short" in short.text
-    assert "they would be 4.00 to 8.00, for 1 of 2 the target is beyond this processor" in short.text
+    assert "they would be 4.00 to 8.00, for 1 of 2 the target is beyond this processor" in short.because
     assert "k 100% [100%, 100%]" in share.text
     assert list(speed.read(tables)["ratio"]) == [
         "**2.00x** [1.00, 3.00]",
         "**4.00x** [3.00, 5.00]",
         "8.00x [7.00, 9.00]",
     ]
+
+
+def test_a_training_step_is_told_against_its_hardest_baseline_first(analysis: Any) -> None:
+    speed = analysis("speed")
+    case = {"benchmark": "step", "name": "n", "shape": "s", "aim": None, "must": None, "seconds": 1.0, "rate": None,
+            "baseline_seconds": 1.0, "peak": None, "of_peak": None}  # fmt: skip
+    known = (
+        (step.BASELINES["float32"], 1, "default", 3.0),
+        (step.BASELINES["channels_last"], 2, "tuned", 2.0),
+        (step.BASELINES["bfloat16"], 2, "default", 1.5),
+    )
+    rows = [
+        {**case, "baseline": baseline, "threads": threads, "allocator": allocator, "ratio": ratio,
+         "ratio_low": ratio - 0.1, "ratio_high": ratio + 0.1}
+        for baseline, threads, allocator, ratio in known
+    ]  # fmt: skip
+    _, told = speed.claims(speed.as_tables(rows))
+    assert (
+        "float32 2.00 [1.90, 2.10] (channels_last, 2 threads, tuned memory) to 3.00 [2.90, 3.10] "
+        "(NCHW, 1 thread, default memory); bfloat16 autocast 1.50 [1.40, 1.60] (2 threads, default memory)"
+    ) in told.text
+
+
+def test_every_training_step_is_in_the_studies_of_speed(analysis: Any) -> None:
+    speed, bits = analysis("speed"), analysis("speed_memory").BITS
+    assert "step" in speed.STUDY.full.benchmarks
+    cases = benchmarks.cases("step")
+    assert {case.name for case in cases} <= set(bits)
+    for kind in ("1-bit FQT", "LUQ", "8 bits"):
+        assert any(kind in case.name for case in cases)
+    for case in cases:
+        assert speed.timed("step", case.threads, "default")
+    assert any(speed.timed("step", case.threads, "tuned") for case in cases if case.baseline.endswith("channels_last"))
+
+
+def test_ratios_to_float32_are_chained_where_they_were_not_timed(analysis: Any) -> None:
+    study, speed = analysis("speed_memory"), analysis("speed")
+    case = {"benchmark": "gemm", "shape": "s", "threads": 1, "allocator": "default", "must": None, "aim": None,
+            "seconds": 1.0, "baseline_seconds": 1.0, "rate": None, "peak": None, "of_peak": None}  # fmt: skip
+    known = (("u8 x s8 product", "torch.mm float32", 5.0), ("u8 x s8 product", "torch._int_mm", 1.0),
+             ("2 x 1 bit product", "torch._int_mm", 2.5))  # fmt: skip
+    rows = [
+        {
+            **case,
+            "name": name,
+            "baseline": baseline,
+            "ratio": ratio,
+            "ratio_low": 0.9 * ratio,
+            "ratio_high": 1.1 * ratio,
+        }
+        for name, baseline, ratio in known
+    ]
+    found = study.against_float32(speed.as_tables(rows)["speed"]).set_index("name")
+    assert list(found["chained"]) == [False, True]
+    chained = found.loc["2 x 1 bit product"]
+    assert chained["ratio"] == pytest.approx(5 / 1 * 2.5)
+    assert chained["low"] == pytest.approx(12.5 * 0.9**2 / 1.1)
+    assert chained["high"] == pytest.approx(12.5 * 1.1**2 / 0.9)
 
 
 def test_shares_of_a_step_are_of_the_kinds_that_it_has() -> None:
