@@ -34,7 +34,8 @@ from matplotlib.lines import Line2D
 from analysis import recipes
 from analysis.axes import beside
 from analysis.estimates import geometric_mean, mean_interval, range_tests
-from analysis.study import RESULTS, Claim, Parts, Study, Tables, load, main, with_interval
+from analysis.known import Known
+from analysis.study import Claim, Parts, Study, Tables, main, tables_of, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
 from fqtstats.training.recipes import Recipe, get
@@ -66,24 +67,15 @@ class Settings:
     seeds: int = 3
 
 
-def saved_runs(data: str) -> pd.DataFrame:
-    """What the study of recipes saved: a row per run.
-
-    Raises:
-        InputError: nothing is there.
-    """
-    rows = load(recipes.STUDY, RESULTS / recipes.STUDY.name).tables["runs"]
-    return rows[rows["data"] == data].assign(diverged=rows["diverged"] != "")
-
-
 def measure(settings: Settings, parts: Parts) -> Tables:
     """The saved runs, relative to those in full precision."""
-    return {"runs": pd.concat([_relative(data, settings.seeds) for data in settings.data], ignore_index=True)}
+    saved = tables_of(recipes.STUDY, parts)["runs"]
+    saved = saved[saved["seed"] < settings.seeds].assign(diverged=saved["diverged"] != "")
+    of_data = Known("data", dict(iter(saved.groupby("data"))))
+    return {"runs": pd.concat([_relative(of_data[data]) for data in settings.data], ignore_index=True)}
 
 
-def _relative(data: str, seeds: int) -> pd.DataFrame:
-    rows = saved_runs(data)
-    rows = rows[rows["seed"] < seeds]
+def _relative(rows: pd.DataFrame) -> pd.DataFrame:
     start = rows.loc[rows["recipe"] == REFERENCE, "epochs"].max()
     loss = rows["loss"].where(~rows["diverged"], rows["guessing"])
     exact = loss[rows["recipe"] == REFERENCE].set_axis(_runs(rows[rows["recipe"] == REFERENCE]))

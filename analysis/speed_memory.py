@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 
 from analysis import memory, speed
 from analysis.axes import beside, intervals
-from analysis.study import RESULTS, Claim, Parts, Study, Tables, load, main, with_interval
+from analysis.study import Claim, Parts, Study, Tables, main, tables_of, with_interval
+from fqtstats.errors import InputError
 from fqtstats.report import style
 from fqtstats.schema import Column
 
@@ -88,16 +89,12 @@ class Settings:
     allocators: tuple[str, ...] = ("default", "tuned")
 
 
-def saved() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the studies of speed and memory have saved."""
-    rows = load(speed.STUDY, RESULTS / speed.STUDY.name).tables["speed"]
-    return rows, load(memory.STUDY, RESULTS / memory.STUDY.name).tables["memory"]
-
-
 def measure(settings: Settings, parts: Parts) -> Tables:
     """The rows that are compared with float32."""
-    rows, kept = saved()
+    rows, kept = tables_of(speed.STUDY, parts)["speed"], tables_of(memory.STUDY, parts)["memory"]
     rows = rows[rows["threads"].isin(settings.threads) & rows["allocator"].isin(settings.allocators)]
+    if rows.empty:
+        raise InputError(f"no speed was measured with threads {settings.threads} and allocators {settings.allocators}")
     kept = kept[kept["backend"] != "simulated"]
     kept = kept.assign(
         bits=kept["recipe"].map(RECIPES),
