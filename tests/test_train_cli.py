@@ -542,7 +542,7 @@ def test_compare(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.status == 0, done.err
     assert "statquant-ptq@5" in done.out
     figures = ", ".join(f"figures/{metric}.png" for metric in sorted(comparison.METRICS))
-    assert done.out.splitlines()[-1].endswith(figures)
+    assert " ".join(done.out.split()).endswith(figures)
     found = fqtstats.load_comparison("c")
     assert list(found.groups["runs"]) == [2, 2] * 4
     assert set(found.pairs["seeds"]) == {2}

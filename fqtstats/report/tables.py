@@ -261,7 +261,8 @@ def comparison_table(result: Result) -> RenderableType:
         *_fitted(TOTALS, rows, levels),
         FittedColumn("", _flag_cells(found), 99),
     ]
-    place = 1 + next(index for index, column in enumerate(columns) if column.header == "/ sampling")
+    before = QUANTITIES["sampling_ratio"].title
+    place = 1 + next(index for index, column in enumerate(columns) if column.header == before)
     columns.insert(place, FittedColumn(f"Q2 var / {result.reference}", medians, 65, meaning=_MEANING_MEDIAN))
     notes = [Text("flags hold for any row of the configuration")] if any(found) else []
     table = FittedTable("gradient variance of the whole model", columns, total=False)
