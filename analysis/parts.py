@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +31,8 @@ class Parts:
         settings: what they are made with; other settings are other cases. Empty if a case is all they depend on.
 
     Attributes:
-        found_seconds: processor time of the cases that were found done, which other processes spent.
+        found_seconds: processor time of the cases that were found done, which other processes spent; NaN if one's is
+            not known.
         commits: versions of the code that measured the cases: several after a change between two runs.
         uses: SHA-256 of the tables of other studies that were read, by study and table.
     """
@@ -64,7 +66,7 @@ class Parts:
         file = self.folder / f"{what.replace(' ', '_')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         if file.exists():
             found = json.loads(file.read_text())
-            self.found_seconds += found["cpu_seconds"]
+            self.found_seconds += math.nan if found["cpu_seconds"] is None else found["cpu_seconds"]
             self.commits.add(found["commit"])
             return list(found["rows"])
         started = cpu_seconds()

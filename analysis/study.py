@@ -280,11 +280,11 @@ def produce(study: Study, settings: Any, folder: Path, parts: Path, *, again: bo
         spent = cpu_seconds() - started + done.found_seconds
         where = {
             **provenance(ops.isa()),
-            "commits": sorted({*done.commits, commit()}),
+            "commits": sorted({*done.commits, commit()} - {""}),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "uses": done.uses,
         }
-        measured = {"cpu_seconds": round(spent, 1), "provenance": where}
+        measured = {"cpu_seconds": None if math.isnan(spent) else round(spent, 1), "provenance": where}
     folder.mkdir(parents=True, exist_ok=True)
     content = {f"{name}.parquet": parquet_bytes(table, study.columns[name]) for name, table in tables.items()}
     about = {

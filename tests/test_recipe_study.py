@@ -170,7 +170,7 @@ def test_a_recipe_that_diverges_on_one_backend_is_open_and_does_not_train(study:
     assert table.loc[["r2", "r3"], "verdict"].tolist() == ["open", "open"]
     assert table.loc[["r1", "r2", "r3"], "pairs"].tolist() == [2, 0, 0]
     assert table.loc["r0", "trains"]
-    tables = {"runs": rows.assign(guessing=10.0)}
+    tables = {"runs": rows.assign(guessing=10.0), "further": rows[:0]}
     assert list(study.draw(tables)) == ["digits"]
     assert "| r2 | (3 diverged) | (3 diverged) | no |  | open | 4.0x |" in analysis("study").markdown(
         study.STUDY, tables
@@ -197,7 +197,7 @@ def test_one_recipe_or_one_backend_or_one_seed_is_enough_for_a_table(study: Modu
         assert table["verdict"].tolist() == ["open"]
         assert study.overall(part, table) == {}
         assert list(study.read({"runs": part})["recipe"]) == ["r0"]
-        assert "not compared" in study.claims({"runs": part})[1].text
+        assert "not compared" in study.claims({"runs": part, "further": part[:0]})[1].text
         assert study.draw({"runs": part})
 
 
@@ -255,6 +255,41 @@ def test_only_recipes_of_as_many_epochs_are_compared(analysis) -> None:
     assert list(of_model.draw(tables)) == ["recipe_of_model"]
 
 
+def test_recipes_whose_interval_leaves_out_1_are_run_again(study: ModuleType) -> None:
+    """Fixed seeds. What shifts does so again, what the first seeds made by chance does not."""
+    table = study.summary(made_up({"r3": math.log(3.0)}, backends=0.3))
+    outside = table[(table["ratio_low"] > 1) | (table["ratio_high"] < 1)]
+    assert study.conspicuous(table) == list(outside["recipe"])
+    assert "r3" in study.conspicuous(table)
+    assert study.conspicuous(study.summary(made_up())) == []  # equal, whether 1 is in the interval or not
+    fresh = pd.concat(
+        made_up({"r3": math.log(3.0)}, backends=0.3, seed=1 + i).assign(seed=lambda rows, i=i: rows["seed"] + 10 * i)
+        for i in range(4)
+    )
+    chosen = fresh[fresh["recipe"].isin(["r3", "r4"])]
+    found = study.again(chosen).set_index("recipe")
+    assert found["pairs"].tolist() == [12, 12]
+    logs = np.log(chosen[chosen["recipe"] == "r4"].pivot(index="seed", columns="backend", values="loss"))
+    of_scipy = scipy.stats.ttest_rel(logs["native"], logs["simulated"])
+    assert found.loc["r4", "p_differs"] == pytest.approx(min(1, 2 * of_scipy.pvalue))
+    assert np.log(found.loc["r4", ["ratio_low", "ratio_high"]].tolist()) == pytest.approx(
+        of_scipy.confidence_interval(0.975)
+    )
+    shifted, other = map(study._again, study.again(chosen).to_dict("records"))
+    assert "r3, whose interval above leaves out 1: with 12 further seeds" in shifted.text
+    assert "shows again" in shifted.text
+    assert shifted.holds is False
+    assert "does not show again" in other.text
+    assert other.holds
+
+
+def test_one_further_seed_decides_nothing(study: ModuleType) -> None:
+    rows = made_up({"r3": math.log(3.0)})
+    (row,) = study.again(rows[(rows["recipe"] == "r3") & (rows["seed"] == 0)]).to_dict("records")
+    assert (row["pairs"], row["p_differs"]) == (1, 1.0)
+    assert math.isnan(row["ratio_low"])
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +331,13 @@ def test_a_run_that_diverges_is_a_row_and_the_study_goes_on(command) -> None:
     assert own["loss"].isna().all()
     assert own["diverged"].str.contains("gradient of layer 'conv1'").all()
     assert rows.loc[rows["recipe"] == "lsq@4", "loss"].notna().all()
+
+
+def test_further_seeds_are_those_after_the_first(command, study, monkeypatch) -> None:
+    monkeypatch.setattr(study, "conspicuous", lambda table: ["luq"])
+    trained, rows = command("--recipes", "exact", "luq", "--seeds", "0", "1", "--further", "2")
+    assert trained[8:] == [("luq", backend, seed) for seed in (2, 3) for backend in study.BACKENDS]
+    assert set(rows["seed"]) == {0, 1}
 
 
 def test_runs_are_not_repeated_and_processes_share_them(command) -> None:
