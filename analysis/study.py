@@ -339,7 +339,9 @@ def show(study: Study, saved: Saved) -> None:
     """On the terminal."""
     screen = Console()
     screen.print(study.question, style="bold")
-    screen.print(_as_table(study.read(saved.tables)))
+    table = _as_table(study.read(saved.tables))
+    least = sum((column.min_width or 0) + 2 for column in table.columns)
+    screen.print(table, width=max(screen.width, least), crop=False, soft_wrap=least > screen.width)
     for claim in saved.claims:
         mark = {True: "holds: ", False: "DOES NOT HOLD: ", None: ""}[claim.holds]
         why = f" Why: {claim.because}" if claim.because else ""
@@ -348,11 +350,13 @@ def show(study: Study, saved: Saved) -> None:
 
 
 def _as_table(shown: pd.DataFrame) -> Table:
-    """Text that is wider than the terminal goes on in the next line of its cell."""
+    """As wide as the terminal, with cells that go on in their next line between words."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name, column in shown.items():
-        numbers = pd.to_numeric(column.astype(str).str.split().str[0], errors="coerce").notna().all()
-        table.add_column(Text(str(name)), justify="right" if numbers else "left", overflow="fold")
+        cells = ["" if pd.isna(cell) else str(cell) for cell in column]
+        longest = max((len(word) for text in (str(name), *cells) for word in text.split()), default=0)
+        numbers = pd.to_numeric(pd.Series(cells).str.split().str[0], errors="coerce").notna().all()
+        table.add_column(Text(str(name)), justify="right" if numbers else "left", min_width=longest)
     for row in shown.itertuples(index=False):
         table.add_row(*(Text("" if pd.isna(cell) else str(cell)) for cell in row))
     return table
