@@ -192,8 +192,8 @@ def claims(tables: Tables) -> list[Claim]:
         told.append(
             Claim(
                 f"{row['model']}, {row['quantizer']}: the exponent of B² in the variance of the input-gradient "
-                f"quantizers is {_exponent_told(row, 'quantized')} (law: {LAW}), and in what arrives in the parameters' "
-                f"gradients {_exponent_told(row, 'input')}.",
+                f"quantizers is {_exponent_told(row, 'quantized')} (law: {LAW}), and in what arrives in the "
+                f"parameters' gradients {_exponent_told(row, 'input')}.",
                 None if inside else False,
                 "" if inside else _reason(row),
             )

@@ -216,8 +216,8 @@ def _draw_dots(
     what = "variance" if drawn else "exact own Q1 variance"
     variances: list[Artist] = []
     norm, sampling = (_first_finite([_positive(frame[name]) for frame in rows]) for name in columns[3:])
-    ax.plot(norm, y, linestyle="", marker="|", markersize=5, markeredgewidth=1.1, color=style.INK)
-    others: list[Artist] = [_handle("|", style.INK, r"gradient norm $\|g\|^2$", size=5)]
+    ax.plot(norm, y, linestyle="", marker="x", markersize=3.6, markeredgewidth=0.9, color=style.INK)
+    others: list[Artist] = [_handle("x", style.INK, r"gradient norm $\|g\|^2$")]
     if np.isfinite(sampling).any():
         ax.plot(sampling, y, linestyle="", marker="o", markersize=3.6, markerfacecolor="white", color=style.GREY)
         others.append(_handle("o", style.GREY, "minibatch sampling variance", hollow=True))
