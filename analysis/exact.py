@@ -277,20 +277,22 @@ def _all(own: pd.DataFrame) -> str:
 def claims(tables: Tables) -> list[Claim]:
     """Agreement, coverage by the number of draws, and cost by quantizer."""
     agreed = ratios(tables["agreement"])
-    far = agreed.loc[((agreed["ratio"] - 1).abs() / agreed["standard_error"]).idxmax()]
-    hold = ((agreed["low"] <= 1) & (agreed["high"] >= 1)).sum()
-    within = ((agreed["low"] >= 1 - PRECISION) & (agreed["high"] <= 1 + PRECISION)).sum()
-    n = len(agreed)
-    answer = [
-        Claim(
-            f"The variance of {far['draws']} draws is that of the closed form: {within} of {n} intervals lie within "
-            f"{PRECISION:.0%} of it, and {hold} hold 1 (95 % together, Bonferroni). It differs most in standard errors "
-            f"for {far['kind']}, {far['quantizer']}, {far['bits']} bits: "
-            f"{with_interval(far['ratio'], far['low'], far['high'], '.4f')} of it.",
-            False if hold < n else True if within == n else None,
-            f"{n - hold} of {n} intervals leave out 1" if hold < n else "",
+    answer = []
+    for kind, own in agreed.groupby("kind", sort=False):
+        far = own.loc[((own["ratio"] - 1).abs() / own["standard_error"]).idxmax()]
+        hold = ((own["low"] <= 1) & (own["high"] >= 1)).sum()
+        within = ((own["low"] >= 1 - PRECISION) & (own["high"] <= 1 + PRECISION)).sum()
+        n = len(own)
+        answer.append(
+            Claim(
+                f"The variance of {far['draws']} draws of the layer ({kind}) is that of the closed form: {within} of "
+                f"{n} intervals lie within {PRECISION:.0%} of it, and {hold} hold 1 (95 % for all {len(agreed)} of both "
+                f"layers together, Bonferroni). It differs most in standard errors for {far['quantizer']}, "
+                f"{far['bits']} bits: {with_interval(far['ratio'], far['low'], far['high'], '.4f')} of it.",
+                False if hold < n else True if within == n else None,
+                f"{n - hold} of {n} intervals leave out 1" if hold < n else "",
+            )
         )
-    ]
     covered = tables["coverage"]
     for n, own in covered.groupby("n"):
         held, of = int(own["held"].sum()), int(own["intervals"].sum())
