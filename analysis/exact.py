@@ -286,8 +286,8 @@ def claims(tables: Tables) -> list[Claim]:
         answer.append(
             Claim(
                 f"The variance of {far['draws']} draws of the layer ({kind}) is that of the closed form: {within} of "
-                f"{n} intervals lie within {PRECISION:.0%} of it, and {hold} hold 1 (95 % for all {len(agreed)} of both "
-                f"layers together, Bonferroni). It differs most in standard errors for {far['quantizer']}, "
+                f"{n} intervals lie within {PRECISION:.0%} of it, and {hold} hold 1 (95 % for all {len(agreed)} of "
+                f"both layers together, Bonferroni). It differs most in standard errors for {far['quantizer']}, "
                 f"{far['bits']} bits: {with_interval(far['ratio'], far['low'], far['high'], '.4f')} of it.",
                 False if hold < n else True if within == n else None,
                 f"{n - hold} of {n} intervals leave out 1" if hold < n else "",
