@@ -230,7 +230,7 @@ def _reason(row: dict[str, float]) -> str:
         return f"few bits, where the fractions depend on them: from {MORE} bits on it is {_exponent_told(row, 'more')}"
     if row["quantized_low"] > LAW:
         return f"most numbers are smaller than a step (study of codes), which takes the exponent towards -1/2: {ends}"
-    return f"not examined; {ends}"
+    return f"the law is the limit of bins so narrow that numbers spread evenly over each; {ends}"
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
