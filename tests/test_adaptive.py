@@ -211,6 +211,18 @@ def test_native_choices_are_those_of_torch(x, bits, random_bits):
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("bits", [2, 8])
+def test_native_choices_between_close_candidates(bits):
+    """Long rows with many bits, where the first intervals often leave open which candidate is least."""
+    for seed in range(6):
+        x = torch.randn(64, 4100, generator=torch.Generator().manual_seed(seed)) * torch.logspace(0, -3, 64).view(-1, 1)
+        expected = choice_of_torch(x, bits)
+        view = rows(x)
+        low, high = extremes(view, 0)
+        for variant in VARIANTS:
+            assert_same(householder_adapt(view, low.view(-1), high.view(-1), bits, 24, variant=variant), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kind", "shape"),

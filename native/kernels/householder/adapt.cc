@@ -60,17 +60,18 @@ class Adapter {
   float low(std::int64_t position) const { return source_.low[source_.row[position]] + 0.0f; }
   float high(std::int64_t position) const { return source_.high[source_.row[position]] + 0.0f; }
 
-  // Bounds of exact().
-  Interval interval(const float* y, float low, float high) const {
+  // Bounds of exact(); narrow ones take longer.
+  Interval interval(const float* y, float low, float high, bool narrow = false) const {
     if (!has_grid(low, high)) return {kInfinity, kInfinity};
     const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
     if (grid.step == 0) return {0, 0};
     if (grid.prescale != 1) return {0, kInfinity};
     constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
-    const double total = kernel_.fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
+    const auto fractions = narrow ? kernel_.refined : kernel_.fractions;
+    const double total = fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
     // A probability lies up to 2^-n below f; the others are those of the sum.
-    const double slack = static_cast<double>(columns_) *
-                         (std::ldexp(1.0, -rounding_.random_bits) + 0x1p-20 + 0x1.8p-22 * rounding_.levels);
+    const double of_sum = narrow ? 0x1p-23 : 0x1p-20 + 0x1.8p-22 * rounding_.levels;
+    const double slack = static_cast<double>(columns_) * (std::ldexp(1.0, -rounding_.random_bits) + of_sum);
     // Two decoded neighbours are a step apart, up to the rounding of product and sum; a step without prescale is far
     // from the subnormal numbers.
     const double step = grid.step, span = static_cast<double>(high) - low;
@@ -180,12 +181,32 @@ Choice choose(const Adapter& rows, const Reflected* matched, const Reflected& pu
   }
   if (seen == n) total[kAlone].upper = upper;
   int least = kAlone;
-  for (int c : {kMatched, kPublished})
-    if (total[c].upper < total[least].upper) least = c;
-  const auto open = [&](int c) { return total[c].lower <= total[least].upper; };  // of which exact values decide
-  bool clear = true;
-  for (int c : {kAlone, kMatched, kPublished}) clear = clear && (c == least || !open(c));
-  if (clear) return static_cast<Choice>(least);
+  const auto open = [&](int c) { return total[c].lower <= total[least].upper; };  // may have the least variance
+  const auto clear = [&] {
+    least = kAlone;
+    for (int c : {kMatched, kPublished})
+      if (total[c].upper < total[least].upper) least = c;
+    bool found = true;
+    for (int c : {kAlone, kMatched, kPublished}) found = found && (c == least || !open(c));
+    return found;
+  };
+  if (clear()) return static_cast<Choice>(least);
+  for (int c : {kAlone, kMatched, kPublished}) {
+    const bool exists = c != kMatched || matched != nullptr;
+    if (!exists || !open(c)) continue;
+    Interval narrow{0, 0};
+    for (std::int64_t i = 0; i < n; ++i) {
+      const Reflected* of = reflected[c];
+      const Interval part = of == nullptr
+                                ? rows.interval(rows.row(head + i), rows.low(head + i), rows.high(head + i), true)
+                                : rows.interval(of->y + i * columns, of->low[i], of->high[i], true);
+      const double weight = of == nullptr ? 1 : of->weight[i];
+      narrow.lower += weight * part.lower;
+      narrow.upper += weight * part.upper;
+    }
+    total[c] = {std::max(total[c].lower, narrow.lower), std::min(total[c].upper, narrow.upper)};
+  }
+  if (clear()) return static_cast<Choice>(least);
   double smallest = kInfinity;
   if (open(kAlone))
     smallest = tree_sum(

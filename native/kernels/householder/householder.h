@@ -60,6 +60,8 @@ struct Kernel {
   // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
   // than its rounding. May be negative.
   double (*fractions)(const float* x, std::int64_t count, float offset, float scale, float most);
+  // The same within 2^-17 of the sum and 2^-23 for every element; may take longer.
+  double (*refined)(const float* x, std::int64_t count, float offset, float scale, float most);
   // gap^2 (up (1 - up)) of every element in float64: gap from one decoded neighbour to the other, up the probability.
   void (*variances)(const float* x, std::int64_t count, const Decoding& by, double* out);
 };
