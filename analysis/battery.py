@@ -33,7 +33,19 @@ from scipy import stats
 import fqtstats
 from analysis.estimates import mean_interval
 from analysis.known import Known
-from analysis.nulls import BITS, FALSE_ALARM, LEVELS, QUANTIZERS, RATES, SHAPE, each_size, pooled_sizes, streams
+from analysis.nulls import (
+    BITS,
+    FALSE_ALARM,
+    LEVELS,
+    POWERFUL,
+    QUANTIZERS,
+    RATES,
+    SHAPE,
+    each_size,
+    pooled_sizes,
+    power_figure,
+    streams,
+)
 from analysis.shares import at_least, at_most, bars, share, told
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.determinism import single_thread
@@ -69,8 +81,6 @@ ENDS = ("low", "high")
 OURS = "the battery"
 SHOWN = 0.01
 """Level at which the usual tests are looked at."""
-POWERFUL = 0.8
-"""Share of the runs in which a defect is expected to be found."""
 SPREADS = 8
 """Runs of which the spread of sums is told."""
 
@@ -375,7 +385,7 @@ def _counted(draws: list[int | None]) -> str:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Rates of false alarms at level .01, ours and the usual ones; shares found of each defect."""
-    return {"wrong": _wrong(tables["size"]), "power": _power(tables["power"])}
+    return {"wrong": _wrong(tables["size"]), "power": power_figure(tables["power"], LOOKS[::2])}
 
 
 def _wrong(table: pd.DataFrame) -> Figure:
@@ -396,22 +406,6 @@ def _wrong(table: pd.DataFrame) -> Figure:
     ax.invert_yaxis()
     ax.grid(True, axis="x")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
-
-
-def _power(table: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 0.2 * len(table) + 0.8)
-    ax = figure.subplots()
-    marks = zip(LOOKS[::2], (-0.22, 0.0, 0.22), ("#CC79A7", "#56B4E9", "#0072B2"), ("v", "^", "o"), strict=True)
-    for draws, shift, color, marker in marks:
-        places = [place + shift for place in range(len(table))]
-        bars(ax, places, list(table[f"found_{draws}"]), list(table["runs"]), color, marker, f"{draws} draws")
-    ax.axvline(POWERFUL, color=style.GREY, linestyle="--", linewidth=0.8)
-    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it\n(95 % each; dashed: {POWERFUL:g})")
-    ax.set_yticks(range(len(table)), table["defect"])
-    ax.invert_yaxis()
-    ax.grid(True, axis="x")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

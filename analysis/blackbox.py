@@ -31,7 +31,20 @@ from torch import nn
 import fqtstats
 from analysis.estimates import mean_interval
 from analysis.known import Known
-from analysis.nulls import BITS, FALSE_ALARM, LEVELS, QUANTIZERS, RATES, SHAPE, each_size, pooled, pooled_sizes, streams
+from analysis.nulls import (
+    BITS,
+    FALSE_ALARM,
+    LEVELS,
+    POWERFUL,
+    QUANTIZERS,
+    RATES,
+    SHAPE,
+    each_size,
+    pooled,
+    pooled_sizes,
+    power_figure,
+    streams,
+)
 from analysis.shares import at_least, at_most, bars, told
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from fqtstats.capture.session import Session
@@ -63,8 +76,6 @@ POWER = (
 FEATURES = 16
 SAMPLES = 64
 VERDICT = "the verdict"
-POWERFUL = 0.8
-"""Share of the runs in which a defect is expected to be found."""
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------
@@ -373,7 +384,7 @@ def claims(tables: Tables) -> list[Claim]:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Rates of false alarms by family of tests; shares of runs that find each defect."""
-    return {"size": _size(tables["size"]), "power": _power(tables["power"])}
+    return {"size": _size(tables["size"]), "power": power_figure(tables["power"], LOOKS)}
 
 
 ALL = "all together"
@@ -401,22 +412,6 @@ def _size(table: pd.DataFrame) -> Figure:
     panels[0].set_ylim(len(subjects) - 0.5, -0.5)
     figure.supxlabel("rate of false alarms / level (95 % each)", fontsize=6.5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
-
-
-def _power(table: pd.DataFrame) -> Figure:
-    figure = style.new_figure(style.COLUMN_WIDTH, 0.24 * len(table) + 0.7)
-    ax = figure.subplots()
-    marks = zip(LOOKS, (-0.22, 0.0, 0.22), ("#CC79A7", "#56B4E9", "#0072B2"), ("v", "^", "o"), strict=True)
-    for draws, shift, color, marker in marks:
-        places = [place + shift for place in range(len(table))]
-        bars(ax, places, list(table[f"found_{draws}"]), list(table["runs"]), color, marker, f"{draws} draws")
-    ax.axvline(POWERFUL, color=style.GREY, linestyle="--", linewidth=0.8)
-    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it\n(95 % each; dashed: {POWERFUL:g})")
-    ax.set_yticks(range(len(table)), table["defect"])
-    ax.invert_yaxis()
-    ax.grid(True, axis="x")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

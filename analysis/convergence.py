@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from statsmodels.stats.multitest import multipletests
 
 from analysis.estimates import crossing, geometric_mean, mean_interval
+from analysis.known import with_bits
 from analysis.study import Claim, Parts, Study, Tables, main, with_interval
 from analysis.tasks import TASKS, guessing, records
 from fqtstats import models
@@ -89,8 +90,8 @@ def measure(settings: Settings, parts: Parts) -> Tables:
 
     def of_run(recipe: str, seed: int) -> Iterator[dict[str, object]]:
         data, draws = records(SOURCE), settings.draws
-        name, _, bits = recipe.partition("@")
-        run = runs.run(f"{name if name == 'exact' else f'statquant-{name}'}/{SOURCE}", int(bits) if bits else None)
+        name, bits = with_bits(recipe)
+        run = runs.run(f"{name if name == 'exact' else f'statquant-{name}'}/{SOURCE}", bits)
         every = settings.every if bits else 0
         ended: int | None = None
         try:

@@ -10,22 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 import fqtstats
-from analysis.shares import at_most, told
+from analysis.shares import at_most, bars, told
 from analysis.study import Claim
+from fqtstats.report import style
 from fqtstats.schema import Column
 
 __all__ = [
     "BITS",
     "FALSE_ALARM",
     "LEVELS",
+    "POWERFUL",
     "QUANTIZERS",
     "RATES",
     "SHAPE",
     "each_size",
     "pooled",
     "pooled_sizes",
+    "power_figure",
     "streams",
 ]
 
@@ -37,6 +41,9 @@ SHAPE = (16, 64)
 LEVELS = (0.05, 0.01, 0.001)
 FALSE_ALARM = 1e-6
 """Of verdicts on defects."""
+
+POWERFUL = 0.8
+"""Share of the runs in which a defect is expected to be found."""
 
 RATES = (
     Column("level", "float64", "1", "nominal rate of false alarms"),
@@ -112,3 +119,25 @@ def each_size(table: pd.DataFrame, who: str, by: Sequence[str]) -> Claim:
         "(95 % for all of a level together, Bonferroni).",
         False if above else True if shown else None,
     )
+
+
+def power_figure(table: pd.DataFrame, looks: Sequence[int]) -> Figure:
+    """The share of the runs that find each defect, after three numbers of draws.
+
+    Args:
+        table: a row per ``defect``, of its ``runs`` and how many have ``found_<draws>``.
+        looks: the numbers of draws.
+    """
+    figure = style.new_figure(style.COLUMN_WIDTH, 0.2 * len(table) + 0.8)
+    ax = figure.subplots()
+    marks = zip(looks, (-0.22, 0.0, 0.22), (style.PURPLE, style.SKY, style.BLUE), ("v", "^", "o"), strict=True)
+    for draws, shift, color, marker in marks:
+        places = [place + shift for place in range(len(table))]
+        bars(ax, places, list(table[f"found_{draws}"]), list(table["runs"]), color, marker, f"{draws} draws")
+    ax.axvline(POWERFUL, color=style.GREY, linestyle="--", linewidth=0.8)
+    ax.set(xlim=(-0.06, 1.06), xlabel=f"share of runs that find it\n(95 % each; dashed: {POWERFUL:g})")
+    ax.set_yticks(range(len(table)), table["defect"])
+    ax.invert_yaxis()
+    ax.grid(True, axis="x")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    return figure

@@ -34,7 +34,7 @@ from matplotlib.lines import Line2D
 from analysis import recipes
 from analysis.axes import beside
 from analysis.estimates import geometric_mean, mean_interval, range_tests
-from analysis.known import Known
+from analysis.known import Known, with_bits
 from analysis.study import Claim, Parts, Study, Tables, main, tables_of, with_interval
 from fqtstats.report import style
 from fqtstats.schema import Column
@@ -103,8 +103,7 @@ def starts_trained(recipe: str) -> bool:
 
 
 def _recipe(name: str) -> Recipe:
-    name, _, bits = name.partition("@")
-    return get(name, int(bits) if bits else None)
+    return get(*with_bits(name))
 
 
 # --- what is said of it -----------------------------------------------------------------------------------------------
