@@ -16,6 +16,8 @@ namespace {
 constexpr std::int64_t kGrain = 1 << 15;  // elements per thread
 constexpr double kSmallestShare = 0.25;   // of lambda_2
 constexpr double kSummation = 0x1p-16;    // relative error of Kernel::fractions, and of what is made of it
+constexpr double kRefined = 0x1p-18;      // of Kernel::refined, likewise
+constexpr double kLargest = 0x1p125;      // step of Kernel::refined
 constexpr double kClose = 0x1p-4;         // of the published scale
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -66,15 +68,19 @@ class Adapter {
     const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
     if (grid.step == 0) return {0, 0};
     if (grid.prescale != 1) return {0, kInfinity};
+    const double step = grid.step;  // without prescale far from the subnormal numbers, and so is its square
+    if (narrow) {
+      if (step > kLargest) return {0, kInfinity};
+      const double variance = step * step * kernel_.refined(y, columns_, decoding(grid));
+      return {variance * (1 - kRefined), variance * (1 + kRefined)};
+    }
     constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
-    const auto fractions = narrow ? kernel_.refined : kernel_.fractions;
-    const double total = fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
+    const double total = kernel_.fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
     // A probability lies up to 2^-n below f; the others are those of the sum.
-    const double of_sum = narrow ? 0x1p-23 : 0x1p-20 + 0x1.8p-22 * rounding_.levels;
+    const double of_sum = 0x1p-20 + 0x1.8p-22 * rounding_.levels;
     const double slack = static_cast<double>(columns_) * (std::ldexp(1.0, -rounding_.random_bits) + of_sum);
-    // Two decoded neighbours are a step apart, up to the rounding of product and sum; a step without prescale is far
-    // from the subnormal numbers.
-    const double step = grid.step, span = static_cast<double>(high) - low;
+    // Two decoded neighbours are a step apart, up to the rounding of product and sum.
+    const double span = static_cast<double>(high) - low;
     const double gap = 1.01 * kEpsilon * (span + std::max(std::abs(low), std::abs(high))) / step;
     const double least = step * std::max(1 - gap, 0.0), most = step * (1 + gap);
     return {least * least * std::max(total * (1 - kSummation) - slack, 0.0),
@@ -85,18 +91,13 @@ class Adapter {
   double exact(const float* y, float low, float high) const {
     if (!has_grid(low, high)) return kInfinity;
     const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
-    const Decoding decoding{grid.offset,
-                            grid.prescale,
-                            grid.scale,
-                            grid.step,
-                            static_cast<float>(rounding_.levels),
-                            std::ldexp(1.0f, rounding_.random_bits)};
+    const Decoding by = decoding(grid);
     const auto lanes = [&](std::int64_t i, double* v) {
       const std::int64_t first = i * kLanes, count = std::min(columns_ - first, kLanes);
       float numbers[kLanes];
       if (source_.channels_last)
         for (std::int64_t j = 0; j < count; ++j) numbers[j] = y[place(first + j)];
-      kernel_.variances(source_.channels_last ? numbers : y + first, count, decoding, v);
+      kernel_.variances(source_.channels_last ? numbers : y + first, count, by, v);
       std::fill(v + count, v + kLanes, 0.0);
     };
     constexpr int kLevels = 40;  // 2^40 lanes are more than any memory has
@@ -106,6 +107,15 @@ class Adapter {
   }
 
  private:
+  Decoding decoding(const quantize::Grid& grid) const {
+    return {grid.offset,
+            grid.prescale,
+            grid.scale,
+            grid.step,
+            static_cast<float>(rounding_.levels),
+            std::ldexp(1.0f, rounding_.random_bits)};
+  }
+
   // Where element i of a row, in logical order, is in memory that is channels-last.
   std::int64_t place(std::int64_t i) const { return i % source_.positions * source_.channels + i / source_.positions; }
 
@@ -115,18 +125,13 @@ class Adapter {
   const std::int64_t columns_;
 };
 
-// Rows of reflected candidates: the rows themselves, their extremes and scales, how the variance of a row enters the
-// decoded ones, and the bounds of that part of the variance.
+// The rows of a group, reflected with the scales of a candidate: the rows themselves, their extremes, how the variance
+// of a row enters the decoded ones, and the bounds of that part of the variance.
 struct Reflected {
   float *y, *low, *high;
   const float* scale;
   double* weight;
   Interval* part;
-
-  // Those from row `first` on.
-  Reflected from(std::int64_t first, std::int64_t columns) const {
-    return {y + first * columns, low + first, high + first, scale + first, weight + first, part + first};
-  }
 };
 
 // _exact_weights() of adaptive.py.
@@ -142,19 +147,17 @@ void find_weights(const float* scale, std::int64_t n, double* weight) {
     weight[i] = (first / count + corner * corner * members) + (1 - 2 * corner) * inverse(i);
 }
 
-// Scales of the matched candidate of a group at `head`. Those that are all close to the published ones are no
-// candidate: then the published ones are written, and the result is false.
+// Scales of the matched candidate of a group of n rows at `head`; `published` and `scale` are the group's. False where
+// all are close to the published ones, and so no candidate.
 bool match(const Adapter& rows, const float* published, std::int64_t head, std::int64_t n, float* scale) {
   const auto range = [&](std::int64_t i) { return static_cast<double>(rows.high(head + i)) - rows.low(head + i); };
-  const double leader = range(0), least = kSmallestShare * range(1), first = published[head];
-  const double t = published[head + 1];
+  const double leader = range(0), least = kSmallestShare * range(1), first = published[0], t = published[1];
   bool close = true;
-  scale[head] = published[head];
+  scale[0] = published[0];
   for (std::int64_t i = 1; i < n; ++i) {
-    scale[head + i] = static_cast<float>(first * std::sqrt(leader / std::max(range(i), least)));
-    close = close && std::abs(scale[head + i] - t) <= kClose * t;
+    scale[i] = static_cast<float>(first * std::sqrt(leader / std::max(range(i), least)));
+    close = close && std::abs(scale[i] - t) <= kClose * t;
   }
-  if (close) std::copy_n(published + head, n, scale + head);
   return !close;
 }
 
@@ -230,91 +233,121 @@ Choice choose(const Adapter& rows, const Reflected* matched, const Reflected& pu
   return choice;
 }
 
+// Working memory for one group.
+struct Work {
+  float *memory, *y, *low, *high, *scale;
+  double* weight;  // of two candidates
+  Interval* part;  // likewise
+};
+
 }  // namespace
 
 void adapt(const Kernel& kernel, const Transform& published, const Source& source, const Rounding& rounding,
            int threads, float* out, float* low, float* high, float* scale, std::uint8_t* kept) {
-  struct Transformed;
+  const std::int64_t n_rows = published.rows, columns = source.channels * source.positions;
+  const Adapter rows(kernel, source, rounding);
+  const auto size = [&](std::int64_t g) { return static_cast<std::int64_t>(published.sizes[g]); };
+  // What a thread transforms it also judges and copies: numbers that change their core cost more than all else here.
+  // So a group stays with one thread, but for one that is larger than a thread's share.
+  const auto shared = [&](std::int64_t g) {
+    return threads > 1 && size(g) * threads > n_rows && size(g) * columns >= 2 * kGrain;
+  };
+  std::int64_t unshared = n_rows, largest = 1, largest_unshared = 1, memory = memory_of(1);
+  for (std::int64_t g = 0; g < published.groups; ++g) {
+    largest = std::max(largest, size(g));
+    if (shared(g)) {
+      unshared -= size(g);
+    } else {
+      largest_unshared = std::max(largest_unshared, size(g));
+      memory = std::max(memory, memory_of(size(g)));
+    }
+  }
+  const std::int64_t parts = std::clamp<std::int64_t>(unshared * columns / kGrain, 1, threads);
+
+  // All memory is taken before there are threads.
+  constexpr std::int64_t kLine = 16;  // elements
+  const auto floats_of = [&](std::int64_t n) { return ceil_div(n * (columns + 3), kLine) * kLine; };
   struct Floats;
   struct Weights;
   struct Parts;
-  struct Order;
-  struct Heads;
-  struct Sizes;
-  const std::int64_t n_rows = published.rows, columns = source.channels * source.positions;
-  const Adapter rows(kernel, source, rounding);
-  float* floats = cpu::scratch<Floats, float>(4 * n_rows);
-  double* weights = cpu::scratch<Weights, double>(2 * n_rows);
-  Interval* parts = cpu::scratch<Parts, Interval>(2 * n_rows);
-  std::int64_t* order = cpu::scratch<Order, std::int64_t>(n_rows);
-  std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(2 * published.groups);
-  double* sizes = cpu::scratch<Sizes, double>(published.groups);
-  float *first_scale = floats, *second_scale = floats + n_rows;
-  // Matched groups stand with all other rows in the first transform, and as published in a second one.
-  std::copy_n(published.scale, n_rows, first_scale);
-  std::fill_n(weights, n_rows, 0.0);  // outside of groups
-  Transform first = published, second = published;
-  second.rows = second.groups = 0;
-  std::int64_t* second_head = heads + published.groups;  // of every group; -1 where it is in the first transform only
-  for (std::int64_t g = 0; g < published.groups; ++g) {
-    const std::int64_t head = published.heads[g], n = static_cast<std::int64_t>(published.sizes[g]);
-    second_head[g] = -1;
-    if (match(rows, published.scale, head, n, first_scale)) {
-      second_head[g] = heads[second.groups] = second.rows;
-      sizes[second.groups++] = published.sizes[g];
-      std::copy_n(published.order + head, n, order + second.rows);
-      std::copy_n(published.scale + head, n, second_scale + second.rows);
-      find_weights(published.scale + head, n, weights + n_rows + second.rows);
-      second.rows += n;
-    }
-    find_weights(first_scale + head, n, weights + head);
-  }
-  float* y = cpu::scratch<Transformed, float>(second.rows * columns);
-  first.scale = first_scale;
-  second.order = order;
-  second.heads = heads;
-  second.sizes = sizes;
-  second.scale = second_scale;
-  const Reflected in_first{out, low, high, first_scale, weights, parts};
-  const Reflected in_second{
-      y, floats + 2 * n_rows, floats + 3 * n_rows, second_scale, weights + n_rows, parts + n_rows};
-  forward(kernel, first, source.x, columns, threads, out, low, high);
-  if (second.rows > 0) forward(kernel, second, source.x, columns, threads, y, in_second.low, in_second.high);
+  const std::int64_t stride = memory + floats_of(largest_unshared);
+  float* floats = cpu::scratch<Floats, float>(std::max(parts * stride, floats_of(largest)));
+  double* weights = cpu::scratch<Weights, double>(std::max(parts * 2 * largest_unshared, 2 * largest));
+  Interval* intervals = cpu::scratch<Parts, Interval>(std::max(parts * 2 * largest_unshared, 2 * largest));
+  const auto work_of = [&](std::int64_t p, std::int64_t n, std::int64_t own_memory) {
+    float* y = floats + p * stride + own_memory;
+    float* by_row = y + n * columns;
+    return Work{floats + p * stride, y, by_row, by_row + n, by_row + 2 * n, weights + p * 2 * n, intervals + p * 2 * n};
+  };
 
-  cpu::split(n_rows + second.rows, kGrain / columns + 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t j = begin; j < end; ++j) {
-      const Reflected c = j < n_rows ? in_first.from(j, columns) : in_second.from(j - n_rows, columns);
-      if (*c.weight == 0) continue;
-      const Interval row = rows.interval(c.y, *c.low, *c.high);
-      *c.part = {*c.weight * row.lower, *c.weight * row.upper};
+  const auto transform = [&](const Transform& t, const Work& work, int team, float* y, float* least, float* most) {
+    if (team == 1)
+      forward_alone(kernel, t, source.x, columns, work.memory, y, least, most);
+    else
+      forward(kernel, t, source.x, columns, team, y, least, most);
+  };
+  const auto adapt_group = [&](std::int64_t g, const Work& work, int team) {
+    const std::int64_t head = published.heads[g], n = size(g);
+    float* y = out + head * columns;
+    const bool tried = match(rows, scale + head, head, n, work.scale);
+    const Reflected matched{y, low + head, high + head, work.scale, work.weight, work.part};
+    Reflected theirs{work.y, work.low, work.high, scale + head, work.weight + n, work.part + n};
+    if (!tried) theirs = {y, low + head, high + head, scale + head, work.weight, work.part};
+    for (const Reflected* candidate : {tried ? &matched : nullptr, static_cast<const Reflected*>(&theirs)}) {
+      if (candidate == nullptr) continue;
+      const Reflected& c = *candidate;
+      find_weights(c.scale, n, c.weight);
+      const std::int64_t first = 0;
+      transform({n, 1, published.order + head, &first, published.sizes + g, c.scale, true}, work, team, c.y, c.low,
+                c.high);
+      cpu::split(n, kGrain / columns + 1, team, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const Interval row = rows.interval(c.y + i * columns, c.low[i], c.high[i]);
+          c.part[i] = {c.weight[i] * row.lower, c.weight[i] * row.upper};
+        }
+      });
+    }
+    const Choice choice = choose(rows, tried ? &matched : nullptr, theirs, head, n, columns);
+    kept[g] = choice != kAlone;
+    if (choice == kAlone) {
+      for (std::int64_t i = 0; i < n; ++i) {
+        std::copy_n(rows.row(head + i), columns, y + i * columns);
+        low[head + i] = rows.low(head + i);
+        high[head + i] = rows.high(head + i);
+        scale[head + i] = 1;
+      }
+    } else if (choice == kMatched) {
+      std::copy_n(work.scale, n, scale + head);
+    } else if (tried) {
+      std::copy_n(theirs.y, n * columns, y);
+      std::copy_n(theirs.low, n, low + head);
+      std::copy_n(theirs.high, n, high + head);
+    }
+  };
+
+  for (std::int64_t g = 0; g < published.groups; ++g)
+    if (shared(g)) adapt_group(g, work_of(0, size(g), 0), threads);
+  // A part is the groups, and the rows outside of groups, that begin in its share of the unshared rows.
+  cpu::split(parts, 1, threads, [&](std::int64_t first_part, std::int64_t last_part) {
+    for (std::int64_t p = first_part; p < last_part; ++p) {
+      const Work work = work_of(p, largest_unshared, memory);
+      const std::int64_t begin = unshared * p / parts, end = unshared * (p + 1) / parts;
+      const auto ours = [&](std::int64_t i) { return begin <= i && i < end; };
+      std::int64_t i = 0, position = 0;
+      for (std::int64_t g = 0; g <= published.groups; ++g) {
+        const std::int64_t head = g < published.groups ? published.heads[g] : n_rows;
+        for (; position < head; ++position, ++i)
+          if (ours(i))
+            transform({1, 0, published.order + position, nullptr, nullptr, scale + position, true}, work, 1,
+                      out + position * columns, low + position, high + position);
+        if (g == published.groups) break;
+        position += size(g);
+        if (shared(g)) continue;
+        if (ours(i)) adapt_group(g, work, 1);
+        i += size(g);
+      }
     }
   });
-  cpu::split(published.groups, kGrain * published.groups / (n_rows * columns) + 1, threads,
-             [&](std::int64_t begin, std::int64_t end) {
-               for (std::int64_t g = begin; g < end; ++g) {
-                 const std::int64_t head = published.heads[g], n = static_cast<std::int64_t>(published.sizes[g]);
-                 const bool tried = second_head[g] >= 0;
-                 const Reflected at_head = in_first.from(head, columns);
-                 const Reflected theirs = tried ? in_second.from(second_head[g], columns) : at_head;
-                 const Choice choice = choose(rows, tried ? &at_head : nullptr, theirs, head, n, columns);
-                 kept[g] = choice != kAlone;
-                 if (choice == kAlone) {
-                   for (std::int64_t i = head; i < head + n; ++i) {
-                     std::copy_n(rows.row(i), columns, out + i * columns);
-                     low[i] = rows.low(i);
-                     high[i] = rows.high(i);
-                     scale[i] = 1;
-                   }
-                   continue;
-                 }
-                 const Reflected& chosen = choice == kMatched ? at_head : theirs;
-                 std::copy_n(chosen.scale, n, scale + head);
-                 if (chosen.y == at_head.y) continue;
-                 std::copy_n(chosen.y, n * columns, at_head.y);
-                 std::copy_n(chosen.low, n, at_head.low);
-                 std::copy_n(chosen.high, n, at_head.high);
-               }
-             });
 }
 
 }  // namespace fqtstats::householder

@@ -22,8 +22,8 @@ struct Rounding {
 };
 
 // Chooses for every group of `published` and writes its rows, transformed as chosen, to `out`, and their extremes, as
-// forward() does, also those outside of groups. kept[g] is 0 where the rows of group g stay alone; scale[i], of every
-// position, is that of the chosen map. published.scale may be `scale`.
+// forward() does, also those outside of groups. kept[g] is 0 where the rows of group g stay alone. scale: [rows], that
+// of `published`; becomes that of the chosen maps.
 void adapt(const Kernel& kernel, const Transform& published, const Source& source, const Rounding& rounding,
            int threads, float* out, float* low, float* high, float* scale, std::uint8_t* kept);
 

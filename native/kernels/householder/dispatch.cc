@@ -32,6 +32,11 @@ constexpr std::int64_t kGrain = 1 << 16;  // elements: about 10 us, several time
 
 std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
 
+void no_extremes(std::int64_t rows, float* low, float* high) {
+  std::fill_n(low, rows, std::numeric_limits<float>::infinity());
+  std::fill_n(high, rows, -std::numeric_limits<float>::infinity());
+}
+
 // Columns [begin, end) of every row. low and high are this call's own.
 void transform(void (*kernel)(const Block&), const Transform& t, const float* in, std::int64_t columns,
                std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
@@ -69,6 +74,9 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
   if (stream) cpu::order_streams();
 }
 
+// -0 becomes 0: which of the two came first depends on the lanes.
+float positive(float extreme) { return extreme + 0.0f; }
+
 struct Memory {};
 struct Partial {};
 
@@ -77,17 +85,12 @@ void run(void (*kernel)(const Block&), const Transform& t, const float* in, std:
   const std::int64_t units = ceil_div(columns, kUnit);
   const std::int64_t parts =
       std::max<std::int64_t>(std::min<std::int64_t>({threads, units, t.rows * columns / kGrain}), 1);
-  std::int64_t size = workspace(1) * width_of(1);
-  for (std::int64_t g = 0; g < t.groups; ++g) {
-    const auto n = static_cast<std::int64_t>(t.sizes[g]);
-    size = std::max(size, workspace(n) * width_of(n));
-  }
+  std::int64_t size = memory_of(1);
+  for (std::int64_t g = 0; g < t.groups; ++g) size = std::max(size, memory_of(static_cast<std::int64_t>(t.sizes[g])));
   float* memory = cpu::scratch<Memory, float>(parts * size);
   float* partial = cpu::scratch<Partial, float>(parts * 2 * t.rows);
-  for (std::int64_t p = 0; p < parts; ++p) {
-    std::fill_n(partial + 2 * p * t.rows, t.rows, std::numeric_limits<float>::infinity());
-    std::fill_n(partial + (2 * p + 1) * t.rows, t.rows, -std::numeric_limits<float>::infinity());
-  }
+  for (std::int64_t p = 0; p < parts; ++p)
+    no_extremes(t.rows, partial + 2 * p * t.rows, partial + (2 * p + 1) * t.rows);
   cpu::split(parts, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p)
       transform(kernel, t, in, columns, units * p / parts * kUnit, std::min(units * (p + 1) / parts * kUnit, columns),
@@ -101,12 +104,14 @@ void run(void (*kernel)(const Block&), const Transform& t, const float* in, std:
       if (a < least || a != a) least = a;
       if (b > largest || b != b) largest = b;
     }
-    low[i] = least + 0.0f;  // -0 becomes 0: which of the two came first depends on the lanes
-    high[i] = largest + 0.0f;
+    low[i] = positive(least);
+    high[i] = positive(largest);
   }
 }
 
 }  // namespace
+
+std::int64_t memory_of(std::int64_t n) { return workspace(n) * width_of(n); }
 
 void forward(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
              float* out, float* low, float* high) {
@@ -116,6 +121,16 @@ void forward(const Kernel& kernel, const Transform& transform, const float* in, 
 void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
              float* out) {
   run(kernel.inverse, transform, in, columns, threads, out, nullptr, nullptr);
+}
+
+void forward_alone(const Kernel& kernel, const Transform& t, const float* in, std::int64_t columns, float* memory,
+                   float* out, float* low, float* high) {
+  no_extremes(t.rows, low, high);
+  transform(kernel.forward, t, in, columns, 0, columns, memory, out, low, high);
+  for (std::int64_t i = 0; i < t.rows; ++i) {
+    low[i] = positive(low[i]);
+    high[i] = positive(high[i]);
+  }
 }
 
 }  // namespace fqtstats::householder

@@ -63,7 +63,7 @@ Encoded transform_parts(const Kernel& kernel, const quantize::Input& in, const d
   const bool wide = in.type == quantize::Type::f32;  // others are widened first, and then transformed in place
   std::int64_t* identity = wide ? nullptr : cpu::scratch<Identity, std::int64_t>(rows);
   if (!wide) std::iota(identity, identity + rows, std::int64_t{0});
-  const std::int64_t chunk = std::min(kChunk * threads, kMost) / (adaptive == nullptr ? 1 : 4);
+  const std::int64_t chunk = std::min(kChunk * threads, kMost);
   std::int64_t* heads = cpu::scratch<Heads, std::int64_t>(count);
   std::uint8_t* kept = cpu::scratch<Kept, std::uint8_t>(count);
   float* lows = cpu::scratch<Extremes, float>(2 * rows);

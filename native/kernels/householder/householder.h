@@ -60,8 +60,9 @@ struct Kernel {
   // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
   // than its rounding. May be negative.
   double (*fractions)(const float* x, std::int64_t count, float offset, float scale, float most);
-  // The same within 2^-17 of the sum and 2^-23 for every element; may take longer.
-  double (*refined)(const float* x, std::int64_t count, float offset, float scale, float most);
+  // Sum of what variances() gives, over step^2, within 2^-19 of it, where 1 / step is a normal number; takes longer
+  // than fractions(), and less than variances().
+  double (*refined)(const float* x, std::int64_t count, const Decoding& by);
   // gap^2 (up (1 - up)) of every element in float64: gap from one decoded neighbour to the other, up the probability.
   void (*variances)(const float* x, std::int64_t count, const Decoding& by, double* out);
 };
@@ -85,5 +86,13 @@ void forward(const Kernel& kernel, const Transform& transform, const float* in, 
              float* out, float* low, float* high);
 void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
              float* out);
+
+// Elements of memory that forward_alone() needs for a group of n rows; not monotonic. Those outside of groups need that
+// of n = 1.
+std::int64_t memory_of(std::int64_t n);
+
+// forward() on the calling thread, without an allocation: for callers that have split the rows over the threads.
+void forward_alone(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns,
+                   float* memory, float* out, float* low, float* high);
 
 }  // namespace fqtstats::householder

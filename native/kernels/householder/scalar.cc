@@ -71,6 +71,6 @@ double fractions(const float* x, std::int64_t count, float offset, float scale, 
 
 }  // namespace
 
-extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions, fractions, variances};
+extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions, refined, variances};
 
 }  // namespace fqtstats::householder

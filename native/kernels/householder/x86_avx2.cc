@@ -97,7 +97,7 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
   return total;
 }
 
-extern const Kernel avx2{"avx2",    cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions,
-                         fractions, variances};
+extern const Kernel avx2{"avx2",  cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions,
+                         refined, variances};
 
 }  // namespace fqtstats::householder

@@ -56,9 +56,13 @@ struct Avx512 {
 // A lane adds up 32 numbers at most, so that the error of a sum stays below 2^-20 for every element.
 constexpr std::int64_t kSummed = 32 * 4 * Avx512::kLanes;
 
-// add(sum, x) of all x, over 64 lanes that add up.
-template <typename Add>
-FQTSTATS_INLINE double add_up(const float* x, std::int64_t count, const Add& add) {
+// Sum of (y - round(y))^2 with y = coordinate(x).
+template <typename Coordinate>
+FQTSTATS_INLINE double add_squares(const float* x, std::int64_t count, const Coordinate& coordinate) {
+  const auto add = [&](__m512 sum, __m512 v) __attribute__((always_inline)) {
+    const __m512 c = _mm512_reduce_ps(coordinate(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_fmadd_ps(c, c, sum);
+  };
   double total = 0;
   for (std::int64_t first = 0; first < count; first += kSummed) {
     const std::int64_t end = count - first < kSummed ? count : first + kSummed;
@@ -78,15 +82,6 @@ FQTSTATS_INLINE double add_up(const float* x, std::int64_t count, const Add& add
     total += _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum0, sum1), _mm512_add_ps(sum2, sum3)));
   }
   return total;
-}
-
-// Sum of (y - round(y))^2 with y = coordinate(x).
-template <typename Coordinate>
-FQTSTATS_INLINE double add_squares(const float* x, std::int64_t count, const Coordinate& coordinate) {
-  return add_up(x, count, [&](__m512 sum, __m512 v) __attribute__((always_inline)) {
-    const __m512 c = _mm512_reduce_ps(coordinate(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return _mm512_fmadd_ps(c, c, sum);
-  });
 }
 
 }  // namespace
@@ -109,15 +104,6 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
     });
   }
   return 0.25 * static_cast<double>(count) - squares;
-}
-
-static double refined(const float* x, std::int64_t count, float offset, float scale, float most) {
-  const __m512 o = _mm512_set1_ps(offset), s = _mm512_set1_ps(scale), m = _mm512_set1_ps(most);
-  return add_up(x, count, [&](__m512 sum, __m512 v) __attribute__((always_inline)) {
-    const __m512 y = _mm512_min_ps(_mm512_mul_ps(_mm512_sub_ps(v, o), s), m);
-    const __m512 f = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return _mm512_add_ps(sum, _mm512_fnmadd_ps(f, f, f));
-  });
 }
 
 extern const Kernel avx512{"avx512", cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>, fractions,
