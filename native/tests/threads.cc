@@ -93,12 +93,15 @@ struct Quantized {
   bool operator==(const Quantized&) const = default;
 };
 
-// Of bfloat16 rows, a few of them large: several groups.
-bool householder_codes(bool adaptive) {
+// Of bfloat16 rows of so many values, the ninth part of them large: several groups; or the first one: one group, which
+// adaptive grouping leaves alone where there are two values.
+bool householder_codes(bool adaptive, bool several, std::uint32_t values) {
   constexpr std::int64_t kRows = 70, kColumns = 7001;
   std::vector<std::uint16_t> x(kRows * kColumns);
   for (std::int64_t i = 0; i < std::ssize(x); ++i) {
-    const float v = static_cast<float>(scrambled(i) % 1000) * (i / kColumns % 9 == 4 ? 1.0f : 0.01f);
+    const std::int64_t row = i / kColumns;
+    const bool large = several ? row % 9 == 4 : row == 0;
+    const float v = static_cast<float>(scrambled(i) % values) * (large ? 1.0f : 0.01f);
     x[i] = static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(v) >> 16);
   }
   const quantize::Input in{x.data(), quantize::Type::bf16, true, kRows, kColumns, 1};
@@ -114,7 +117,7 @@ bool householder_codes(bool adaptive) {
     const householder::Encoded encoded = householder::encode(
         kernel, *rounding, in, 255, 24, {1, 2, 3, 4}, {8, 1, 1, 0, 0}, nullptr, nullptr, threads, adaptive,
         {order.data(), heads.data(), sizes.data(), offset + kRows}, out.codes.data(), step, zero.data(), offset);
-    if (encoded.groups < 1) out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
+    if (encoded.groups < 1 && values > 2) out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
     return out;
   });
 }
@@ -322,8 +325,10 @@ constexpr struct {
     {"philox, int32", philox_bits<std::int32_t>},
     {"philox, int64", philox_bits<std::int64_t>},
     {"householder", householder_both_ways},
-    {"householder, codes", [] { return householder_codes(false); }},
-    {"householder, codes of adaptive groups", [] { return householder_codes(true); }},
+    {"householder, codes", [] { return householder_codes(false, true, 1000); }},
+    {"householder, codes of adaptive groups", [] { return householder_codes(true, true, 1000); }},
+    {"householder, codes of an adaptive group", [] { return householder_codes(true, false, 1000); }},
+    {"householder, codes of rows left alone", [] { return householder_codes(true, false, 2); }},
     {"quantize", quantize_both_ways},
     {"product8", product8_all},
     {"product1", product1_all},

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/householder/householder.h"
+#include "kernels/householder/judge.h"
 
 namespace fqtstats::householder {
 
@@ -15,10 +16,6 @@ struct Source {
   const float *low, *high;
   std::int64_t channels, positions;
   bool channels_last;  // in memory; element c * positions + s comes c-th of those at s
-};
-
-struct Rounding {
-  int levels, random_bits;
 };
 
 // Chooses for every group of `published` and writes its rows, transformed as chosen, to `out`, and their extremes, as

@@ -32,9 +32,18 @@ constexpr std::int64_t kGrain = 1 << 16;  // elements: about 10 us, several time
 
 std::int64_t width_of(std::int64_t n) { return std::clamp(kCache / n / kUnit * kUnit, kUnit, kWidest); }
 
-void no_extremes(std::int64_t rows, float* low, float* high) {
-  std::fill_n(low, rows, std::numeric_limits<float>::infinity());
-  std::fill_n(high, rows, -std::numeric_limits<float>::infinity());
+// What all strips of a group have in common; n = 1: a row that is only scaled.
+Block block_of(const Group& group, float* memory) {
+  const double root = std::sqrt(static_cast<double>(group.n));
+  Block block{};
+  block.order = group.order;
+  block.scale = group.scale;
+  block.n = group.n;
+  block.root = static_cast<float>(1 / root);
+  block.spread = static_cast<float>(1 / (root - 1));
+  block.memory = memory;
+  block.width = width_of(group.n);
+  return block;
 }
 
 // Columns [begin, end) of every row. low and high are this call's own.
@@ -42,21 +51,12 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
                std::int64_t begin, std::int64_t end, float* memory, float* out, float* low, float* high) {
   const bool stream = !t.read_next && cpu::streams(out, t.rows * columns, columns);
   const auto rows = [&](std::int64_t first, std::int64_t n) {
-    Block block{.in = in,
-                .out = out,
-                .stride = columns,
-                .order = t.order + first,
-                .first = first,
-                .scale = t.scale + first,
-                .n = n,
-                .columns = 0,
-                .root = static_cast<float>(1 / std::sqrt(static_cast<double>(n))),
-                .spread = static_cast<float>(1 / (std::sqrt(static_cast<double>(n)) - 1)),
-                .low = low + first,
-                .high = high + first,
-                .memory = memory,
-                .width = width_of(n),
-                .stream = stream};
+    Block block = block_of({t.order + first, t.scale + first, n}, memory);
+    block.stride = columns;
+    block.first = first;
+    block.low = low + first;
+    block.high = high + first;
+    block.stream = stream;
     for (std::int64_t c = begin; c < end; c += block.width) {
       block.in = in + c;
       block.out = out + c;
@@ -74,9 +74,6 @@ void transform(void (*kernel)(const Block&), const Transform& t, const float* in
   if (stream) cpu::order_streams();
 }
 
-// -0 becomes 0: which of the two came first depends on the lanes.
-float positive(float extreme) { return extreme + 0.0f; }
-
 struct Memory {};
 struct Partial {};
 
@@ -89,8 +86,10 @@ void run(void (*kernel)(const Block&), const Transform& t, const float* in, std:
   for (std::int64_t g = 0; g < t.groups; ++g) size = std::max(size, memory_of(static_cast<std::int64_t>(t.sizes[g])));
   float* memory = cpu::scratch<Memory, float>(parts * size);
   float* partial = cpu::scratch<Partial, float>(parts * 2 * t.rows);
-  for (std::int64_t p = 0; p < parts; ++p)
-    no_extremes(t.rows, partial + 2 * p * t.rows, partial + (2 * p + 1) * t.rows);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    std::fill_n(partial + 2 * p * t.rows, t.rows, std::numeric_limits<float>::infinity());
+    std::fill_n(partial + (2 * p + 1) * t.rows, t.rows, -std::numeric_limits<float>::infinity());
+  }
   cpu::split(parts, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t p = begin; p < end; ++p)
       transform(kernel, t, in, columns, units * p / parts * kUnit, std::min(units * (p + 1) / parts * kUnit, columns),
@@ -104,8 +103,8 @@ void run(void (*kernel)(const Block&), const Transform& t, const float* in, std:
       if (a < least || a != a) least = a;
       if (b > largest || b != b) largest = b;
     }
-    low[i] = positive(least);
-    high[i] = positive(largest);
+    low[i] = least + 0.0f;  // -0 becomes 0: which of the two came first depends on the lanes
+    high[i] = largest + 0.0f;
   }
 }
 
@@ -123,13 +122,14 @@ void inverse(const Kernel& kernel, const Transform& transform, const float* in, 
   run(kernel.inverse, transform, in, columns, threads, out, nullptr, nullptr);
 }
 
-void forward_alone(const Kernel& kernel, const Transform& t, const float* in, std::int64_t columns, float* memory,
-                   float* out, float* low, float* high) {
-  no_extremes(t.rows, low, high);
-  transform(kernel.forward, t, in, columns, 0, columns, memory, out, low, high);
-  for (std::int64_t i = 0; i < t.rows; ++i) {
-    low[i] = positive(low[i]);
-    high[i] = positive(high[i]);
+void find_means(const Kernel& kernel, const Group& group, const float* in, std::int64_t columns, std::int64_t begin,
+                std::int64_t end, float* memory, float* mean, float* u) {
+  Block block = block_of(group, memory);
+  block.stride = columns;
+  for (std::int64_t c = begin; c < end; c += block.width) {
+    block.in = in + c;
+    block.columns = std::min(block.width, end - c);
+    kernel.means(block, mean + c, u + c);
   }
 }
 

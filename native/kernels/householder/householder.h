@@ -56,6 +56,11 @@ struct Kernel {
   void (*forward)(const Block& block);
   // Rows first + i of `in` to rows order[i] of `out`.
   void (*inverse)(const Block& block);
+  // m and u of the forward transform of a group, whole registers of them; takes no more than `in` and what describes
+  // it.
+  void (*means)(const Block& block, float* mean, float* u);
+  // One row of a forward transform, x scale - u, or x scale without u, to y, updating its extremes as forward() does.
+  void (*row)(const float* x, std::int64_t count, float scale, const float* u, float* y, float& low, float& high);
   // Sum of f (1 - f) over f = y - floor(y), y = min((x - offset) scale, most): each rounded to float32 up to f, and
   // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
   // than its rounding. May be negative.
@@ -87,12 +92,19 @@ void forward(const Kernel& kernel, const Transform& transform, const float* in, 
 void inverse(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns, int threads,
              float* out);
 
-// Elements of memory that forward_alone() needs for a group of n rows; not monotonic. Those outside of groups need that
-// of n = 1.
+// Rows order[i] of a matrix, to be reflected together; n >= 2.
+struct Group {
+  const std::int64_t* order;  // [n]
+  const float* scale;         // [n]
+  std::int64_t n;
+};
+
+// Elements of memory that find_means() needs for a group of n rows; not monotonic.
 std::int64_t memory_of(std::int64_t n);
 
-// forward() on the calling thread, without an allocation: for callers that have split the rows over the threads.
-void forward_alone(const Kernel& kernel, const Transform& transform, const float* in, std::int64_t columns,
-                   float* memory, float* out, float* low, float* high);
+// m to `mean` and u to `u`, at columns [begin, end), on the calling thread. begin is a multiple of 16, and up to the
+// next such after the end there is written.
+void find_means(const Kernel& kernel, const Group& group, const float* in, std::int64_t columns, std::int64_t begin,
+                std::int64_t end, float* memory, float* mean, float* u);
 
 }  // namespace fqtstats::householder

@@ -36,10 +36,15 @@ FQTSTATS_INLINE void columns(std::int64_t count, const Step& step) {
   if (c < count) step(c, V::first(count - c));
 }
 
-// kRows rows from position i on to working memory, and added to the tree. They are run i / kRun; `merge` has a bit for
-// every partial sum that its own completes.
-template <typename V, bool kInverse, int kRows, bool kLast>
-FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge) {
+// Where the results of a group go; `sums` has room for the partial sums of the tree.
+struct Means {
+  float *mean, *u, *sums;
+};
+
+// kRows rows from position i on, added to the tree, and to working memory with kKeep. They are run i / kRun; `merge`
+// has a bit for every partial sum that its own completes.
+template <typename V, bool kInverse, bool kKeep, int kRows, bool kLast>
+FQTSTATS_INLINE void gather(const Block& b, const Means& means, std::int64_t i, std::uint64_t merge) {
   using Reg = typename V::Reg;
   const float* in0 = source<kInverse>(b, i);
   const float* in1 = source<kInverse>(b, i + (kRows > 1 ? 1 : 0));
@@ -52,16 +57,15 @@ FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge)
   const float *later0 = later(0), *later1 = later(1), *later2 = later(2), *later3 = later(3);
   const Reg scale0 = V::fill(b.scale[i]), scale1 = V::fill(b.scale[i + (kRows > 1 ? 1 : 0)]);
   const Reg scale2 = V::fill(b.scale[i + (kRows > 2 ? 2 : 0)]), scale3 = V::fill(b.scale[i + (kRows > 3 ? 3 : 0)]);
-  const Reg root = V::fill(b.root), spread = V::fill(b.spread);
+  const Reg root = V::fill(b.root), spread = V::fill(b.spread), first_scale = V::fill(b.scale[0]);
+  const float* first = source<kInverse>(b, 0);
   float* z = b.memory + i * b.width;
-  float* u = b.memory + b.n * b.width;
-  float* sums = u + b.width;
-  float* to = sums + std::popcount(merge) * b.width;
+  float *sums = means.sums, *to = sums + std::popcount(merge) * b.width;
   columns<V>(b.columns, [&](std::int64_t c, auto mask) __attribute__((always_inline)) {
     const auto row = [&](const float* in, Reg scale, float* out) __attribute__((always_inline)) {
       Reg x = V::load(in + c, mask);
       if constexpr (!kInverse) x = V::mul(x, scale);
-      V::store(out + c, x);
+      if constexpr (kKeep) V::store(out + c, x);
       return x;
     };
     if constexpr (!kLast) {
@@ -81,8 +85,13 @@ FQTSTATS_INLINE void gather(const Block& b, std::int64_t i, std::uint64_t merge)
       sum = V::add(V::load(sums + std::countr_zero(rest) * b.width + c), sum);
     if constexpr (kLast) {
       const Reg mean = V::mul(sum, root);
-      V::store(u + c, V::mul(V::sub(mean, V::load(b.memory + c)), spread));
-      V::store(b.memory + c, mean);
+      Reg z0;
+      if constexpr (kKeep)
+        z0 = V::load(b.memory + c);
+      else
+        z0 = V::mul(V::load(first + c, mask), first_scale);
+      V::store(means.u + c, V::mul(V::sub(mean, z0), spread));
+      V::store(means.mean + c, mean);
     } else {
       V::store(to + c, sum);
     }
@@ -126,33 +135,62 @@ FQTSTATS_INLINE void finish_all(const Block& b) {
   }
 }
 
+template <typename V, bool kInverse, bool kKeep>
+FQTSTATS_INLINE void gather_all(const Block& b, const Means& to) {
+  const std::int64_t last = (b.n - 1) / kRun;
+  for (std::int64_t run = 0; run < last; ++run) {
+    const auto bits = static_cast<std::uint64_t>(run);
+    gather<V, kInverse, kKeep, 4, false>(b, to, run * kRun, (bits ^ (bits + 1)) >> 1);
+  }
+  const auto all = static_cast<std::uint64_t>(last);
+  switch (b.n - last * kRun) {
+    case 1:
+      gather<V, kInverse, kKeep, 1, true>(b, to, last * kRun, all);
+      break;
+    case 2:
+      gather<V, kInverse, kKeep, 2, true>(b, to, last * kRun, all);
+      break;
+    case 3:
+      gather<V, kInverse, kKeep, 3, true>(b, to, last * kRun, all);
+      break;
+    default:
+      gather<V, kInverse, kKeep, 4, true>(b, to, last * kRun, all);
+  }
+}
+
 template <typename V, bool kInverse>
 static void transform(const Block& b) {
-  if (b.n > 1) {
-    const std::int64_t last = (b.n - 1) / kRun;
-    for (std::int64_t run = 0; run < last; ++run) {
-      const auto bits = static_cast<std::uint64_t>(run);
-      gather<V, kInverse, 4, false>(b, run * kRun, (bits ^ (bits + 1)) >> 1);
-    }
-    const auto all = static_cast<std::uint64_t>(last);
-    switch (b.n - last * kRun) {
-      case 1:
-        gather<V, kInverse, 1, true>(b, last * kRun, all);
-        break;
-      case 2:
-        gather<V, kInverse, 2, true>(b, last * kRun, all);
-        break;
-      case 3:
-        gather<V, kInverse, 3, true>(b, last * kRun, all);
-        break;
-      default:
-        gather<V, kInverse, 4, true>(b, last * kRun, all);
-    }
-  }
+  float* u = b.memory + b.n * b.width;
+  if (b.n > 1) gather_all<V, kInverse, true>(b, {b.memory, u, u + b.width});
   if (b.stream)
     finish_all<V, kInverse, true>(b);
   else
     finish_all<V, kInverse, false>(b);
+}
+
+template <typename V>
+static void means(const Block& b, float* mean, float* u) {
+  gather_all<V, false, false>(b, {mean, u, b.memory});
+}
+
+template <typename V>
+static void row(const float* x, std::int64_t count, float scale, const float* u, float* y, float& low, float& high) {
+  using Reg = typename V::Reg;
+  const Reg s = V::fill(scale);
+  typename V::Extremes extremes;
+  const auto all = [&](const auto& value) __attribute__((always_inline)) {
+    columns<V>(count, [&](std::int64_t c, auto mask) __attribute__((always_inline)) {
+      const Reg v = value(V::mul(V::load(x + c, mask), s), c, mask);
+      V::store(y + c, v, mask);
+      extremes.add(v, mask);
+    });
+  };
+  if (u == nullptr)
+    all([](Reg v, std::int64_t, auto) __attribute__((always_inline)) { return v; });
+  else
+    all([u](Reg v, std::int64_t c, auto mask)
+            __attribute__((always_inline)) { return V::sub(v, V::load(u + c, mask)); });
+  extremes.update(low, high);
 }
 
 }  // namespace

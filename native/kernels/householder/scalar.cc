@@ -23,31 +23,56 @@ void add_rows(const float* z, std::int64_t n, const Block& b, float* sums) {
   for (std::int64_t c = 0; c < b.columns; ++c) sums[c] += rest[c];
 }
 
-void reflect(const Block& b, float* z) {
-  float* u = z + b.n * b.width;
-  float* sums = u + b.width;
+// m and u, of the rows at z; m may take the place of the first of them.
+void find_means(const Block& b, const float* z, float* sums, float* mean, float* u) {
   add_rows(z, b.n, b, sums);
   for (std::int64_t c = 0; c < b.columns; ++c) {
-    const float mean = sums[c] * b.root;
-    u[c] = (mean - z[c]) * b.spread;
-    z[c] = mean;
+    const float m = sums[c] * b.root;
+    u[c] = (m - z[c]) * b.spread;
+    mean[c] = m;
   }
+}
+
+void reflect(const Block& b, float* z) {
+  float* u = z + b.n * b.width;
+  find_means(b, z, u + b.width, z, u);
   for (std::int64_t i = 1; i < b.n; ++i)
     for (std::int64_t c = 0; c < b.columns; ++c) z[i * b.width + c] -= u[c];
 }
 
-void forward(const Block& b) {
+void scale_rows(const Block& b) {
   for (std::int64_t i = 0; i < b.n; ++i)
     for (std::int64_t c = 0; c < b.columns; ++c)
       b.memory[i * b.width + c] = b.in[b.order[i] * b.stride + c] * b.scale[i];
+}
+
+void update(float y, float& low, float& high) {
+  if (y < low || y != y) low = y;
+  if (y > high || y != y) high = y;
+}
+
+void forward(const Block& b) {
+  scale_rows(b);
   if (b.n > 1) reflect(b, b.memory);
   for (std::int64_t i = 0; i < b.n; ++i)
     for (std::int64_t c = 0; c < b.columns; ++c) {
       const float y = b.memory[i * b.width + c];
       b.out[(b.first + i) * b.stride + c] = y;
-      if (y < b.low[i] || y != y) b.low[i] = y;
-      if (y > b.high[i] || y != y) b.high[i] = y;
+      update(y, b.low[i], b.high[i]);
     }
+}
+
+void means(const Block& b, float* mean, float* u) {
+  scale_rows(b);
+  find_means(b, b.memory, b.memory + b.n * b.width, mean, u);
+}
+
+void row(const float* x, std::int64_t count, float scale, const float* u, float* y, float& low, float& high) {
+  for (std::int64_t c = 0; c < count; ++c) {
+    const float z = x[c] * scale;
+    y[c] = u == nullptr ? z : z - u[c];
+    update(y[c], low, high);
+  }
 }
 
 void inverse(const Block& b) {
@@ -71,6 +96,6 @@ double fractions(const float* x, std::int64_t count, float offset, float scale, 
 
 }  // namespace
 
-extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, fractions, refined, variances};
+extern const Kernel scalar{"scalar", cpu::Isa::scalar, forward, inverse, means, row, fractions, refined, variances};
 
 }  // namespace fqtstats::householder

@@ -97,7 +97,8 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
   return total;
 }
 
-extern const Kernel avx2{"avx2",  cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, fractions,
-                         refined, variances};
+extern const Kernel avx2{
+    "avx2",  cpu::Isa::avx2, transform<Avx2, false>, transform<Avx2, true>, means<Avx2>, row<Avx2>, fractions,
+    refined, variances};
 
 }  // namespace fqtstats::householder

@@ -106,7 +106,14 @@ static double fractions(const float* x, std::int64_t count, float offset, float 
   return 0.25 * static_cast<double>(count) - squares;
 }
 
-extern const Kernel avx512{"avx512", cpu::Isa::avx512, transform<Avx512, false>, transform<Avx512, true>, fractions,
-                           refined,  variances};
+extern const Kernel avx512{"avx512",
+                           cpu::Isa::avx512,
+                           transform<Avx512, false>,
+                           transform<Avx512, true>,
+                           means<Avx512>,
+                           row<Avx512>,
+                           fractions,
+                           refined,
+                           variances};
 
 }  // namespace fqtstats::householder
