@@ -217,8 +217,8 @@ def _bounds(table: pd.DataFrame) -> Figure:
     ax = figure.subplots()
     kinds, looks = _places(table)
     for column, label, color, fill, aside in (
-        ("over_published", "published", "#D55E00", "full", -0.05),
-        ("over_corrected", "corrected", "#0072B2", "none", 0.05),
+        ("over_published", "published", style.VERMILION, "full", -0.05),
+        ("over_corrected", "corrected", style.BLUE, "none", 0.05),
     ):
         for b, (marker, shift) in looks.items():
             part = table[table["bits"] == b]
@@ -242,7 +242,7 @@ def _draws(table: pd.DataFrame) -> Figure:
         part = ratios[ratios["bits"] == b]
         error = (part["ratio"] - part["low"], part["high"] - part["ratio"])
         x = part["rows"].map(kinds) + shift
-        ax.errorbar(x, part["ratio"], error, fmt=marker, color="#0072B2", elinewidth=0.8, label=f"b = {b}")
+        ax.errorbar(x, part["ratio"], error, fmt=marker, color=style.BLUE, elinewidth=0.8, label=f"b = {b}")
     ax.axhline(1, color=style.GREY, linewidth=0.8)
     ax.set(ylabel="variance of draws / exact\n(95 % together)", xlim=(-0.5, len(kinds) - 0.5))
     ax.set_xticks(range(len(kinds)), [kind.replace(" ", "\n").replace("-", "-\n") for kind in kinds])

@@ -395,7 +395,7 @@ def _size(table: pd.DataFrame) -> Figure:
     families = list(dict.fromkeys(table["tests"]))
     figure = style.new_figure(style.COLUMN_WIDTH, 0.3 * len(subjects) + 0.8)
     panels = figure.subplots(1, len(LEVELS), sharey=True)
-    colors = ("#0072B2", "#E69F00", "#CC79A7", "#222222")
+    colors = (style.BLUE, style.ORANGE, style.PURPLE, style.INK)
     for ax, level in zip(panels, LEVELS, strict=True):
         for index, (tests, color, marker) in enumerate(zip(families, colors, "o^vs", strict=False)):
             own = table[(table["level"] == level) & (table["tests"] == tests)]

@@ -44,6 +44,7 @@ from matplotlib.lines import Line2D
 
 import fqtstats
 from analysis import networks
+from analysis.axes import beside, intervals
 from analysis.estimates import geometric_mean
 from analysis.expected import judged
 from analysis.gradients import incoming
@@ -81,7 +82,17 @@ OTHERS: dict[str, dict[str, Any]] = {"ptq-affine": {"name": "ptq", "grid": "affi
 LEAST = 1e-3
 """The lowest ratio that is drawn."""
 
-_COLORS = ("#D55E00", "#0072B2", "#222222", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#882255", "#999933")
+_COLORS = (
+    style.VERMILION,
+    style.BLUE,
+    style.INK,
+    style.ORANGE,
+    style.GREEN,
+    style.PURPLE,
+    style.SKY,
+    style.WINE,
+    style.OLIVE,
+)
 
 UNPUBLISHED = ("bhq-adaptive", "dorefa", "int4_sr", "luq", "pcq", "ptq-affine")
 """For these the papers have no bound, or the one that holds is theirs."""
@@ -372,7 +383,7 @@ def _ratios(rows: pd.DataFrame, column: str, label: str) -> Figure:
         ax.set(xscale="log", title=f"{bits} bits")
         ax.grid(axis="x")
         ax.hlines(
-            np.arange(len(names) - 1) + 0.5, 0, 1, color="#e4e4e4", linewidth=0.4, transform=ax.get_yaxis_transform()
+            np.arange(len(names) - 1) + 0.5, 0, 1, color=style.PALE, linewidth=0.4, transform=ax.get_yaxis_transform()
         )
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)
@@ -419,8 +430,8 @@ def _parameters(ends: pd.DataFrame) -> Figure:
                 geometric_mean(each["ratio"]) for _, each in of_quantizer.groupby(["layer", "parameter"], sort=False)
             ]
             mean, low, high = np.array(values).T
-            ax.errorbar(
-                np.arange(len(mean)) + 0.25 * (index - (len(marks) - 1) / 2), mean, (mean - low, high - mean),
+            intervals(
+                ax, np.arange(len(mean)) + beside(index, len(marks), 0.25), (mean, low, high),
                 fmt=mark.marker, color=mark.color, markersize=2, elinewidth=0.6, label=name,
             )  # fmt: skip
         ax.axhline(1, color=style.INK, linewidth=0.8)

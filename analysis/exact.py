@@ -346,7 +346,7 @@ def _agreement(agreed: pd.DataFrame) -> Figure:
     """With intervals that hold together, and 1 % on both sides."""
     figure = style.new_figure(style.COLUMN_WIDTH, 0.13 * len(agreed) + 0.8)
     ax = figure.subplots()
-    ax.axvspan(1 - PRECISION, 1 + PRECISION, color=style.tint("#009E73", 0.2), linewidth=0, label="within 1 %")
+    ax.axvspan(1 - PRECISION, 1 + PRECISION, color=style.tint(style.GREEN, 0.2), linewidth=0, label="within 1 %")
     ax.axvline(1, color=style.GREY, linewidth=0.5)
     for name, mark in style.marks(agreed["quantizer"]).items():
         own = agreed[agreed["quantizer"] == name]
@@ -368,7 +368,7 @@ def _coverage(table: pd.DataFrame) -> Figure:
     marks = style.marks(table["quantizer"])
     for ax, n in zip(panels, sizes, strict=True):
         _, low, high = share(*(int(table.loc[table["n"] == n, name].sum()) for name in ("held", "intervals")))
-        ax.axhspan(low, high, color=style.tint("#222222", 0.2), linewidth=0, label="all cases")
+        ax.axhspan(low, high, color=style.tint(style.INK, 0.2), linewidth=0, label="all cases")
         for index, (name, mark) in enumerate(marks.items()):
             own = table[(table["n"] == n) & (table["quantizer"] == name)]
             found = [share(row.held, row.intervals, len(table)) for row in own.itertuples()]

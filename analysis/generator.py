@@ -338,7 +338,7 @@ def _p_values(table: pd.DataFrame) -> Figure:
     families = list(dict.fromkeys(table["family"]))
     figure = style.new_figure(style.COLUMN_WIDTH, 0.19 * len(families) + 1.0)
     ax = figure.subplots()
-    colors = ("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#222222")
+    colors = (style.VERMILION, style.ORANGE, style.BLUE, style.GREEN, style.PURPLE, style.SKY, style.INK)
     tests = table.groupby("test", sort=False)
     for (test, own), color, marker, shift in zip(tests, colors, "s^oDvpX", np.linspace(-0.3, 0.3, 7), strict=True):
         height = own["family"].map(families.index) + shift
@@ -365,10 +365,10 @@ def _uniform(table: pd.DataFrame) -> Figure:
     figure = style.new_figure(style.COLUMN_WIDTH, 2.4)
     ax = figure.subplots()
     ax.fill_between(
-        expected, low, high, color=style.tint("#0072B2", 0.2), linewidth=0, label="95 % of each, if independent"
+        expected, low, high, color=style.tint(style.BLUE, 0.2), linewidth=0, label="95 % of each, if independent"
     )
     ax.plot((0, 1), (0, 1), color=style.GREY, linewidth=0.8)
-    ax.plot(expected, values, "o", markersize=2, color="#0072B2", label=f"p-values of {n} tests")
+    ax.plot(expected, values, "o", markersize=2, color=style.BLUE, label=f"p-values of {n} tests")
     ax.set(xlabel="uniform law", ylabel="p-value", xlim=(0, 1), ylim=(0, 1))
     ax.grid(True)
     ax.legend(loc="upper left")

@@ -209,9 +209,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
         native, fused = (own[own["backend"] == backend] for backend in BACKENDS[1:])
         ax.axvline(1, color=style.GREY, linewidth=0.6)
         for values, shift, color, marker, label in (
-            (native["operands"], -0.2, "#0072B2", "o", "inputs of quantized layers"),
-            (native["graph"], 0.0, "#E69F00", "s", "whole graph"),
-            (fused["graph"], 0.2, "#009E73", "D", "whole graph, fused"),
+            (native["operands"], -0.2, style.BLUE, "o", "inputs of quantized layers"),
+            (native["graph"], 0.0, style.ORANGE, "s", "whole graph"),
+            (fused["graph"], 0.2, style.GREEN, "D", "whole graph, fused"),
         ):
             ax.plot(values, np.arange(len(values)) + shift, marker, color=color, label=label)
         ax.set(title=model, ylim=(len(recipes_) - 0.5, -0.5))

@@ -187,7 +187,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 def _losses(ax: Axes, losses: pd.DataFrame, found: pd.DataFrame) -> None:
     """A thin line per seed, and the mean with its interval."""
-    for backend, color, shift in zip(BACKENDS, ("#D55E00", "#0072B2"), (-0.04, 0.04), strict=True):
+    for backend, color, shift in zip(BACKENDS, (style.VERMILION, style.BLUE), (-0.04, 0.04), strict=True):
         curves = losses[losses["backend"] == backend].pivot(index="epoch", columns="seed", values="loss")
         ax.plot(curves.index + shift, curves, color=style.tint(color, 0.35), linewidth=0.4)
         mean = found[backend]

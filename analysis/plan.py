@@ -32,7 +32,7 @@ from fqtstats.plans import COMPARISON, TABLE
 from fqtstats.report import style
 from fqtstats.schema import Column
 
-MARKS = {"plan": ("#009E73", "D"), "by site": ("#56B4E9", "^"), "uniform": (style.GREY, "o")}
+MARKS = {"plan": (style.GREEN, "D"), "by site": (style.SKY, "^"), "uniform": (style.GREY, "o")}
 """Colour and marker of each policy."""
 
 _CASE = (
@@ -135,7 +135,7 @@ def read(tables: Tables) -> pd.DataFrame:
             if row.policy != "plan"
             else "1",
             "step / sampling": with_interval(row.over, row.over_low, row.over_high, ".3f"),
-            "predicted / measured": f"{row.held:.3f}±{row.held * row.held_error:.3f}",
+            "predicted / measured": f"{row.held:.3f} ± {row.held * row.held_error:.3f}",
         }
         for row in compare(tables["comparison"]).itertuples()
     )

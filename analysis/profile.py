@@ -186,7 +186,7 @@ def read(tables: Tables) -> pd.DataFrame:
         {
             "model": row.model,
             "quantizer": row.quantizer,
-            "variance by draws": f"{row.variance:.3g}±{row.standard_error:.1g}",
+            "variance by draws": f"{row.variance:.3g} ± {row.standard_error:.1g}",
             **{
                 f"{method} / draws": with_interval(
                     *found.loc[(row.model, row.quantizer, method), ["ratio", "low", "high"]]
@@ -239,10 +239,10 @@ def _agreement(rows: pd.DataFrame) -> Figure:
     cases = list(dict.fromkeys(rows[["model", "quantizer"]].itertuples(index=False, name=None)))
     figure = style.new_figure(style.COLUMN_WIDTH, 0.75 + 0.19 * len(cases))
     ax = figure.subplots()
-    ax.axvspan(1 / 1.05, 1.05, color=style.tint("#009E73", 0.15), lw=0)
+    ax.axvspan(1 / 1.05, 1.05, color=style.tint(style.GREEN, 0.15), lw=0)
     ax.axvline(1, color=style.GREY, lw=0.5)
     for offset, (method, color) in zip(
-        (-0.15, 0.15), {"probes": "#0072B2", "one-at-a-time": "#E69F00"}.items(), strict=True
+        (-0.15, 0.15), {"probes": style.BLUE, "one-at-a-time": style.ORANGE}.items(), strict=True
     ):
         own = rows[rows["method"] == method]
         places = [cases.index(case) + offset for case in own[["model", "quantizer"]].itertuples(index=False, name=None)]
@@ -260,7 +260,7 @@ def _costs(rows: pd.DataFrame) -> Figure:
     figure = style.new_figure(style.COLUMN_WIDTH, 0.8 + 0.3 * len(quantizers))
     ax = figure.subplots()
     ax.axvline(1, color=style.GREY, lw=0.5)
-    for offset, (name, column), color in zip((-0.15, 0.15), COSTS.items(), ("#E69F00", style.INK), strict=True):
+    for offset, (name, column), color in zip((-0.15, 0.15), COSTS.items(), (style.ORANGE, style.INK), strict=True):
         for place, quantizer in enumerate(quantizers):
             values = (rows[column] / rows["probes_seconds"])[rows["quantizer"] == quantizer]
             mean, low, high = geometric_mean(values)

@@ -362,7 +362,7 @@ def _bias(tables: Tables) -> Figure:
     top, bottom = figure.subplots(2, 1, sharex=True)
     r = np.array(sorted(rows["random_bits"].unique()))
     top.plot(r, 2.0**-r, "--", color=style.GREY, label="worst case, $2^{-r}$")
-    tones = dict(zip(dict.fromkeys(rows["bits"]), ("#56B4E9", "#0072B2", "#222222"), strict=False))
+    tones = dict(zip(dict.fromkeys(rows["bits"]), (style.SKY, style.BLUE, style.INK), strict=False))
     exact = over_seeds(rows[rows["quantizer"] == "psq"], "mean")
     for index, (bits, color) in enumerate(tones.items()):
         own = exact[exact["bits"] == bits].sort_values("random_bits")
@@ -401,7 +401,7 @@ def _bias(tables: Tables) -> Figure:
         shown = mean > 0 if column == "last" else low > 0
         mean, low, high, place = (v[shown] for v in (mean, low, high, place))
         bottom.errorbar(
-            place + 0.3 * (index + 1), mean, (mean - low, high - mean), fmt=marker, color="#882255", elinewidth=0.8,
+            place + 0.3 * (index + 1), mean, (mean - low, high - mean), fmt=marker, color=style.WINE, elinewidth=0.8,
             label=label,
         )  # fmt: skip
     bottom.set(yscale="log", xlabel="random bits r", ylabel="relative bias (bars: 95 %)", xticks=r)

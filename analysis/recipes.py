@@ -457,8 +457,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             **({"epochs": str(row["epochs"])} if "epochs" in several else {}),
             **{f"loss, {backend}": loss(row, backend) for backend in backends},
             "trains": "yes" if row["trains"] else "no",
-            "ratio (95 %)": ratio(row),
-            "backends": row["verdict"],
+            "native / simulated": ", ".join(filter(None, (ratio(row), row["verdict"]))),
             "memory": "" if math.isnan(row["memory"]) else f"{row['memory']:.1f}x",
         }
         for _, row in table.iterrows()
@@ -472,7 +471,7 @@ def with_deviation(mean: float, deviation: float) -> str:
     if math.isnan(deviation) or deviation == 0:
         return f"{mean:.3g}"
     digits = max(0, 1 - math.floor(math.log10(deviation)))
-    return f"{mean:.{digits}f}±{deviation:.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def claims(tables: Tables) -> list[Claim]:

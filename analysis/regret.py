@@ -353,7 +353,7 @@ def _step(optimizer: str, size: float) -> str:
     return f"{size:g}/L" if optimizer == "sgd" else f"{size * ADAM:g}"
 
 
-_LOOKS = (("v", "#56B4E9"), ("o", "#0072B2"), ("^", "#222222"), ("D", "#E69F00"), ("s", "#CC79A7"))
+_LOOKS = (("v", style.SKY), ("o", style.BLUE), ("^", style.INK), ("D", style.ORANGE), ("s", style.PURPLE))
 
 
 def draw(tables: Tables) -> dict[str, Figure]:

@@ -33,6 +33,7 @@ from typing import Any, NoReturn
 
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -61,6 +62,9 @@ __all__ = [
 
 RESULTS = Path(__file__).parent / "results"
 ABOUT = "study.json"
+_GAP = 2
+"""Blanks after the columns of a table on the terminal; one where it would be too wide."""
+
 _MEASURED = ("cpu_seconds", "provenance")
 
 Tables = Mapping[str, pd.DataFrame]
@@ -339,9 +343,12 @@ def show(study: Study, saved: Saved) -> None:
     """On the terminal."""
     screen = Console()
     screen.print(study.question, style="bold")
-    table = _as_table(study.read(saved.tables))
-    least = sum((column.min_width or 0) + 2 for column in table.columns)
-    screen.print(table, width=max(screen.width, least), crop=False, soft_wrap=least > screen.width)
+    shown = study.read(saved.tables)
+    parts = [("", shown)] if _least_width(shown) <= screen.width else _sections(shown)
+    for heading, part in parts:
+        if heading:
+            screen.print(Text(heading, "italic"))
+        screen.print(_as_table(part, screen.width), width=10_000, crop=False, soft_wrap=True)
     for claim in saved.claims:
         mark = {True: "holds: ", False: "DOES NOT HOLD: ", None: ""}[claim.holds]
         why = f" Why: {claim.because}" if claim.because else ""
@@ -349,16 +356,52 @@ def show(study: Study, saved: Saved) -> None:
     screen.print(f"saved in {saved.folder}", style="dim", highlight=False)
 
 
-def _as_table(shown: pd.DataFrame) -> Table:
-    """As wide as the terminal, with cells that go on in their next line between words."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name, column in shown.items():
-        cells = ["" if pd.isna(cell) else str(cell) for cell in column]
-        longest = max((len(word) for text in (str(name), *cells) for word in text.split()), default=0)
-        numbers = pd.to_numeric(pd.Series(cells).str.split().str[0], errors="coerce").notna().all()
-        table.add_column(Text(str(name)), justify="right" if numbers else "left", min_width=longest)
-    for row in shown.itertuples(index=False):
-        table.add_row(*(Text("" if pd.isna(cell) else str(cell)) for cell in row))
+def _sections(shown: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """A table that is too wide, in parts by the runs of equal cells in its first column, where those are long.
+
+    What has the same cell in all rows of each part is told in the heading of the part, and not in a column.
+    """
+    first = shown.iloc[:, 0]
+    run = (first != first.shift()).cumsum()
+    if 2 * run.nunique() > len(shown):
+        run[:] = 1
+    parts = [part for _, part in shown.groupby(run)]
+    same = [name for name in shown.columns if all(part[name].astype(str).nunique() == 1 for part in parts)]
+    return [(", ".join(f"{name}: {part[name].iloc[0]}" for name in same), part.drop(columns=same)) for part in parts]
+
+
+def _cells(column: pd.Series) -> list[str]:
+    return ["" if pd.isna(cell) else str(cell) for cell in column]
+
+
+def _longest_words(shown: pd.DataFrame) -> list[int]:
+    texts = ((str(name), *_cells(column)) for name, column in shown.items())
+    return [max((cell_len(word) for text in column for word in text.split()), default=0) for column in texts]
+
+
+def _least_width(shown: pd.DataFrame, gap: int = _GAP) -> int:
+    """Of :func:`_as_table`."""
+    return sum(_longest_words(shown)) + gap * (shown.shape[1] - 1)
+
+
+def _as_table(shown: pd.DataFrame, width: int) -> Table:
+    """At most as wide as the terminal, where the longest words let it: lines are broken between words only."""
+    gap = _GAP if _least_width(shown) <= width else 1
+    widths = _longest_words(shown)
+    whole = [max(map(cell_len, (str(name), *_cells(column)))) for name, column in shown.items()]
+    # What is left is given out evenly among those that can use it. (A table that is to find its widths itself takes
+    # from the widest columns, however long their words.)
+    left = width - _least_width(shown, gap)
+    while left > 0 and (wanting := [index for index, most in enumerate(whole) if widths[index] < most]):
+        for index in wanting[:left]:
+            widths[index] += 1
+        left -= len(wanting)
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for (name, column), taken in zip(shown.items(), widths, strict=True):
+        numbers = pd.to_numeric(pd.Series(_cells(column)).str.split().str[0], errors="coerce").notna().all()
+        table.add_column(Text(str(name)), justify="right" if numbers else "left", width=taken)
+    for row in zip(*map(_cells, (shown[name] for name in shown)), strict=True):
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -233,7 +233,7 @@ def _ratios(layers: pd.DataFrame) -> Figure:
     for ax, ratio, name in zip(panels, ("ptq_psq", "psq_bhq"), ("PTQ / PSQ", "PSQ / BHQ"), strict=True):
         for index, epoch in enumerate(epochs):
             own = rows[rows["epoch"] == epoch]
-            color = style.tint("#0072B2", 0.25 + 0.75 * index / max(1, len(epochs) - 1))
+            color = style.tint(style.BLUE, 0.25 + 0.75 * index / max(1, len(epochs) - 1))
             ax.plot(own["top"], own[ratio], "o", markersize=2, color=color, label=str(epoch))
         slope = with_interval(*exponents(layers, ratio)["exponent"], ".2f")
         ax.axhline(1, color=style.GREY, linewidth=0.8)

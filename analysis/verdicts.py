@@ -213,8 +213,8 @@ def draw(tables: Tables) -> dict[str, Figure]:
     defects = list(dict.fromkeys(table["defect"]))
     figure = style.new_figure(style.COLUMN_WIDTH, 0.24 * len(defects) + 0.8)
     panels = figure.subplots(1, len(WAYS), sharey=True)
-    shown = (("found_0", "#009E73", "D"), ("found_16", "#CC79A7", "v"), ("found_64", "#56B4E9", "^"),
-             ("found_256", "#0072B2", "o"))  # fmt: skip
+    shown = (("found_0", style.GREEN, "D"), ("found_16", style.PURPLE, "v"), ("found_64", style.SKY, "^"),
+             ("found_256", style.BLUE, "o"))  # fmt: skip
     for ax, way in zip(panels, WAYS, strict=True):
         own = table[table["way"] == way]
         marks = shown[:1] if way == PROBING else shown[1:]

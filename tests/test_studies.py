@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.cells import cell_len
 
 from fqtstats.errors import InputError
 from fqtstats.schema import Column
@@ -335,3 +337,37 @@ def test_series_stand_beside_each_other_about_their_place(analysis):
     assert [beside(index, 3, 0.2) for index in range(3)] == pytest.approx([-0.2, 0, 0.2])
     assert beside(0, 1, 0.2) == 0
     assert sum(beside(index, 8, 0.1) for index in range(8)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_tables_of_the_saved_results_fit_the_terminal(name, analysis, capsys, monkeypatch):
+    study, shared = analysis(name).STUDY, analysis("study")
+    monkeypatch.setenv("COLUMNS", "80")
+    saved = shared.load(study, shared.RESULTS / name)
+    shared.show(study, saved)
+    # Code that is to be copied is not broken.
+    wide = [line for line in capsys.readouterr().out.splitlines() if cell_len(line.rstrip()) > 80]
+    assert not wide or name in {"random_bits", "speed"}, wide
+
+
+def test_a_table_that_is_too_wide_is_told_in_sections(analysis):
+    shared = analysis("study")
+    rows = pd.DataFrame(
+        {"data": ["digits"] * 4 + ["text"] * 4, "seeds": [6] * 4 + [3] * 4, "p": [".1", ".2", ".3", ".4"] * 2}
+    )
+    sections = shared._sections(rows)
+    assert [heading for heading, _ in sections] == ["data: digits, seeds: 6", "data: text, seeds: 3"]
+    assert all(list(part.columns) == ["p"] and len(part) == 4 for _, part in sections)
+    # A column that differs within one section stays in all of them; runs of single rows make no sections.
+    rows.loc[0, "seeds"] = 5
+    assert [list(part.columns) for _, part in shared._sections(rows)] == [["seeds", "p"]] * 2
+    ((heading, part),) = shared._sections(rows.assign(data=range(8), unit="nats"))
+    assert heading == "unit: nats"
+    assert list(part.columns) == ["data", "seeds", "p"]
+
+
+def test_colours_are_named_in_one_place():
+    literal = re.compile(r"""["']#[0-9a-fA-F]{6}["']""")
+    assert literal.search((ROOT / "fqtstats" / "report" / "style.py").read_text())
+    drawing = [*(ROOT / "analysis").glob("*.py"), *(ROOT / "fqtstats" / "report").glob("*.py")]
+    assert [path.name for path in drawing if literal.search(path.read_text())] == ["style.py"]

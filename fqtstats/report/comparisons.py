@@ -24,7 +24,7 @@ from fqtstats.schema import Json
 
 __all__ = ["plot_curves", "render_all", "summary", "to_dict"]
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+_COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY, style.WINE, style.OLIVE)
 _LABELS = {
     "loss": "training loss [nats]",
     "test_loss": "test loss [nats]",

@@ -33,7 +33,6 @@ _DECADES = 4
 _FEW = 30
 """Ratio of the largest to the smallest share on a scale, below which it needs more labels than the powers of ten."""
 
-_NOTHING = "#ececec"
 
 _RATIOS = (
     ("Q1, its own", "q_weight_variance", "q_weight_bound"),
@@ -126,7 +125,7 @@ def plot_bounds(result: Result, configurations: Sequence[Configuration] | None =
                 )  # fmt: skip
             low, high = ax.get_xlim()
             low, high = min(low, 0.08), max(high, 2.0)
-            ax.axvspan(1, high, color="#D55E00", alpha=0.12, linewidth=0)
+            ax.axvspan(1, high, color=style.VERMILION, alpha=0.12, linewidth=0)
             ax.axvline(1, color=style.INK, linestyle="--", linewidth=0.7)
             ax.set_xlim(low, high)
             decades(ax, "x")
@@ -178,7 +177,7 @@ def _heat_map(
         top = float(positive.max()) if positive.size else 1.0
         bottom = max(float(positive.min()), top / 10**_DECADES) if positive.size else 0.1
         bottom = bottom if bottom < top else top / 10
-        ax.set_facecolor(_NOTHING)
+        ax.set_facecolor(style.PALE)
         # A share of zero has no logarithm: it takes the lowest colour. What is masked shows the background.
         mesh = ax.pcolormesh(
             np.ma.masked_invalid(np.where(values <= 0, bottom, values)),

@@ -23,7 +23,7 @@ from fqtstats.schema import Json
 
 __all__ = ["layer_table", "plot_bits", "render_all", "summary", "to_dict", "total_table"]
 
-_COLORS = {"grad_weight": "#E69F00", "grad_input": "#0072B2"}
+_COLORS = {"grad_weight": style.ORANGE, "grad_input": style.BLUE}
 """Of the two quantizers of a layer."""
 
 _MEANING_FIXED = " (* not the plan's to choose)"

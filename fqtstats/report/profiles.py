@@ -30,9 +30,6 @@ _LABEL_PITCH = 0.095
 _DECADES = 6
 """The colours span at most so many powers of ten below the largest variance."""
 
-_NOTHING = "#ececec"
-_Q1 = "#E69F00"
-_Q2 = "#0072B2"
 
 _DISTANCES = (
     (1, "next layer"),
@@ -71,7 +68,7 @@ def plot_matrix(profile: Profile, ax: Axes | None = None, *, width: float | None
         top = float(positive.max()) if positive.size else 1.0
         bottom = max(float(positive.min()), top / 10**_DECADES) if positive.size else 0.1
         bottom = bottom if bottom < top else top / 10
-        ax.set_facecolor(_NOTHING)
+        ax.set_facecolor(style.PALE)
         # A variance of zero has no logarithm: it takes the lowest colour. What is masked shows the background.
         shown = np.ma.masked_invalid(np.where(values <= 0, bottom, values))
         image = ax.imshow(
@@ -144,8 +141,8 @@ def plot_sources(profile: Profile, ax: Axes | None = None, *, width: float | Non
             pitch = ax.get_window_extent().height / figure.dpi / max(1, len(layers))
         handles: list[Artist] = []
         for site, color, offset, told in (
-            ("grad_weight", _Q1, -0.2, "weight-gradient quantizer (Q1)"),
-            ("grad_input", _Q2, 0.2, "input-gradient quantizer (Q2)"),
+            ("grad_weight", style.ORANGE, -0.2, "weight-gradient quantizer (Q1)"),
+            ("grad_input", style.BLUE, 0.2, "input-gradient quantizer (Q2)"),
         ):
             rows = sources[sources["site"] == site]
             y = np.array([layers.index(layer) for layer in rows["layer"]], dtype=np.float64) + offset
@@ -222,7 +219,7 @@ def _shares(profile: Profile) -> Floats:
 def _draw_shares(ax: Axes, shares: Floats) -> list[Artist]:
     """Stacked bars; returns the handles of their legend, which names what there is."""
     strengths = np.linspace(1.0, 0.25, len(_DISTANCES))
-    colors = [style.tint(_Q1, 1.0), *(style.tint(_Q2, strength) for strength in strengths)]
+    colors = [style.tint(style.ORANGE, 1.0), *(style.tint(style.BLUE, strength) for strength in strengths)]
     labels = ["Q1, its own layer", *(f"Q2, {name}" for _, name in _DISTANCES)]
     y = np.arange(shares.shape[1], dtype=np.float64)
     left = np.zeros_like(y)

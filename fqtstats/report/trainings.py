@@ -32,7 +32,7 @@ __all__ = [
     "to_dict",
 ]
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
 """Of networks."""
 
 _HEIGHT = 2.2
