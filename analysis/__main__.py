@@ -14,6 +14,9 @@ from fqtstats.errors import InputError
 
 INDEX = Path(__file__).parent / "README.md"
 
+_SHOWN = 7
+"""Claims of a section, before the others are folded."""
+
 _HEAD = """# Studies
 
 One question each, answered by measuring with fqtstats. Every number below comes from a saved result, with its 95 %
@@ -51,17 +54,35 @@ def index() -> str:
 
 def _section(study: Study, saved: Saved) -> str:
     folder = f"results/{study.name}"
-    claims = "".join(f"- {_told(claim)}\n" for claim in saved.claims)
+    told, rest = _divided(saved.claims)
     first, *others = saved.about["figures"]
     more = "".join(f", [{name}]({folder}/{name}.png)" for name in others)
     return (
         f'<a id="{study.name.replace("_", "-")}"></a>\n\n'
         f"## {study.question}\n\n"
         f"`fqtstats study {study.name}`: {_made(saved)}.\n\n"
-        f"{claims}\n"
+        f"{_listed(told)}\n"
+        f"{_folded(rest)}"
         f"![{study.question}]({folder}/{first}.png)\n\n"
         f"[table]({folder}/table.md){more}\n"
     )
+
+
+def _divided(claims: list[Claim]) -> tuple[list[Claim], list[Claim]]:
+    """What is read at once, and what is folded: a section shows its first claims, and all that are not as expected."""
+    shown = [claim for index, claim in enumerate(claims) if index < _SHOWN or claim.holds is False]
+    rest = [claim for claim in claims if claim not in shown]
+    return (shown, rest) if len(rest) > 2 else (claims, [])
+
+
+def _listed(claims: list[Claim]) -> str:
+    return "".join(f"- {_told(claim)}\n" for claim in claims)
+
+
+def _folded(claims: list[Claim]) -> str:
+    if not claims:
+        return ""
+    return f"<details>\n<summary>{len(claims)} more</summary>\n\n{_listed(claims)}\n</details>\n\n"
 
 
 def _told(claim: Claim) -> str:

@@ -17,6 +17,7 @@ are 8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -185,19 +186,8 @@ def read(tables: Tables) -> pd.DataFrame:
 
 
 def claims(tables: Tables) -> list[Claim]:
-    """Exponents, and the bits that the better quantizers save."""
+    """The bits that the better quantizers save, and exponents."""
     rows, told = tables["variance"], []
-    for row in exponents(rows).to_dict("records"):
-        inside = row["quantized_low"] <= LAW <= row["quantized_high"]
-        told.append(
-            Claim(
-                f"{row['model']}, {row['quantizer']}: the exponent of B² in the variance of the input-gradient "
-                f"quantizers is {_exponent_told(row, 'quantized')} (law: {LAW}), and in what arrives in the "
-                f"parameters' gradients {_exponent_told(row, 'input')}.",
-                None if inside else False,
-                "" if inside else _reason(row),
-            )
-        )
     for row in equal_bits(rows).itertuples():
         saved = with_interval(8 - row.bits, 8 - row.high, 8 - row.low, ".2f")
         missing = f"; {row.without} seeds have less at all bits tried" if row.without else ""
@@ -214,6 +204,22 @@ def claims(tables: Tables) -> list[Claim]:
             kind = "less than" if row.low > 8 - SAVED else "more than" if row.high < 8 - SAVED else "not told from"
             text += f"; {kind} the {SAVED} that were expected of {DEFAULT} alone"
         told.append(Claim(f"{text}.", holds, because))
+    found = exponents(rows)
+    found["because"] = [_reason(row) for row in found.to_dict("records")]
+    for (model, because), own in found.groupby(["model", "because"], sort=False):
+        each = "; ".join(
+            f"{row['quantizer']} {_exponent_told(row, 'quantized')}, {_exponent_told(row, 'input')}"
+            + (f" ({_ends(row)})" if because else "")
+            for row in own.to_dict("records")
+        )
+        told.append(
+            Claim(
+                f"{model}: the exponent of B² in the variance of the input-gradient quantizers (law: {LAW}), and in "
+                f"what arrives in the parameters' gradients: {each}.",
+                False if because else None,
+                because,
+            )
+        )
     return told
 
 
@@ -221,16 +227,22 @@ def _exponent_told(row: dict[str, float], name: str) -> str:
     return with_interval(row[name], row[f"{name}_low"], row[f"{name}_high"], ".3f")
 
 
-def _reason(row: dict[str, float]) -> str:
-    """Why an exponent is not that of the law, as far as the table shows it."""
-    ends = (
-        f"between the fewest bits it is {_exponent_told(row, 'coarse')}, between the most {_exponent_told(row, 'fine')}"
+def _ends(row: dict[str, float]) -> str:
+    told = {"between the fewest bits": "coarse", "between the most": "fine", f"from {MORE} bits on": "more"}
+    return ", ".join(
+        f"{where} {_exponent_told(row, name)}" for where, name in told.items() if not math.isnan(row[name])
     )
+
+
+def _reason(row: dict[str, float]) -> str:
+    """Why an exponent is not that of the law, as far as the table shows it; "" for one that may be."""
+    if row["quantized_low"] <= LAW <= row["quantized_high"]:
+        return ""
     if row["more_low"] <= LAW <= row["more_high"]:
-        return f"few bits, where the fractions depend on them: from {MORE} bits on it is {_exponent_told(row, 'more')}"
+        return f"few bits, where the fractions depend on them; from {MORE} bits on it is that of the law"
     if row["quantized_low"] > LAW:
-        return f"most numbers are smaller than a step (study of codes), which takes the exponent towards -1/2: {ends}"
-    return f"the law is the limit of bins so narrow that numbers spread evenly over each; {ends}"
+        return "most numbers are smaller than a step (study of codes), which takes the exponent towards -1/2"
+    return "the law is the limit of bins so narrow that numbers spread evenly over each"
 
 
 def draw(tables: Tables) -> dict[str, Figure]:

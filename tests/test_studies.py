@@ -371,3 +371,14 @@ def test_colours_are_named_in_one_place():
     assert literal.search((ROOT / "fqtstats" / "report" / "style.py").read_text())
     drawing = [*(ROOT / "analysis").glob("*.py"), *(ROOT / "fqtstats" / "report").glob("*.py")]
     assert [path.name for path in drawing if literal.search(path.read_text())] == ["style.py"]
+
+
+def test_the_index_folds_what_is_as_expected_behind_the_first_claims(analysis):
+    shared, claim = analysis("__main__"), analysis("study").Claim
+    several = [claim(f"{index}.", False if index == 11 else None) for index in range(12)]
+    shown, rest = shared._divided(several)
+    assert [one.text for one in shown] == [*(f"{index}." for index in range(7)), "11."]
+    assert [one.text for one in rest] == ["7.", "8.", "9.", "10."]
+    assert shared._divided(several[:9]) == (several[:9], [])  # two are not worth it
+    assert "4 more" in shared._folded(rest)
+    assert shared._folded([]) == ""
