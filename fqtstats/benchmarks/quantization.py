@@ -97,7 +97,7 @@ def quantize_cases() -> list[Case]:
                 threads=threads,
                 baseline="the same with the published grouping",
                 pair=_adaptive(n, d),
-                must=1 / 1.5 if one else None,
+                must=1 / 1.5,
             )
             for n, d in ADAPTIVE
         ]
