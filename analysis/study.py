@@ -348,7 +348,9 @@ def show(study: Study, saved: Saved) -> None:
     for heading, part in parts:
         if heading:
             screen.print(Text(heading, "italic"))
-        screen.print(_as_table(part, screen.width), width=10_000, crop=False, soft_wrap=True)
+        # A table is cut where its console is narrower, and that is no wider than the terminal unless told.
+        wide = Console(width=max(screen.width, _least_width(part)))
+        wide.print(_as_table(part, screen.width), soft_wrap=wide.width > screen.width)
     for claim in saved.claims:
         mark = {True: "holds: ", False: "DOES NOT HOLD: ", None: ""}[claim.holds]
         why = f" Why: {claim.because}" if claim.because else ""
@@ -361,13 +363,21 @@ def _sections(shown: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
     What has the same cell in all rows of each part is told in the heading of the part, and not in a column.
     """
-    first = shown.iloc[:, 0]
-    run = (first != first.shift()).cumsum()
-    if 2 * run.nunique() > len(shown):
+    cells = pd.DataFrame({place: _cells(shown.iloc[:, place]) for place in range(shown.shape[1])})
+    run = (cells[0] != cells[0].shift()).cumsum()
+    if 2 * run.nunique() > len(cells):
         run[:] = 1
-    parts = [part for _, part in shown.groupby(run)]
-    same = [name for name in shown.columns if all(part[name].astype(str).nunique() == 1 for part in parts)]
-    return [(", ".join(f"{name}: {part[name].iloc[0]}" for name in same), part.drop(columns=same)) for part in parts]
+    parts = list(cells.groupby(run).groups.values())
+    if not parts:
+        return [("", shown)]
+    same = [place for place in cells if all(cells.loc[part, place].nunique() == 1 for part in parts)]
+    same = same if len(same) < cells.shape[1] else same[:-1]
+    kept = [place for place in cells if place not in same]
+    return [
+        (", ".join(f"{shown.columns[place]}: {cells.loc[part[0], place]}" for place in same),
+         shown.iloc[part, kept])
+        for part in parts
+    ]  # fmt: skip
 
 
 def _cells(column: pd.Series) -> list[str]:

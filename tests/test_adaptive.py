@@ -294,6 +294,30 @@ def test_a_group_beyond_float32_stays_alone():
     assert torch.equal(store(q, x, stream()).decode(), q(x, stream()))
 
 
+@pytest.mark.parametrize("bits", [5, 7])
+def test_codes_that_overflow_have_no_finite_variance(bits):
+    """At the end of float32 the largest code stands for infinity; the choices are still the same everywhere."""
+    most, levels, inputs_beyond = float(torch.finfo(torch.float32).max), 2**bits - 1, 0
+    for seed in range(200):
+        n, d = (2, 3, 4, 8)[seed % 4], (2, 3, 5, 16, 40)[seed % 5]
+        low = (-most / 2, 0.0, -most / 4, -most)[seed % 4]
+        codes = torch.randint(0, levels + 1, (n, d), generator=torch.Generator().manual_seed(seed))
+        codes[0, :2] = torch.tensor([0, levels])
+        x = low + codes.double() / levels * most
+        x[1:] *= (1, 0.5, 0.25)[seed % 3]
+        x = x.float()
+        least, largest = x.amin(1), x.amax(1)
+        if not bool((largest.double() - least.double() <= most).all()):
+            continue
+        known = adaptive._exact(x, least.view(-1, 1), largest.view(-1, 1), levels, 24)
+        assert not known.isnan().any()
+        view, expected = rows(x), choice_of_torch(x, bits)
+        inputs_beyond += int(known.isinf().any())
+        for variant in VARIANTS:
+            assert_same(householder_adapt(view, least, largest, bits, 24, variant=variant), expected)
+    assert inputs_beyond > 50
+
+
 def arguments(**changes):
     values = {"x": np.arange(20, dtype=np.float32).reshape(4, 5) ** 2, "bits": 4, "random_bits": 24}
     values |= {"order": np.zeros(4, np.int64), "heads": np.zeros(2, np.int64), "sizes": np.zeros(2)}

@@ -345,9 +345,15 @@ def test_tables_of_the_saved_results_fit_the_terminal(name, analysis, capsys, mo
     monkeypatch.setenv("COLUMNS", "80")
     saved = shared.load(study, shared.RESULTS / name)
     shared.show(study, saved)
-    # Code that is to be copied is not broken.
-    wide = [line for line in capsys.readouterr().out.splitlines() if cell_len(line.rstrip()) > 80]
+    out = capsys.readouterr().out
+    wide = [line for line in out.splitlines() if cell_len(line.rstrip()) > 80]
     assert not wide or name in {"random_bits", "speed"}, wide
+    monkeypatch.setenv("COLUMNS", "40")
+    shared.show(study, saved)
+    narrow = capsys.readouterr().out
+    # No word is cut off or broken: there is code to be copied.
+    words = {word for _, column in study.read(saved.tables).items() for word in " ".join(map(str, column)).split()}
+    assert [word for word in words if word not in out or word not in narrow] in ([], ["nan"], ["<NA>"])
 
 
 def test_a_table_that_is_too_wide_is_told_in_sections(analysis):
@@ -364,6 +370,12 @@ def test_a_table_that_is_too_wide_is_told_in_sections(analysis):
     ((heading, part),) = shared._sections(rows.assign(data=range(8), unit="nats"))
     assert heading == "unit: nats"
     assert list(part.columns) == ["data", "seeds", "p"]
+    # Tables without rows, and of one, keep their columns, or one of them; missing cells are equal.
+    assert [len(part.columns) for _, part in shared._sections(rows.iloc[:0])] == [3]
+    ((heading, part),) = shared._sections(rows.iloc[:1])
+    assert (heading, list(part.columns)) == ("data: digits, seeds: 5", ["p"])
+    absent = rows.assign(data=[float("nan")] * 4 + ["text"] * 4, unit=float("nan"))
+    assert [list(part.columns) for _, part in shared._sections(absent)] == [["seeds", "p"]] * 2
 
 
 def test_colours_are_named_in_one_place():

@@ -261,6 +261,12 @@ def _finite_grid(low: torch.Tensor, high: torch.Tensor, levels: int) -> tuple[to
     return torch.where(finite, span, torch.inf), grid
 
 
+def _decodes(grid: Grid) -> torch.Tensor:
+    """Whether all codes of a row stand for finite numbers, ``[R, 1]``."""
+    assert grid.offset is not None
+    return (grid.step * grid.levels + grid.offset).isfinite()
+
+
 def _pieces(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows that are worked on together."""
     return torch.split(y, max(1, _PIECE // y.shape[1] if y.device.type == "cpu" else len(y)))
@@ -296,6 +302,7 @@ def _intervals(
     gap = torch.where(step > 0, 1.01 * info.eps * (span + largest) + 4 * smallest, 0.0)
     lower = (step - gap).clamp(min=0).square() * (total * (1 - _SUMMATION) - slack).clamp(min=0)
     upper = (step + gap).square() * (total * (1 + _SUMMATION) + slack)
+    upper = torch.where(_decodes(grid), upper, torch.inf)
     return torch.where(span < torch.inf, torch.stack([lower, upper]), torch.inf).squeeze(2)
 
 
@@ -319,7 +326,10 @@ def _fractions(parts: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
 
 
 def _exact(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, random_bits: int) -> torch.Tensor:
-    """Variance of the decoded codes, summed over each row, ``[R]`` float64; infinite as :func:`_intervals`."""
+    """Variance of the decoded codes, summed over each row, ``[R]`` float64; infinite as :func:`_intervals`.
+
+    Infinite, too, where the largest code overflows: at the very end of the dtype, a code stands for no finite number.
+    """
     span, grid = _finite_grid(low, high, levels)
     total, start = [], 0
     for numbers in _pieces(y):
@@ -327,7 +337,8 @@ def _exact(y: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int, 
         k, up = up_probability(of_piece.coordinates(numbers), random_bits)
         gap = of_piece.decode(of_piece.codes(k + 1)).double() - of_piece.decode(of_piece.codes(k)).double()
         total.append(_tree_sum(gap.square() * (up * (1 - up))))
-    return torch.where(span.view(-1) < torch.inf, torch.cat(total), torch.inf)
+    known = (span < torch.inf) & _decodes(grid)
+    return torch.where(known.view(-1), torch.cat(total), torch.inf)
 
 
 def _weights(

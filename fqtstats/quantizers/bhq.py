@@ -397,7 +397,11 @@ class BHQ(StochasticQuantizer):
 
 @dataclass(frozen=True)
 class AdaptiveBHQ(BHQ):
-    """BHQ with adaptive grouping; never more variance than ``bhq`` or ``psq`` on any input."""
+    """BHQ with adaptive grouping; never more variance than ``bhq`` or ``psq`` on any input.
+
+    It takes 1.1 to 1.5 times as long as ``bhq`` where rows have some hundred elements or more, and about twice as long
+    for thousands of rows of a few elements; longer where candidates are so close that sums in float64 decide.
+    """
 
     grouping: Literal["published", "adaptive"] = "adaptive"
     name: ClassVar[str] = "bhq-adaptive"

@@ -117,7 +117,8 @@ bool householder_codes(bool adaptive, bool several, std::uint32_t values) {
     const householder::Encoded encoded = householder::encode(
         kernel, *rounding, in, 255, 24, {1, 2, 3, 4}, {8, 1, 1, 0, 0}, nullptr, nullptr, threads, adaptive,
         {order.data(), heads.data(), sizes.data(), offset + kRows}, out.codes.data(), step, zero.data(), offset);
-    if (encoded.groups < 1 && values > 2) out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
+    if ((encoded.groups == 0) != (values == 2) || encoded.groups < 0)
+      out.numbers[0] = std::numeric_limits<float>::quiet_NaN();  // equals nothing
     return out;
   });
 }

@@ -65,23 +65,20 @@ void reflect(const Kernel& kernel, const Rows& rows, const Candidate& c, std::in
     write(kernel, rows[head + i], rows.columns(), c.scale[i], c.u, y, low, high);
 }
 
-// _exact_weights() of adaptive.py.
+// _weights() of adaptive.py.
 void find_weights(const float* scale, std::int64_t n, double* weight) {
-  const auto inverse = [scale](std::int64_t i) {
-    const double s = scale[i];
-    return 1 / (s * s);
-  };
+  for (std::int64_t i = 0; i < n; ++i) weight[i] = 1 / (static_cast<double>(scale[i]) * scale[i]);
   const double count = static_cast<double>(n), corner = 1 / (count - std::sqrt(count));
-  const double first = inverse(0), members = tree_sum([&](std::int64_t i) { return i == 0 ? 0 : inverse(i); }, n);
+  const double first = weight[0], members = tree_sum([&](std::int64_t i) { return i == 0 ? 0 : weight[i]; }, n);
+  const double common = first / count + corner * corner * members, own = 1 - 2 * corner;
   weight[0] = (first + members) / count;
-  for (std::int64_t i = 1; i < n; ++i)
-    weight[i] = (first / count + corner * corner * members) + (1 - 2 * corner) * inverse(i);
+  for (std::int64_t i = 1; i < n; ++i) weight[i] = common + own * weight[i];
 }
 
-// Scales of the matched candidate of a group of n rows at `head`; `published` and `scale` are the group's. False where
-// all are close to the published ones, and so no candidate.
-bool match(const Rows& rows, const float* published, std::int64_t head, std::int64_t n, float* scale) {
-  const auto range = [&](std::int64_t i) { return static_cast<double>(rows.high(head + i)) - rows.low(head + i); };
+// Scales of the matched candidate of a group of rows `alone`; `published` and `scale` are the group's. False where all
+// are close to the published ones, and so no candidate.
+bool match(const Candidate& alone, const float* published, std::int64_t n, float* scale) {
+  const auto range = [&](std::int64_t i) { return static_cast<double>(alone.high[i]) - alone.low[i]; };
   const double leader = range(0), least = kSmallestShare * range(1), first = published[0], t = published[1];
   bool close = true;
   scale[0] = published[0];
@@ -93,7 +90,7 @@ bool match(const Rows& rows, const float* published, std::int64_t head, std::int
 }
 
 // What has the least variance, of a group of n rows; row(c, i) gives row i of a candidate. Parts of the rows alone are
-// not known yet.
+// not known yet. On the calling thread, also for a group that several have transformed: it seldom has much to do.
 template <typename Row>
 Choice choose(const Judge& judge, const Candidate (&candidates)[3], std::int64_t n, const Row& row) {
   Interval total[3] = {{kInfinity, kInfinity}, {kInfinity, kInfinity}, {kInfinity, kInfinity}};
@@ -114,13 +111,13 @@ Choice choose(const Judge& judge, const Candidate (&candidates)[3], std::int64_t
   add_up(kMatched);
   add_up(kPublished);
   const double best = std::min(total[kMatched].upper, total[kPublished].upper);
-  std::fill_n(candidates[kAlone].part, n, Interval{0, kInfinity});
-  double lower = 0;
-  for (std::int64_t i = 0; i < n && lower <= best; ++i) {  // the leader alone often has more
+  total[kAlone] = {0, kInfinity};
+  for (std::int64_t i = 0; i < n && total[kAlone].lower <= best; ++i) {  // the leader alone often has more
+    candidates[kAlone].part[i] = {0, kInfinity};
     bound(kAlone, i, false);
-    lower += candidates[kAlone].part[i].lower;
+    total[kAlone].lower += candidates[kAlone].part[i].lower;
   }
-  add_up(kAlone);
+  if (total[kAlone].lower <= best) add_up(kAlone);
 
   int least = kAlone;
   const auto open = [&](int c) { return total[c].lower <= total[least].upper; };  // may have the least variance
@@ -229,24 +226,26 @@ void adapt(const Kernel& kernel, const Transform& published, const Source& sourc
     const Work work = work_of(thread);
     const std::int64_t head = published.heads[g], n = size(g);
     const std::int64_t* order = published.order + head;
-    const bool tried = match(rows, scale + head, head, n, work.scale);
-    float* y = out + head * columns;
-    const Candidate candidates[3] = {
-        {true, nullptr, nullptr, nullptr, nullptr, work.low[0], work.high[0], work.weight[0], work.part[0]},
-        {tried, work.scale, work.mean[0], work.u[0], y, low + head, high + head, work.weight[1], work.part[1]},
-        {true, scale + head, work.mean[1], work.u[1], tried ? nullptr : y, tried ? work.low[1] : low + head,
-         tried ? work.high[1] : high + head, work.weight[2], work.part[2]}};
-    const Candidate &alone = candidates[kAlone], &theirs = candidates[kPublished];
-    const auto each = [&](const auto& body) {  // of those reflected
-      for (const Choice c : {kMatched, kPublished})
-        if (candidates[c].exists) body(candidates[c]);
-    };
-    each([&](const Candidate& c) { find_weights(c.scale, n, c.weight); });
+    const Candidate alone{true,        nullptr,      nullptr,        nullptr,     nullptr,
+                          work.low[0], work.high[0], work.weight[0], work.part[0]};
     for (std::int64_t i = 0; i < n; ++i) {
       alone.low[i] = rows.low(head + i);
       alone.high[i] = rows.high(head + i);
       alone.weight[i] = 1;
     }
+    const bool tried = match(alone, scale + head, n, work.scale);
+    float* y = out + head * columns;
+    const Candidate candidates[3] = {
+        alone,
+        {tried, work.scale, work.mean[0], work.u[0], y, low + head, high + head, work.weight[1], work.part[1]},
+        {true, scale + head, work.mean[1], work.u[1], tried ? nullptr : y, tried ? work.low[1] : low + head,
+         tried ? work.high[1] : high + head, work.weight[2], work.part[2]}};
+    const Candidate& theirs = candidates[kPublished];
+    const auto each = [&](const auto& body) {  // of those reflected
+      for (const Choice c : {kMatched, kPublished})
+        if (candidates[c].exists) body(candidates[c]);
+    };
+    each([&](const Candidate& c) { find_weights(c.scale, n, c.weight); });
     share(width / kLine, n * kLine, team, [&](std::int64_t p, std::int64_t begin, std::int64_t end) {
       const std::int64_t last = std::min(end * kLine, columns);
       each([&](const Candidate& c) {
@@ -264,7 +263,7 @@ void adapt(const Kernel& kernel, const Transform& published, const Source& sourc
         });
     });
     const Choice choice = choose(judge, candidates, n, [&](const Candidate& c, std::int64_t i) -> const float* {
-      if (&c == &alone) return rows[head + i];
+      if (&c == &candidates[kAlone]) return rows[head + i];
       if (c.y != nullptr) return c.y + i * columns;
       float least, most;
       reflect(kernel, rows, c, head, i, work.row, least, most);

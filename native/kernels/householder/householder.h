@@ -65,8 +65,8 @@ struct Kernel {
   // then within 2^-17 of the sum and 2^-20 + 1.5 2^-22 most for every element; most >= 1, and no y exceeds it by more
   // than its rounding. May be negative.
   double (*fractions)(const float* x, std::int64_t count, float offset, float scale, float most);
-  // Sum of what variances() gives, over step^2, within 2^-19 of it, where 1 / step is a normal number; takes longer
-  // than fractions(), and less than variances().
+  // Sum of what variances() gives, over step^2, within 2^-19 of it, where step and 1 / step are normal numbers; takes
+  // longer than fractions(), and less than variances().
   double (*refined)(const float* x, std::int64_t count, const Decoding& by);
   // gap^2 (up (1 - up)) of every element in float64: gap from one decoded neighbour to the other, up the probability.
   void (*variances)(const float* x, std::int64_t count, const Decoding& by, double* out);

@@ -9,9 +9,9 @@
 namespace fqtstats::householder {
 namespace {
 
-constexpr double kSummation = 0x1p-16;  // relative error of Kernel::fractions, and of what is made of it
-constexpr double kRefined = 0x1p-18;    // of Kernel::refined, likewise
-constexpr double kLargest = 0x1p125;    // step of Kernel::refined
+// Twice the relative errors of Kernel::fractions and Kernel::refined, for what is made of their results.
+constexpr double kSummation = 0x1p-16, kRefined = 0x1p-18;
+constexpr double kLargest = 0x1p125;  // step, so that Kernel::refined can take its inverse
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // Consecutive elements that are summed side by side; a power of two, so that the order of additions stays the same.
@@ -38,8 +38,8 @@ Interval Judge::interval(const float* y, float low, float high, bool narrow) con
   if (!has_grid(low, high)) return {kInfinity, kInfinity};
   const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
   if (grid.step == 0) return {0, 0};
-  if (grid.prescale != 1) return {0, kInfinity};
-  const double step = grid.step;  // without prescale far from the subnormal numbers, and so is its square
+  if (grid.prescale != 1 || !decodes(grid)) return {0, kInfinity};
+  const double step = grid.step;  // without prescale far from the subnormal numbers, and so are its square and inverse
   if (narrow) {
     if (step > kLargest) return {0, kInfinity};
     const double variance = step * step * kernel_.refined(y, columns_, decoding(grid));
@@ -47,20 +47,19 @@ Interval Judge::interval(const float* y, float low, float high, bool narrow) con
   }
   constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
   const double total = kernel_.fractions(y, columns_, grid.offset, grid.scale, static_cast<float>(rounding_.levels));
-  // A probability lies up to 2^-n below f; the others are those of the sum.
-  const double of_sum = 0x1p-20 + 0x1.8p-22 * rounding_.levels;
-  const double slack = static_cast<double>(columns_) * (std::ldexp(1.0, -rounding_.random_bits) + of_sum);
+  // A probability lies up to 2^-n below f, and that is rounded: slack_.
   // Two decoded neighbours are a step apart, up to the rounding of product and sum.
   const double span = static_cast<double>(high) - low;
   const double gap = 1.01 * kEpsilon * (span + std::max(std::abs(low), std::abs(high))) / step;
   const double least = step * std::max(1 - gap, 0.0), most = step * (1 + gap);
-  return {least * least * std::max(total * (1 - kSummation) - slack, 0.0),
-          most * most * (total * (1 + kSummation) + slack)};
+  return {least * least * std::max(total * (1 - kSummation) - slack_, 0.0),
+          most * most * (total * (1 + kSummation) + slack_)};
 }
 
 double Judge::exact(const float* y, float low, float high) const {
   if (!has_grid(low, high)) return kInfinity;
   const quantize::Grid grid = quantize::make_grid(quantize::Rule::affine, low, high, rounding_.levels);
+  if (!decodes(grid)) return kInfinity;
   const Decoding by = decoding(grid);
   const auto lanes = [&](std::int64_t i, double* v) {
     const std::int64_t first = i * kLanes, count = std::min(columns_ - first, kLanes);
@@ -77,13 +76,12 @@ double Judge::exact(const float* y, float low, float high) const {
   return tree_sum([&](std::int64_t i) { return sums[i]; }, std::min(columns_, kLanes));
 }
 
+bool Judge::decodes(const quantize::Grid& grid) const {
+  return std::isfinite(static_cast<float>(rounding_.levels) * grid.step + grid.offset);
+}
+
 Decoding Judge::decoding(const quantize::Grid& grid) const {
-  return {grid.offset,
-          grid.prescale,
-          grid.scale,
-          grid.step,
-          static_cast<float>(rounding_.levels),
-          std::ldexp(1.0f, rounding_.random_bits)};
+  return {grid.offset, grid.prescale, grid.scale, grid.step, static_cast<float>(rounding_.levels), numbers_};
 }
 
 }  // namespace fqtstats::householder

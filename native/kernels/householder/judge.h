@@ -1,6 +1,7 @@
 // How much variance the codes of transformed rows have.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/householder/householder.h"
@@ -40,21 +41,29 @@ class Judge {
         channels_(channels),
         positions_(positions),
         columns_(channels * positions),
-        channels_last_(channels_last) {}
+        channels_last_(channels_last),
+        numbers_(std::ldexp(1.0f, rounding.random_bits)),
+        slack_(static_cast<double>(columns_) *
+               (1 / static_cast<double>(numbers_) + 0x1p-20 + 0x1.8p-22 * rounding.levels)) {}
 
-  // Bounds of exact(); narrow ones take longer.
+  // Bounds of exact(); narrow ones take longer. What has no finite variance may be infinite below, too.
   Interval interval(const float* y, float low, float high, bool narrow = false) const;
 
-  // The same bits as _exact() of adaptive.py; takes longest. low and high: the extremes of y.
+  // The same bits as _exact() of adaptive.py; takes longest. low and high: the extremes of y. Infinite where a code
+  // stands for no finite number.
   double exact(const float* y, float low, float high) const;
 
  private:
+  // False at the very end of float32, where the largest code overflows.
+  bool decodes(const quantize::Grid& grid) const;
   Decoding decoding(const quantize::Grid& grid) const;
 
   const Kernel& kernel_;
   const Rounding rounding_;
   const std::int64_t channels_, positions_, columns_;
   const bool channels_last_;
+  const float numbers_;  // that a decision knows
+  const double slack_;   // of the sum of f (1 - f)
 };
 
 }  // namespace fqtstats::householder

@@ -24,7 +24,7 @@ void add_rows(const float* z, std::int64_t n, const Block& b, float* sums) {
 }
 
 // m and u, of the rows at z; m may take the place of the first of them.
-void find_means(const Block& b, const float* z, float* sums, float* mean, float* u) {
+void reflect_leader(const Block& b, const float* z, float* sums, float* mean, float* u) {
   add_rows(z, b.n, b, sums);
   for (std::int64_t c = 0; c < b.columns; ++c) {
     const float m = sums[c] * b.root;
@@ -35,7 +35,7 @@ void find_means(const Block& b, const float* z, float* sums, float* mean, float*
 
 void reflect(const Block& b, float* z) {
   float* u = z + b.n * b.width;
-  find_means(b, z, u + b.width, z, u);
+  reflect_leader(b, z, u + b.width, z, u);
   for (std::int64_t i = 1; i < b.n; ++i)
     for (std::int64_t c = 0; c < b.columns; ++c) z[i * b.width + c] -= u[c];
 }
@@ -64,7 +64,7 @@ void forward(const Block& b) {
 
 void means(const Block& b, float* mean, float* u) {
   scale_rows(b);
-  find_means(b, b.memory, b.memory + b.n * b.width, mean, u);
+  reflect_leader(b, b.memory, b.memory + b.n * b.width, mean, u);
 }
 
 void row(const float* x, std::int64_t count, float scale, const float* u, float* y, float& low, float& high) {
