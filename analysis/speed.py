@@ -148,7 +148,7 @@ def read(tables: Tables) -> pd.DataFrame:
             "memory": row.allocator,
             "against": f"`{row.baseline}`" if ";" in row.baseline else row.baseline,
             "ratio": f"{_bold(row)} [{row.ratio_low:.2f}, {row.ratio_high:.2f}]",
-            "must": "" if pd.isna(row.must) else f"{row.must:g}x",
+            "must": "" if pd.isna(row.must) else f"{row.must:.3g}x",
             "aim": "" if pd.isna(row.aim) else f"{row.aim:g}x",
             "time": f"{row.seconds * 1e3:.3g} ms",
             "of peak": "" if pd.isna(row.of_peak) else f"{row.of_peak:.0%} of {row.peak}",
