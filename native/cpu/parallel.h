@@ -33,7 +33,7 @@ inline Place place{typeid(Body).name()};
 // does not survive a fork. body must not throw. Callers pass the thread count that they were given: see below.
 template <typename Body>
 void split(std::int64_t total, std::int64_t grain, int threads, const Body& body) {
-  const std::int64_t parts = std::min<std::int64_t>(threads, total / grain);
+  [[maybe_unused]] const std::int64_t parts = std::min<std::int64_t>(threads, total / grain);
 #if defined(FQTSTATS_STD_THREADS)
   if (parts > 1) {
     place<Body>.shared.store(true, std::memory_order_relaxed);  // relaxed: hides no race
