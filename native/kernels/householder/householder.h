@@ -56,8 +56,8 @@ struct Kernel {
   void (*forward)(const Block& block);
   // Rows first + i of `in` to rows order[i] of `out`.
   void (*inverse)(const Block& block);
-  // m and u of the forward transform of a group, whole registers of them; takes no more than `in` and what describes
-  // it.
+  // m and u of the forward transform of a strip of a group, up to the next multiple of 16 elements. Reads `in` and
+  // uses `memory`; neither `out` and `first` nor the extremes and `stream`.
   void (*means)(const Block& block, float* mean, float* u);
   // One row of a forward transform, x scale - u, or x scale without u, to y, updating its extremes as forward() does.
   void (*row)(const float* x, std::int64_t count, float scale, const float* u, float* y, float& low, float& high);

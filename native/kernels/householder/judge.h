@@ -30,8 +30,8 @@ auto tree_sum(const Leaf& leaf, std::int64_t count, std::int64_t index = 0, std:
 // Whether a grid from low to high has a step that float32 has.
 bool has_grid(float low, float high);
 
-// Of the variance of the decoded codes of a row, summed. Rows that are channels-last in memory have `positions`
-// elements per channel; those of others are in order.
+// Tells the variance of the decoded codes of a row, summed, or bounds of it. In a row that is channels-last in memory,
+// element c * positions + s comes c-th of those at s; the others are in order.
 class Judge {
  public:
   Judge(const Kernel& kernel, const Rounding& rounding, std::int64_t channels, std::int64_t positions,
